@@ -1,0 +1,140 @@
+"""What every vector head shares: hidden layers, then one linear classifier."""
+
+from typing import Callable, Optional
+
+import torch
+from timm.layers import get_act_layer, get_norm_layer
+from timm.layers.helpers import get_device_dtype
+from torch import nn
+
+HiddenFactory = Callable[..., nn.Module]
+
+
+def hidden_block(
+        in_features: int,
+        width: int,
+        dropout: float = 0.,
+        norm_layer: str = '',
+        act_layer: str = 'relu',
+        device=None,
+        dtype=None,
+) -> nn.Sequential:
+    """One hidden layer of the papers' heads: (Dropout)? -> Linear -> (norm)? -> activation (spec spinal_heads 0).
+
+    Args:
+        in_features: Input width.
+        width: Output width W.
+        dropout: Dropout rate in front of the linear, in [0, 1); no dropout module at 0.
+        norm_layer: timm name of a norm over (N, W), such as 'batchnorm1d' or 'layernorm'; '' for none.
+        act_layer: timm name of an activation.
+
+    Raises:
+        ValueError: If the dropout rate is out of range or a layer name is unknown to timm.
+    """
+    dd = {'device': device, 'dtype': dtype}
+    if not 0. <= dropout < 1.:
+        raise ValueError(f'dropout must lie in [0, 1), got {dropout}.')
+    try:
+        norm = get_norm_layer(norm_layer)
+    except KeyError:
+        raise ValueError(
+            f"Unknown norm_layer '{norm_layer}'; use 'batchnorm1d', 'layernorm', 'rmsnorm' or ''.") from None
+    try:
+        act = get_act_layer(act_layer)
+    except KeyError:
+        raise ValueError(f"Unknown act_layer '{act_layer}'; use a timm name such as 'relu' or 'gelu'.") from None
+
+    block = nn.Sequential()
+    if dropout > 0.:
+        block.add_module('drop', nn.Dropout(dropout))
+    block.add_module('fc', nn.Linear(in_features, width, **dd))
+    if norm is not None:
+        block.add_module('norm', norm(width, **dd))
+    if act is not None:
+        block.add_module('act', act())
+    return block
+
+
+def check_positive(**sizes: int) -> None:
+    """Raise ValueError for the first size that is not a positive whole number."""
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f'{name} must be a positive whole number, got {value!r}.')
+
+
+class ClassifierHead(nn.Module):
+    """Pooled vector (N, F) -> hidden layers -> pre-logits (N, hidden_size) -> logits (N, C).
+
+    With ``num_classes`` 0 the output is the pre-logits. Subclasses say what the hidden layers are.
+    The last linear is ``fc`` and is registered last, where timm's AGC expects the classifier.
+
+    Args:
+        in_features: Width F of the pooled vector.
+        num_classes: Number of classes C, 0 for none.
+        create_hidden: Makes the hidden layers from (in_features, device=, dtype=); the module tells its
+            ``out_features``. None for a plain linear classifier.
+        dropout: Dropout rate in front of the last linear.
+    """
+
+    def __init__(
+            self,
+            in_features: int,
+            num_classes: int,
+            create_hidden: Optional[HiddenFactory] = None,
+            dropout: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        check_positive(in_features=in_features)
+        if num_classes < 0:
+            raise ValueError(f'num_classes must not be negative, got {num_classes}.')
+        self._create_hidden = create_hidden
+        self.in_features = in_features
+        self.num_classes = num_classes
+        dd = {'device': device, 'dtype': dtype}
+        self.hidden: nn.Module = create_hidden(in_features, **dd) if create_hidden is not None else nn.Identity()
+        self.hidden_size: int = getattr(self.hidden, 'out_features', in_features)
+        self.drop = nn.Dropout(dropout)
+        self.fc = self._create_fc(**dd)
+
+    def _create_fc(self, device=None, dtype=None) -> nn.Module:
+        if not self.num_classes:
+            return nn.Identity()
+        return nn.Linear(self.hidden_size, self.num_classes, device=device, dtype=dtype)
+
+    @torch.jit.ignore
+    def reset(
+            self,
+            num_classes: int,
+            reset_other: bool = False,
+            in_features: Optional[int] = None,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """Replace the last linear; the hidden layers stay, unless the input width changes.
+
+        Args:
+            num_classes: Number of classes of the new linear, 0 for none.
+            reset_other: Drop the hidden layers too, leaving a plain linear classifier.
+            in_features: New input width. The hidden layers are made anew where it differs.
+        """
+        dd = get_device_dtype(self, device=device, dtype=dtype)
+        if reset_other:
+            self._create_hidden = None
+            self.hidden = nn.Identity()
+            self.drop = nn.Dropout(0.)
+        if in_features is not None and in_features != self.in_features:
+            self.in_features = in_features
+            if self._create_hidden is not None:
+                self.hidden = self._create_hidden(in_features, **dd)
+        self.num_classes = num_classes
+        self.hidden_size = getattr(self.hidden, 'out_features', self.in_features)
+        self.fc = self._create_fc(**dd)
+        self.train(self.training)
+
+    def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        x = self.hidden(x)
+        if pre_logits:
+            return x
+        return self.fc(self.drop(x))

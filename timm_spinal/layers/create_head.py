@@ -1,0 +1,114 @@
+"""Heads by name, with the papers' settings as named presets."""
+
+import difflib
+import inspect
+from typing import Any, Dict, List, Type
+
+from .classifier_head import ClassifierHead
+from .control_heads import LinearHead, MlpHead
+from .progressive_spinal_head import ProgressiveSpinalHead
+from .spinal_head import SpinalHead
+
+HEADS: Dict[str, Type[ClassifierHead]] = {
+    'linear': LinearHead,
+    'mlp': MlpHead,
+    'spinal': SpinalHead,
+    'pspinal': ProgressiveSpinalHead,
+}
+
+_PLAIN = dict(dropout=0., norm_layer='')  # the papers' 'ResNet style'
+
+# Settings of the papers' scripts, by style and by data set (spec spinal_heads 0, 1.2, 1.5, 1.9 and 2).
+HEAD_PRESETS: Dict[str, Dict[str, Dict[str, Any]]] = {
+    'spinal': {
+        'vgg': dict(dropout=0.5, norm_layer='batchnorm1d'),
+        'resnet': _PLAIN,
+        'cifar_vgg': dict(dropout=0.5, norm_layer=''),
+        'cifar_cnn': dict(width=128, dropout=0.1, norm_layer=''),
+        'customizable': dict(layers=10, splits=2, width=512, **_PLAIN),
+        'shared': dict(layers=8, splits=8, width=20, shared=True, **_PLAIN),
+        'stl10': dict(width=512),
+        'cifar100': dict(width=512),
+        'bird225': dict(width=1024),
+        'caltech101': dict(width=1024),
+        'cifar10': dict(width=20, **_PLAIN),
+        'cinic10': dict(width=20, **_PLAIN),
+        'fruits360': dict(width=131, **_PLAIN),
+        'oxford102': dict(width=102, **_PLAIN),
+        'stanford_cars': dict(width=196, **_PLAIN),
+        'mnist_vgg5': dict(width=128),
+    },
+    'pspinal': {
+        'vanilla_mnist': dict(width=128, norm_layer='batchnorm1d'),
+        'kmnist': dict(width=64),
+        'emnist_digits': dict(width=64),
+        'emnist_letters': dict(width=128),
+        'qmnist': dict(width=64, dropout=0.5, norm_layer='batchnorm1d'),
+        'caltech101': dict(width=200, skip_dropout=0.35),
+        'bird250': dict(width=1024),
+        'fruits360': dict(width=1024),
+        'stl10': dict(width=1024),
+    },
+}
+
+
+def _nearest(name: str, known: List[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean '{near[0]}'?" if near else ''
+
+
+def _check_head(head: str) -> None:
+    if head not in HEADS:
+        raise ValueError(f"Unknown head '{head}'; heads are {', '.join(HEADS)}.{_nearest(head, list(HEADS))}")
+
+
+def head_options(head: str) -> Dict[str, Any]:
+    """Options of a head and their defaults, without the ``head_`` prefix.
+
+    Raises:
+        ValueError: If the head is unknown.
+    """
+    _check_head(head)
+    params = inspect.signature(HEADS[head].__init__).parameters
+    fixed = ('self', 'in_features', 'num_classes', 'device', 'dtype')
+    options = {name: param.default for name, param in params.items() if name not in fixed}
+    return dict(options, preset='') if head in HEAD_PRESETS else options
+
+
+def create_head(
+        head: str,
+        in_features: int,
+        num_classes: int,
+        preset: str = '',
+        device=None,
+        dtype=None,
+        **options: Any,
+) -> ClassifierHead:
+    """Create a head by name.
+
+    Args:
+        head: 'spinal', 'pspinal', or a control, 'linear' or 'mlp'.
+        in_features: Width F of the pooled vector.
+        num_classes: Number of classes C, 0 for none.
+        preset: Name of a row of ``HEAD_PRESETS[head]``; explicit options win over it.
+        **options: The head's own options, see :func:`head_options`.
+
+    Raises:
+        ValueError: If the head, the preset or a value is unknown or out of range.
+        TypeError: If the head has no such option.
+    """
+    _check_head(head)
+    known = head_options(head)
+    for name in options:
+        if name not in known:
+            raise TypeError(
+                f"Head '{head}' has no option '{name}'; its options are {', '.join(known) or 'none'}."
+                f'{_nearest(name, list(known))}')
+    if preset:
+        presets = HEAD_PRESETS.get(head, {})
+        if preset not in presets:
+            raise ValueError(
+                f"Head '{head}' has no preset '{preset}'; its presets are {', '.join(presets) or 'none'}."
+                f'{_nearest(preset, list(presets))}')
+        options = dict(presets[preset], **options)
+    return HEADS[head](in_features, num_classes, device=device, dtype=dtype, **options)

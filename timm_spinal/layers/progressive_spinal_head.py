@@ -1,0 +1,117 @@
+"""ProgressiveSpinalNet: every layer sees the whole input and all earlier layers.
+
+Paper: "ProgressiveSpinalNet architecture for FC layers", Chopra, https://arxiv.org/abs/2103.11373
+"""
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from .classifier_head import ClassifierHead, check_positive, hidden_block
+
+
+class ProgressiveLayers(nn.Module):
+    """Hidden layers of ProgressiveSpinalNet: (N, F) -> (N, F + L * W).
+
+    With the input x and one dropout mask per forward (spec spinal_heads 0)::
+
+        z_0 = Dropout_p(x)
+        h_1 = block(x)            F             -> W   (x without dropout)
+        h_i = block(z_{i-1})      F + (i - 1) W -> W   i = 2 .. L
+        z_i = [z_{i-1}, h_i]
+        out = z_L
+
+    Args:
+        in_features: Input width F.
+        layers: Number of hidden layers L.
+        width: Layer width W.
+        skip_dropout: Dropout rate p on the input that layers 2 .. L and the output see.
+        dropout: Dropout rate in front of each linear.
+        norm_layer: timm name of a norm behind each linear, '' for none.
+        act_layer: timm name of the activation.
+
+    Raises:
+        ValueError: If a size is not positive or a rate lies outside [0, 1).
+    """
+
+    def __init__(
+            self,
+            in_features: int,
+            layers: int = 4,
+            width: int = 200,
+            skip_dropout: float = 0.2,
+            dropout: float = 0.,
+            norm_layer: str = '',
+            act_layer: str = 'relu',
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        check_positive(in_features=in_features, layers=layers, width=width)
+        if not 0. <= skip_dropout < 1.:
+            raise ValueError(f'skip_dropout must lie in [0, 1), got {skip_dropout}.')
+        self.in_features = in_features
+        self.out_features = in_features + layers * width
+        self.skip_drop = nn.Dropout(skip_dropout)
+        create_block = partial(
+            hidden_block,
+            width=width,
+            dropout=dropout,
+            norm_layer=norm_layer,
+            act_layer=act_layer,
+            device=device,
+            dtype=dtype,
+        )
+        self.first = create_block(in_features)
+        self.blocks = nn.ModuleList([create_block(in_features + i * width) for i in range(1, layers)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = torch.cat([self.skip_drop(x), self.first(x)], dim=1)
+        for block in self.blocks:
+            z = torch.cat([z, block(z)], dim=1)
+        return z
+
+
+class ProgressiveSpinalHead(ClassifierHead):
+    """ProgressiveSpinalNet classifier: (N, F) -> (N, C); pre-logits z_L of width F + L * W.
+
+    Parameters without norm: L W (F + 1) + W^2 L (L - 1) / 2 + (F + L W) C + C (spec spinal_heads 3).
+
+    Args:
+        in_features: Width F of the pooled vector.
+        num_classes: Number of classes C.
+        layers: Number of hidden layers L.
+        width: Layer width W.
+        skip_dropout: Dropout rate p on the input, drawn once per forward, not seen by the first layer.
+        dropout: Dropout rate in front of every linear, the last one too.
+        norm_layer: timm name of a norm behind each hidden linear, '' for none.
+        act_layer: timm name of the activation.
+
+    Raises:
+        ValueError: As :class:`ProgressiveLayers`.
+    """
+
+    def __init__(
+            self,
+            in_features: int,
+            num_classes: int,
+            layers: int = 4,
+            width: int = 200,
+            skip_dropout: float = 0.2,
+            dropout: float = 0.,
+            norm_layer: str = '',
+            act_layer: str = 'relu',
+            device=None,
+            dtype=None,
+    ):
+        create_hidden = partial(
+            ProgressiveLayers,
+            layers=layers,
+            width=width,
+            skip_dropout=skip_dropout,
+            dropout=dropout,
+            norm_layer=norm_layer,
+            act_layer=act_layer,
+        )
+        super().__init__(in_features, num_classes, create_hidden, dropout=dropout, device=device, dtype=dtype)
