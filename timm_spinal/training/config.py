@@ -1,0 +1,326 @@
+"""One typed config for the trainer and one for validation, read from YAML and flags.
+
+`TrainConfig` is the union of the groups in `options.py`. `parse_config` builds an argparse parser from its fields:
+``--config FILE`` gives defaults, flags win, and both go through the same converters. A key or flag that is unknown
+stops with the nearest known one; keys of timm's own trainer that do not exist here are in `timm_keys.py`.
+"""
+import argparse
+import ast
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Sequence, TypeVar
+
+import yaml
+
+from timm_spinal.errors import UserError
+
+from .options import (
+    AugmentOptions,
+    AverageOptions,
+    DataOptions,
+    LoaderOptions,
+    ModelOptions,
+    ObjectiveOptions,
+    OptimizerOptions,
+    RunOptions,
+    ScheduleOptions,
+    option,
+)
+from .timm_keys import ANY, NOT_OURS, RENAMED
+
+
+# the last base is the first group of fields
+@dataclass
+class TrainConfig(
+    RunOptions, AverageOptions, ObjectiveOptions, AugmentOptions, ScheduleOptions, OptimizerOptions, LoaderOptions,
+    ModelOptions, DataOptions,
+):
+    """Everything that a training run depends on, under the names of timm's ``train.py``."""
+
+
+@dataclass
+class ValidateConfig(LoaderOptions, ModelOptions, DataOptions):
+    """Validation"""
+    checkpoint: str = option('', 'run folder, checkpoint folder or weights file to evaluate')
+    use_ema: bool = option(False, 'evaluate the moving average of the weights')
+    results_file: str = option('', 'write the result to this .json or .csv file')
+
+
+ConfigT = TypeVar('ConfigT', TrainConfig, ValidateConfig)
+
+
+def parse_config(
+        argv: Sequence[str] | None = None,
+        cls: type[ConfigT] = TrainConfig,  # type: ignore[assignment]
+        prog: str | None = None,
+) -> ConfigT:
+    """Read a config from command line arguments.
+
+    Args:
+        argv: Arguments without the program's name; ``sys.argv[1:]`` when None.
+        cls: `TrainConfig` or `ValidateConfig`.
+        prog: Name of the program in the help text.
+
+    Raises:
+        UserError: Unknown flag or key, value of the wrong type or out of its bounds, unreadable YAML.
+    """
+    import sys
+    argv = [_dashes(arg) for arg in (sys.argv[1:] if argv is None else argv)]
+    parser = _build_parser(cls, prog)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UserError(_unknown_flag(unknown[0], cls))
+    values = vars(given)
+    path = values.pop('config', '')
+    return cls(**{**(load_yaml(path, cls) if path else {}), **values})
+
+
+def load_yaml(path: str | Path, cls: type = TrainConfig) -> dict[str, Any]:
+    """Read and check a YAML file of options; returns the values that it sets.
+
+    Raises:
+        UserError: No such file, not a mapping, unknown key, value of the wrong type or out of its bounds.
+    """
+    try:
+        text = Path(path).read_text(encoding='utf-8')
+        raw = yaml.safe_load(text)
+    except OSError as e:
+        raise UserError(f'config {path}: {e.strerror}; give an existing YAML file to --config') from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        reason = ' '.join(str(e).split())
+        raise UserError(f'config {path}: not valid YAML ({reason}); mend the file') from e
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise UserError(f'config {path}: holds a {type(raw).__name__}, no keys; write lines like "epochs: 3"')
+    fields, values = _fields(cls), {}
+    for key, value in raw.items():
+        name = RENAMED.get(key, key)
+        if name in fields:
+            try:
+                values[name] = _convert(value, fields[name])
+            except ValueError as e:
+                raise UserError(f'config {path}: {key}: {e}') from e
+        elif name in NOT_OURS:
+            allowed, advice = NOT_OURS[name]
+            if allowed is not ANY and value not in allowed:
+                raise UserError(f"config {path}: {key}: {value!r} is timm's and not available here; {advice}")
+        elif name not in _fields(TrainConfig):
+            raise UserError(f'config {path}: unknown key {key!r}; {_nearest(str(key), fields)}')
+    return values
+
+
+def to_yaml(config: TrainConfig | ValidateConfig) -> str:
+    """The whole config as YAML (``args.yaml``); `parse_config` reads it back to an equal config."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, default_flow_style=None)
+
+
+# ---- fields to parser -------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def _fields(cls: type) -> dict[str, dataclasses.Field]:
+    hints = typing.get_type_hints(cls)
+    fields = {}
+    for f in dataclasses.fields(cls):
+        f.type = hints[f.name]
+        fields[f.name] = f
+    return fields
+
+
+def _build_parser(cls: type, prog: str | None) -> argparse.ArgumentParser:
+    # SUPPRESS: only what was given on the command line comes out, so that it can win over the YAML
+    parser = _Parser(prog=prog, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; flags win over it')
+    fields = _fields(cls)
+    for owner in reversed(cls.__mro__):
+        names = [n for n in owner.__dict__.get('__annotations__', {}) if n in fields]
+        if names:
+            group = parser.add_argument_group((owner.__doc__ or owner.__name__).splitlines()[0])
+            for name in names:
+                _add_flag(group, fields[name])
+    return parser
+
+
+def _add_flag(group: Any, field: dataclasses.Field) -> None:
+    kind, optional = _kind(field.type)
+    flag, meta = '--' + field.name.replace('_', '-'), field.metadata
+    default = field.default_factory() if field.default is dataclasses.MISSING else field.default  # type: ignore
+    text = meta['help'].replace('%', '%%')
+    if kind is bool:
+        group.add_argument(flag, *meta['flags'], dest=field.name, action='store_true',
+                           help=f'{text} (default: {str(default).lower()})')
+        negation = '--' + flag[5:] if flag.startswith('--no-') else '--no-' + flag[2:]
+        group.add_argument(negation, dest=field.name, action='store_false', help=argparse.SUPPRESS)
+        return
+    origin = typing.get_origin(kind)
+    kwargs: dict[str, Any] = dict(dest=field.name, metavar=_metavar(kind, meta))
+    if origin is dict:
+        kwargs.update(nargs='*', action=_KeyValues, field=field)
+    elif origin is list:
+        kwargs.update(nargs=meta['nargs'] or '+', action=_Converted, field=field)
+    elif meta['const'] is not None:
+        kwargs.update(nargs='?', const=meta['const'], action=_Converted, field=field)
+    else:
+        kwargs.update(action=_Converted, field=field)
+    shown = '' if default in (None, '', [], {}) else f' (default: {default})'
+    group.add_argument(flag, *meta['flags'], help=text + shown, **kwargs)
+
+
+def _metavar(kind: Any, meta: Any) -> str:
+    if meta['choices']:
+        return '|'.join(str(c) or "''" for c in meta['choices'])
+    if typing.get_origin(kind) is dict:
+        return 'K=V'
+    item = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
+    return {int: 'N', float: 'X', str: 'TEXT'}[item]
+
+
+class _Converted(argparse.Action):
+    """Store a value after the same checks that a YAML value gets."""
+
+    def __init__(self, field: dataclasses.Field, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.field = field
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            setattr(namespace, self.dest, _convert(values, self.field))
+        except ValueError as e:
+            raise UserError(f'{option_string}: {e}') from e
+
+
+class _KeyValues(_Converted):
+    """``key=value`` pairs; values are Python literals where they can be, else strings (as timm's ParseKwargs)."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        pairs = {}
+        for item in values:
+            key, sep, text = item.partition('=')
+            if not sep:
+                raise UserError(f'{option_string}: {item!r} is not of the form key=value; write {item}=VALUE')
+            try:
+                pairs[key] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                pairs[key] = {'true': True, 'false': False, 'none': None}.get(text.lower(), text)
+        super().__call__(parser, namespace, pairs, option_string)
+
+
+# ---- values -----------------------------------------------------------------------------------------------------
+
+
+def _kind(hint: Any) -> tuple[Any, bool]:
+    """The type of a field without None, and whether None is allowed."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        args = [a for a in typing.get_args(hint) if a is not type(None)]
+        return args[0], True
+    return hint, False
+
+
+def _convert(value: Any, field: dataclasses.Field) -> Any:
+    """A value from YAML or the command line as the type of its field; ValueError says what is wrong with it."""
+    kind, optional = _kind(field.type)
+    meta = field.metadata
+    if value is None and optional:
+        return None
+    if value is True and meta['const'] is not None:
+        return meta['const']
+    if typing.get_origin(kind) is dict:
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise ValueError(f'{value!r} is not a mapping; write key: value pairs')
+        return {str(k): v for k, v in value.items()}
+    if typing.get_origin(kind) is list:
+        items = [] if value is None else value if isinstance(value, (list, tuple)) else [value]
+        if meta['nargs'] and len(items) != meta['nargs']:
+            raise ValueError(f'has {len(items)} values; give {meta["nargs"]}')
+        item_type = typing.get_args(kind)[0]
+        return [_convert_one(v, item_type, meta) for v in items]
+    return _convert_one(value, kind, meta)
+
+
+def _convert_one(value: Any, kind: Any, meta: Any) -> Any:
+    try:
+        converted = _CONVERTERS[kind](value)
+    except (TypeError, ValueError, OverflowError) as e:
+        raise ValueError(f'{value!r} is not {_TYPE_NAMES[kind]}') from e
+    if meta['choices'] and converted not in meta['choices']:
+        known = ', '.join(repr(c) if c == '' else str(c) for c in meta['choices'])
+        raise ValueError(f'{value!r} is not one of {known}')
+    low, high = meta['low'], meta['high']
+    if low is not None and converted < low:
+        raise ValueError(f'{value!r} is too small; give at least {low:g}')
+    if high is not None and converted > high:
+        raise ValueError(f'{value!r} is too large; give at most {high:g}')
+    return converted
+
+
+def _to_int(value: Any) -> int:
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise ValueError
+    return int(value)
+
+
+def _to_float(value: Any) -> float:
+    if isinstance(value, bool) or not math.isfinite(number := float(value)):
+        raise ValueError
+    return number
+
+
+def _to_bool(value: Any) -> bool:
+    if isinstance(value, str):  # YAML 1.1 leaves a quoted 'true' a string
+        value = {'true': True, 'false': False}[value.lower()] if value.lower() in ('true', 'false') else value
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _to_str(value: Any) -> str:
+    if value is None:
+        return ''
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError
+    return str(value)
+
+
+_CONVERTERS: dict[Any, Any] = {int: _to_int, float: _to_float, bool: _to_bool, str: _to_str}
+_TYPE_NAMES = {int: 'a whole number', float: 'a finite number', bool: 'true or false', str: 'a text'}
+
+
+# ---- names ------------------------------------------------------------------------------------------------------
+
+
+def _dashes(arg: str) -> str:
+    """``--batch_size=8`` as ``--batch-size=8``; values stay as they are."""
+    if not arg.startswith('--'):
+        return arg
+    name, sep, value = arg.partition('=')
+    return name.replace('_', '-') + sep + value
+
+
+def _unknown_flag(arg: str, cls: type) -> str:
+    if not arg.startswith('-'):
+        return f'unexpected argument {arg!r}; options are flags, data goes to --data-dir'
+    flag = arg.partition('=')[0]
+    key = flag.lstrip('-').replace('-', '_')
+    if key in RENAMED:
+        return f'unknown flag {flag}; use --{RENAMED[key].replace("_", "-")}'
+    if key in NOT_OURS:
+        return f"flag {flag} is timm's and not available here; {NOT_OURS[key][1]}"
+    names = {n.replace('_', '-'): None for n in _fields(cls)}
+    return f'unknown flag {flag}; {_nearest(flag.lstrip("-"), names, "--")}'
+
+
+def _nearest(name: str, known: typing.Iterable[str], prefix: str = '') -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f'did you mean {prefix}{close[0]}?' if close else 'see --help for all of them'

@@ -1,0 +1,242 @@
+"""Every option of the trainer as data: one small dataclass per group of timm's ``train.py``.
+
+A field is a flag and a YAML key. Its name is timm's argparse ``dest`` wherever timm has the option, its default is
+timm's unless the help text gives the reason. `option` records help, bounds, choices and short flags for `config.py`,
+which turns the fields into a parser.
+"""
+from dataclasses import dataclass, field
+from typing import Any
+
+SCHEDULERS = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'constant', 'wsd', 'rsqrt', 'plateau', 'none')
+LOSSES = ('ce', 'bce', 'asl', 'poly')
+
+
+def option(
+        default: Any,
+        help: str,
+        *,
+        choices: tuple = (),
+        low: float | None = None,
+        high: float | None = None,
+        flags: tuple = (),
+        const: Any = None,
+        nargs: int | None = None,
+) -> Any:
+    """A dataclass field with what the parser needs; ``low`` and ``high`` are inclusive bounds."""
+    metadata = dict(help=help, choices=choices, low=low, high=high, flags=flags, const=const, nargs=nargs)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class DataOptions:
+    """Data set"""
+    data_dir: str = option('', 'folder (or .tar) with the data; where torch/, hfds/ and tfds/ sources keep their files')
+    dataset: str = option(
+        '', 'source: empty for a folder or tar, digits, torch/NAME, hfds/NAME, hfids/NAME, wds/NAME, '
+        'tfds/NAME')
+    train_split: str = option('train', 'name of the training split')
+    val_split: str = option(
+        'validation', 'name of the evaluation split; it chooses the best epoch unless '
+        '--val-split-fraction is given')
+    val_split_fraction: float = option(
+        0., 'take this part of the training split, stratified by class and fixed by --seed, as the evaluation split '
+            'instead of --val-split: for data sets whose only other split is the test set', low=0., high=0.9)
+    train_num_samples: int | None = option(None, 'images in the training split, for streamed sources', low=1)
+    val_num_samples: int | None = option(None, 'images in the evaluation split, for streamed sources', low=1)
+    dataset_download: bool = option(False, 'allow torch/ and tfds/ sources to download')
+    dataset_trust_remote_code: bool = option(False, 'let hfds/ and hfids/ run code from the data set repository')
+    class_map: str = option('', 'file that maps class names to indices')
+    input_img_mode: str | None = option(
+        None, "PIL mode of the images; 'L' for a model with one input channel, else 'RGB'")
+    input_key: str | None = option(None, 'name of the image field (hfds/, hfids/, wds/)')
+    target_key: str | None = option(None, 'name of the label field (hfds/, hfids/, wds/)')
+    skip_unreadable: bool = option(
+        False, 'go on when an image cannot be read: replaced in training, left out in '
+        'evaluation, counted in the result (timm always replaces, silently)')
+
+
+@dataclass
+class ModelOptions:
+    """Model"""
+    model: str = option('resnet50', 'name of the model: any of timm or timm_spinal')
+    pretrained: bool = option(False, 'start from the pretrained weights of this name')
+    pretrained_path: str | None = option(None, 'load this file as if it were the pretrained weights (head adapted)')
+    initial_checkpoint: str = option('', 'load this file after the model is made (exact match)')
+    num_classes: int | None = option(None, 'classes; from the data set when not given (timm: from the model)', low=1)
+    gp: str | None = option(None, 'global pooling: avg, max, avgmax, catavgmax, fast')
+    img_size: int | None = option(None, 'image side in pixels', low=1)
+    in_chans: int | None = option(None, 'input channels; the model default when not given (timm: 3)', low=1)
+    input_size: list[int] | None = option(None, 'channels, height and width, for instance 3 224 224', nargs=3)
+    crop_pct: float | None = option(None, 'centre crop of the evaluation images, part of the side', low=0.01)
+    crop_mode: str | None = option(None, 'crop of the evaluation images', choices=('squash', 'border', 'center'))
+    mean: list[float] | None = option(None, 'mean of the pixels, one per channel or one for all')
+    std: list[float] | None = option(None, 'standard deviation of the pixels')
+    interpolation: str = option('', 'interpolation of the evaluation images')
+    channels_last: bool = option(False, 'channels-last memory layout')
+    grad_checkpointing: bool = option(False, 'compute activations again in the backward pass to save memory')
+    model_kwargs: dict[str, Any] = option({}, 'further model arguments as key=value, for instance head_width=256')
+    head_init_scale: float | None = option(None, 'multiply the initial weights of the classifier')
+    head_init_bias: float | None = option(None, 'initial bias of the classifier')
+    torchcompile: str | None = option(None, 'compile with this backend', const='inductor')
+    torchcompile_mode: str | None = option(None, 'mode of torch.compile')
+    drop: float = option(0., 'dropout of the backbone', low=0., high=1.)
+    drop_path: float | None = option(None, 'stochastic depth', low=0., high=1.)
+    drop_block: float | None = option(None, 'drop block', low=0., high=1.)
+    bn_momentum: float | None = option(None, 'BatchNorm momentum')
+    bn_eps: float | None = option(None, 'BatchNorm epsilon')
+    freeze: str = option(
+        'none', 'what is not trained: backbone (all but the head), bn (BatchNorm)',
+                         choices=('none', 'backbone', 'bn'))
+
+
+@dataclass
+class LoaderOptions:
+    """Batches and workers"""
+    batch_size: int = option(128, 'training images per process and step', low=1, flags=('-b',))
+    validation_batch_size: int | None = option(None, 'evaluation images per process and step', low=1, flags=('-vb',))
+    workers: int = option(4, 'loader processes per process; 0 loads in the process itself', low=0, flags=('-j',))
+    pin_mem: bool = option(False, 'pin memory of the batches')
+    seed: int = option(42, 'random seed', low=0)
+    mixed_precision: str | None = option(
+        None, "as 'accelerate launch --mixed_precision'; not given: what accelerate is "
+        'configured to', choices=('no', 'fp16', 'bf16', 'fp8'))
+    debug: bool = option(False, 'show the traceback of an error')
+
+
+@dataclass
+class OptimizerOptions:
+    """Optimizer"""
+    opt: str = option('sgd', 'optimizer, any of timm')
+    opt_eps: float | None = option(None, 'epsilon of the optimizer')
+    opt_betas: list[float] | None = option(None, 'betas of the optimizer')
+    momentum: float = option(0.9, 'momentum', low=0.)
+    weight_decay: float = option(2e-5, 'weight decay', low=0.)
+    opt_kwargs: dict[str, Any] = option({}, 'further optimizer arguments as key=value')
+    clip_grad: float | None = option(None, 'clip gradients at this value', low=0.)
+    clip_mode: str = option('norm', 'how gradients are clipped', choices=('norm', 'value', 'agc'))
+    layer_decay: float | None = option(None, 'learning rate factor from a layer to the one below', low=0., high=1.)
+    layer_decay_min_scale: float = option(0., 'lowest scale of layer decay', low=0.)
+    layer_decay_no_opt_scale: float | None = option(None, 'layers below this scale are not trained', low=0.)
+    grad_accum_steps: int = option(1, 'batches per update', low=1)
+
+
+@dataclass
+class ScheduleOptions:
+    """Learning rate schedule"""
+    sched: str = option('cosine', 'schedule', choices=SCHEDULERS)
+    sched_on_updates: bool = option(False, 'step the schedule at every update instead of every epoch')
+    lr: float | None = option(None, 'learning rate; not given: lr_base scaled by the global batch size', low=0.)
+    lr_base: float = option(0.1, 'learning rate of a batch of lr_base_size images', low=0.)
+    lr_base_size: int = option(256, 'batch size that lr_base is for', low=1)
+    lr_base_scale: str = option(
+        '', 'scaling of lr_base with the batch; empty: by the optimizer',
+        choices=('', 'linear', 'sqrt'))
+    lr_noise: list[float] | None = option(None, 'start (and end) of learning rate noise, part of all epochs')
+    lr_noise_pct: float = option(0.67, 'limit of the noise', low=0.)
+    lr_noise_std: float = option(1., 'standard deviation of the noise', low=0.)
+    lr_cycle_mul: float = option(1., 'length factor from cycle to cycle')
+    lr_cycle_decay: float = option(0.5, 'learning rate factor from cycle to cycle')
+    lr_cycle_limit: int = option(1, 'number of cycles', low=1)
+    lr_k_decay: float = option(1., 'k-decay of cosine and poly')
+    lr_decay_fn: str | None = option(None, 'shape of the decay of wsd and rsqrt')
+    lr_stable_timescale: float | None = option(None, 'time scale of rsqrt in epochs')
+    warmup_lr: float = option(1e-5, 'learning rate at the start of the warm-up', low=0.)
+    min_lr: float = option(0., 'lowest learning rate', low=0.)
+    epochs: int = option(300, 'epochs', low=1)
+    stop_epoch: int | None = option(None, 'stop after this many epochs; the schedule stays that of --epochs', low=1)
+    epoch_repeats: float = option(0., 'times the training set is seen per epoch, when above 0', low=0.)
+    decay_milestones: list[int] = option([90, 180, 270], 'epochs at which multistep decays')
+    decay_epochs: float | None = option(
+        None, 'epochs between decays; not given: 90, for wsd and rsqrt the last fifth',
+        low=0.)
+    warmup_epochs: int = option(5, 'epochs of warm-up', low=0)
+    warmup_prefix: bool = option(False, 'warm-up comes before the schedule, not out of it')
+    cooldown_epochs: int = option(0, 'epochs at the lowest learning rate at the end', low=0)
+    patience_epochs: int = option(10, 'patience of plateau', low=0)
+    decay_rate: float = option(0.1, 'factor of a decay', flags=('--dr',))
+
+
+@dataclass
+class AugmentOptions:
+    """Augmentation"""
+    no_aug: bool = option(False, 'no training augmentation at all')
+    train_crop_mode: str | None = option(
+        None, 'random crop: rrc (random resized), rkrc or rkrr (keep the ratio)',
+        choices=('rrc', 'rkrc', 'rkrr'))
+    scale: list[float] = option([0.08, 1.0], 'area of the random crop')
+    ratio: list[float] = option([3. / 4., 4. / 3.], 'aspect ratio of the random crop')
+    hflip: float = option(0.5, 'probability of a horizontal flip', low=0., high=1.)
+    vflip: float = option(0., 'probability of a vertical flip', low=0., high=1.)
+    rotation: float = option(
+        0., 'random rotation of up to this many degrees (torchvision RandomRotation)', low=0.,
+        high=180.)
+    perspective: float = option(0., 'probability of torchvision RandomPerspective, distortion 0.5', low=0., high=1.)
+    color_jitter: float | None = option(0.4, 'colour jitter; has no effect on aa policies', low=0.)
+    color_jitter_prob: float | None = option(None, 'probability of colour jitter', low=0., high=1.)
+    grayscale_prob: float | None = option(None, 'probability of grey images', low=0., high=1.)
+    gaussian_blur_prob: float | None = option(None, 'probability of a blur', low=0., high=1.)
+    aa: str | None = option(None, 'AutoAugment policy: rand-m9-mstd0.5, augmix-m3, original, v0, 3a, ...')
+    aug_repeats: float = option(
+        0, 'times an image comes in a pass, each time augmented differently; the epoch stays as long', low=0)
+    reprob: float = option(0., 'probability of random erasing', low=0., high=1.)
+    remode: str = option('pixel', 'filling of random erasing', choices=('pixel', 'rand', 'const'))
+    recount: int = option(1, 'rectangles of random erasing', low=1)
+    mixup: float = option(0., 'mixup alpha', low=0.)
+    cutmix: float = option(0., 'cutmix alpha', low=0.)
+    cutmix_minmax: list[float] | None = option(None, 'smallest and largest cutmix ratio, overrides alpha', nargs=2)
+    mixup_prob: float = option(1., 'probability of mixing a batch', low=0., high=1.)
+    mixup_switch_prob: float = option(0.5, 'probability of cutmix when both are on', low=0., high=1.)
+    mixup_mode: str = option('batch', 'mix per batch, pair or element', choices=('batch', 'pair', 'elem'))
+    mixup_off_epoch: int = option(0, 'no mixing from this epoch on, when above 0', low=0)
+    train_interpolation: str = option('random', 'interpolation of the training images')
+
+
+@dataclass
+class ObjectiveOptions:
+    """Loss and distillation"""
+    loss: str | None = option(None, 'loss, as in timm.loss.create_classification_loss; not given: ce', choices=LOSSES)
+    smoothing: float = option(0.1, 'label smoothing', low=0., high=1.)
+    bce_loss: bool = option(False, 'the same as --loss bce')
+    bce_sum: bool = option(False, 'sum the bce loss over the classes')
+    bce_target_thresh: float | None = option(None, 'make mixed targets binary at this value', low=0., high=1.)
+    bce_pos_weight: float | None = option(None, 'weight of the positive term of bce', low=0.)
+    asl_gamma_pos: float = option(1., 'focusing of positives of asl', low=0.)
+    asl_gamma_neg: float = option(4., 'focusing of negatives of asl', low=0.)
+    poly_epsilon: float = option(2., 'Poly-1 coefficient')
+    kd_model_name: str | None = option(None, 'teacher for distillation')
+    kd_distill_type: str = option('logit', 'what is distilled', choices=('logit', 'feature', 'token'))
+    kd_loss_type: str = option('kl', 'loss of logit distillation', choices=('kl',))
+    kd_temperature: float = option(4., 'temperature of distillation', low=0.01)
+    distill_loss_weight: float | None = option(None, 'weight of the distillation loss', low=0.)
+    task_loss_weight: float | None = option(None, 'weight of the classification loss', low=0.)
+    kd_student_feature_dim: int | None = option(None, 'width of the student features', low=1)
+    kd_teacher_feature_dim: int | None = option(None, 'width of the teacher features', low=1)
+    kd_token_distill_type: str = option('soft', 'kind of token distillation', choices=('soft', 'hard'))
+
+
+@dataclass
+class AverageOptions:
+    """Weight averaging and BatchNorm across processes"""
+    model_ema: bool = option(False, 'keep a moving average of the weights and evaluate it')
+    model_ema_force_cpu: bool = option(False, 'keep the average on the CPU')
+    model_ema_decay: float = option(0.9998, 'decay of the average', low=0., high=1.)
+    model_ema_warmup: bool = option(False, 'warm the decay up')
+    sync_bn: bool = option(False, 'BatchNorm over all processes')
+    dist_bn: str = option('reduce', 'share BatchNorm statistics after each epoch', choices=('', 'broadcast', 'reduce'))
+
+
+@dataclass
+class RunOptions:
+    """Run folder, evaluation and checkpoints"""
+    output: str = option('', 'folder for runs; not given: output/train')
+    experiment: str = option('', 'name of the run folder; not given: date, model and image size')
+    resume: str = option('', "go on from 'auto' (the run folder of --experiment) or from this run folder or checkpoint")
+    eval_metric: str = option('top1', 'metric of the best epoch', choices=('top1', 'top5', 'loss'))
+    val_interval: int = option(1, 'epochs between evaluations', low=1)
+    early_stop_patience: int = option(0, 'stop after so many evaluations without a better metric, when above 0', low=0)
+    checkpoint_steps: int = option(0, 'write a checkpoint every so many updates too, when above 0', low=0)
+    checkpoint_hist: int = option(2, 'checkpoints kept (timm: 10; ours hold the whole state of the run)', low=1)
+    log_interval: int = option(50, 'updates between log values', low=1)
+    log_with: list[str] = option([], 'trackers of accelerate: tensorboard, wandb, trackio, mlflow, ...')
