@@ -1,0 +1,28 @@
+"""timm entrypoints, one file per family. Importing this package registers them."""
+
+from typing import Iterable, List, Union
+
+import timm
+
+from . import head_variants
+from .attach_head import attach_head as attach_head
+from .head_variants import ensure_registered as ensure_registered
+from .head_variants import register_head_variant as register_head_variant
+
+# timm's registry knows a model by the last part of the module that defines it
+_MODULES = [module.__name__.rpartition('.')[2] for module in (head_variants,)]
+
+
+def list_models(
+        filter: Union[str, Iterable[str]] = '',
+        pretrained: bool = False,
+        exclude_filters: Union[str, Iterable[str]] = '',
+) -> List[str]:
+    """Names of the models that this package registers, sorted as timm sorts.
+
+    Args:
+        filter: Wildcard or wildcards as in ``timm.list_models``.
+        pretrained: Only names with weights, with their tags.
+        exclude_filters: Wildcards to leave out.
+    """
+    return timm.list_models(filter, module=_MODULES, pretrained=pretrained, exclude_filters=exclude_filters)

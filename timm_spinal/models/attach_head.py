@@ -1,0 +1,175 @@
+"""Put a head in the place of the classifier of a model that timm has built.
+
+Every timm classification model can give up its classifier by ``reset_classifier(0)`` and then answers with its pooled
+embedding. That is the whole mechanism: the model's class is replaced by a subclass of it which sends that embedding
+through a head, the submodule ``attached_head``. Backbone parameter names do not change, the head's come last.
+"""
+
+import functools
+import inspect
+from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
+
+import torch
+from timm.layers.helpers import get_device_dtype
+from timm.models import get_model_args
+from torch import nn
+
+from ..layers import HEADS, create_head, head_options
+
+HEAD_NAME = 'attached_head'
+CLASSIFIER_NAME = f'{HEAD_NAME}.fc'
+
+
+class HeadedModel:
+    """What :func:`attach_head` mixes into a timm class, in front of it in the method resolution order.
+
+    ``pooled`` is the timm class's own ``forward_head``: features to pooled embedding, since its classifier is gone.
+    With pooling off (``global_pool=''``) the head is passed by and the model gives its feature map, as in timm.
+    """
+
+    attached_head: nn.Module
+    unpooled: bool
+
+    def forward_head(self, x, pre_logits: bool = False):
+        x = self.pooled(x)
+        if self.unpooled:
+            return x
+        return self.attached_head(x, pre_logits)
+
+    @torch.jit.ignore
+    def get_classifier(self, name_only: bool = False) -> Union[str, nn.Module]:
+        """The last linear, or its name."""
+        return CLASSIFIER_NAME if name_only else self.attached_head.fc
+
+    @torch.jit.ignore
+    def reset_classifier(
+            self,
+            num_classes: int,
+            global_pool: Optional[str] = None,
+            reset_other: bool = False,
+    ) -> None:
+        """Replace the last linear.
+
+        Args:
+            num_classes: Number of classes, 0 for none: the model then answers with the pre-logits.
+            global_pool: Pooling type, the current one is kept if None. With '' the model answers with its feature map.
+            reset_other: Drop the head's hidden layers, and what timm drops of its own pre-classifier layers.
+        """
+        dd = get_device_dtype(self)
+        _reset_backbone(self, global_pool, reset_other)
+        in_features = None if self.unpooled else self.head_hidden_size
+        self.attached_head.reset(num_classes, reset_other=reset_other, in_features=in_features, **dd)
+        self.num_classes = num_classes
+        if not self.unpooled:
+            self.head_hidden_size = self.attached_head.hidden_size
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> List[int]:
+        """As timm's; where it takes the classifier away, the head's hidden layers go too."""
+        self.head_hidden_size = self.attached_head.in_features
+        kept = super().prune_intermediate_layers(*args, **kwargs)
+        if self.num_classes == 0:
+            self.attached_head.reset(0, reset_other=True)
+        if not self.unpooled:
+            self.head_hidden_size = self.attached_head.hidden_size
+        return kept
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return _new_headed_model, (self.backbone_cls,), self.__dict__
+
+
+def attach_head(model: nn.Module, head: str, num_classes: Optional[int] = None, **options: Any) -> nn.Module:
+    """Replace the classifier of a timm model by a head, in place.
+
+    Backbone parameters keep their names and values, the model its device, dtype, mode and frozen parameters; the head
+    is new and trainable. timm's contract goes on: ``reset_classifier``, ``get_classifier``, ``forward_head``,
+    ``head_hidden_size``, ``save_for_hf``, copying and pickling. A head attached before is replaced.
+
+    Args:
+        model: A model from ``timm.create_model``. Where timm averages several classifiers (distilled models), the head
+            takes the average of their inputs.
+        head: 'spinal', 'pspinal', 'mlp' or 'linear'.
+        num_classes: Number of classes, the model's own if None.
+        **options: The head's options, prefixed ``head_``, such as ``head_width=256`` or ``head_preset='caltech101'``.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If the model cannot take a head, or the head or a value of an option is unknown.
+        TypeError: If the head has no such option.
+    """
+    for name in options:
+        if not name.startswith('head_'):
+            raise TypeError(f"Unknown option '{name}'; a head's options begin with 'head_', such as head_width.")
+    head_kwargs = {name[len('head_'):]: value for name, value in options.items()}
+    _check_model(model)
+    num_classes = model.num_classes if num_classes is None else num_classes
+    was_attached = hasattr(model, HEAD_NAME)
+    in_features = model.attached_head.in_features if was_attached else model.head_hidden_size
+    new_head = create_head(head, in_features, num_classes, **head_kwargs, **get_device_dtype(model))
+
+    if not was_attached:
+        model.unpooled = get_model_args(model).get('global_pool') == ''
+    _reset_backbone(model, None, reset_other=False)
+    if not model.unpooled and model.head_hidden_size != in_features:
+        new_head.reset(num_classes, in_features=model.head_hidden_size)
+    model.attached_head = new_head.train(model.training)
+    if not was_attached:
+        model.backbone_architecture = model.pretrained_cfg['architecture']
+        model.__class__ = _headed_cls(type(model))
+    model.num_classes = num_classes
+    if not model.unpooled:
+        model.head_hidden_size = new_head.hidden_size
+    model.pretrained_cfg = dict(
+        model.pretrained_cfg,
+        architecture=f'{model.backbone_architecture}_{head}',
+        classifier=CLASSIFIER_NAME,
+    )
+    model.default_cfg = model.pretrained_cfg
+    backbone_args = {k: v for k, v in getattr(model, '_model_args', {}).items() if k not in _head_arg_names()}
+    model._model_args = dict(backbone_args, **options)  # what timm writes to config.json
+    return model
+
+
+def _head_arg_names() -> Set[str]:
+    return {f'head_{option}' for head in HEADS for option in head_options(head)}
+
+
+def _check_model(model: nn.Module) -> None:
+    needed = ('pretrained_cfg', 'num_classes', 'head_hidden_size', 'forward_head', 'reset_classifier')
+    missing = [name for name in needed if not hasattr(model, name)]
+    if missing:
+        raise ValueError(
+            f'{type(model).__name__} cannot take a head: it has no {missing[0]}, so it is no timm classifier; '
+            'pass what timm.create_model returns, without features_only.')
+
+
+def _reset_backbone(model: nn.Module, global_pool: Optional[str], reset_other: bool) -> None:
+    """timm's own ``reset_classifier(0)``; afterwards ``head_hidden_size`` is the width of the embedding."""
+    head = getattr(model, HEAD_NAME, None)
+    if head is not None and not model.unpooled and model.head_hidden_size == head.hidden_size:
+        model.head_hidden_size = head.in_features
+    backbone_cls = getattr(model, 'backbone_cls', type(model))
+    kwargs: Dict[str, Any] = {'global_pool': global_pool} if global_pool is not None else {}
+    if reset_other and 'reset_other' in inspect.signature(backbone_cls.reset_classifier).parameters:
+        kwargs['reset_other'] = True
+    backbone_cls.reset_classifier(model, 0, **kwargs)
+    if global_pool is not None:
+        model.unpooled = not global_pool
+
+
+@functools.cache
+def _headed_cls(backbone_cls: Type[nn.Module]) -> Type[nn.Module]:
+    attributes = dict(
+        __doc__=f'{backbone_cls.__name__} with an attached head.',
+        __module__=__name__,
+        backbone_cls=backbone_cls,
+        pooled=backbone_cls.forward_head,
+    )
+    return type(f'{backbone_cls.__name__}WithHead', (HeadedModel, backbone_cls), attributes)
+
+
+def _new_headed_model(backbone_cls: Type[nn.Module]) -> nn.Module:
+    cls = _headed_cls(backbone_cls)
+    return cls.__new__(cls)
