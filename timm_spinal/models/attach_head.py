@@ -7,14 +7,14 @@ through a head, the submodule ``attached_head``. Backbone parameter names do not
 
 import functools
 import inspect
-from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Set, Tuple, Type, Union
 
 import torch
 from timm.layers.helpers import get_device_dtype
 from timm.models import get_model_args
 from torch import nn
 
-from ..layers import HEADS, create_head, head_options
+from ..layers import HEADS, ClassifierHead, create_head, head_options
 
 HEAD_NAME = 'attached_head'
 CLASSIFIER_NAME = f'{HEAD_NAME}.fc'
@@ -27,8 +27,12 @@ class HeadedModel:
     With pooling off (``global_pool=''``) the head is passed by and the model gives its feature map, as in timm.
     """
 
-    attached_head: nn.Module
-    unpooled: bool
+    if TYPE_CHECKING:  # TorchScript reads annotations at run time
+        attached_head: ClassifierHead
+        unpooled: bool
+        num_classes: int
+        head_hidden_size: int
+        backbone_cls: Type[nn.Module]
 
     def forward_head(self, x, pre_logits: bool = False):
         x = self.pooled(x)
@@ -78,6 +82,26 @@ class HeadedModel:
         return _new_headed_model, (self.backbone_cls,), self.__dict__
 
 
+class HeadedMaskedModel(HeadedModel):
+    """For timm classes whose ``forward_head`` takes more than features, such as the mask of valid patches."""
+
+    def forward_head(self, *args: Any, pre_logits: bool = False, **kwargs: Any) -> torch.Tensor:
+        x = self.pooled(*args, pre_logits=self.several_classifiers, **kwargs)
+        return x if self.unpooled else self.attached_head(x, pre_logits)
+
+
+class HeadedDistilledModel(HeadedModel):
+    """For timm classes with a classifier for a teacher, which one head replaces too."""
+
+    @torch.jit.ignore
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Refused: the head gives one answer, token distillation needs two."""
+        if enable:
+            raise ValueError(
+                f'{self.pretrained_cfg["architecture"]} has one head and no second classifier for token distillation; '
+                'use logit or feature distillation.')
+
+
 def attach_head(model: nn.Module, head: str, num_classes: Optional[int] = None, **options: Any) -> nn.Module:
     """Replace the classifier of a timm model by a head, in place.
 
@@ -87,7 +111,7 @@ def attach_head(model: nn.Module, head: str, num_classes: Optional[int] = None, 
 
     Args:
         model: A model from ``timm.create_model``. Where timm averages several classifiers (distilled models), the head
-            takes the average of their inputs.
+            takes what timm calls the pre-logits: the average of their inputs, or their concatenation.
         head: 'spinal', 'pspinal', 'mlp' or 'linear'.
         num_classes: Number of classes, the model's own if None.
         **options: The head's options, prefixed ``head_``, such as ``head_width=256`` or ``head_preset='caltech101'``.
@@ -111,6 +135,7 @@ def attach_head(model: nn.Module, head: str, num_classes: Optional[int] = None, 
 
     if not was_attached:
         model.unpooled = get_model_args(model).get('global_pool') == ''
+        model.several_classifiers = not isinstance(model.pretrained_cfg.get('classifier') or '', str)
     _reset_backbone(model, None, reset_other=False)
     if not model.unpooled and model.head_hidden_size != in_features:
         new_head.reset(num_classes, in_features=model.head_hidden_size)
@@ -167,7 +192,12 @@ def _headed_cls(backbone_cls: Type[nn.Module]) -> Type[nn.Module]:
         backbone_cls=backbone_cls,
         pooled=backbone_cls.forward_head,
     )
-    return type(f'{backbone_cls.__name__}WithHead', (HeadedModel, backbone_cls), attributes)
+    mixin = HeadedModel
+    if len(inspect.signature(backbone_cls.forward_head).parameters) > len(('self', 'x', 'pre_logits')):
+        mixin = HeadedMaskedModel
+    elif hasattr(backbone_cls, 'set_distilled_training'):
+        mixin = HeadedDistilledModel
+    return type(f'{backbone_cls.__name__}WithHead', (mixin, backbone_cls), attributes)
 
 
 def _new_headed_model(backbone_cls: Type[nn.Module]) -> nn.Module:
