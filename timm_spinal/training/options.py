@@ -34,15 +34,13 @@ class DataOptions:
     """Data set"""
     data_dir: str = option('', 'folder (or .tar) with the data; where torch/, hfds/ and tfds/ sources keep their files')
     dataset: str = option(
-        '', 'source: empty for a folder or tar, digits, torch/NAME, hfds/NAME, hfids/NAME, wds/NAME, '
-        'tfds/NAME')
+        '', 'source: empty for a folder or tar, digits, torch/NAME, hfds/NAME, hfids/NAME, wds/NAME, tfds/NAME')
     train_split: str = option('train', 'name of the training split')
-    val_split: str = option(
-        'validation', 'name of the evaluation split; it chooses the best epoch unless '
-        '--val-split-fraction is given')
+    val_split: str = option('validation', 'name of the evaluation split, which chooses the best epoch')
     val_split_fraction: float = option(
-        0., 'take this part of the training split, stratified by class and fixed by --seed, as the evaluation split '
-            'instead of --val-split: for data sets whose only other split is the test set', low=0., high=0.9)
+        0., 'cut this part out of the training split, stratified by class and fixed by --seed, and use it in place of '
+        '--val-split: for data sets whose only other split is the test set', low=0., high=0.9)
+    test_split: str = option('', 'split that is evaluated once, at the end, with the best weights; never for choosing')
     train_num_samples: int | None = option(None, 'images in the training split, for streamed sources', low=1)
     val_num_samples: int | None = option(None, 'images in the evaluation split, for streamed sources', low=1)
     dataset_download: bool = option(False, 'allow torch/ and tfds/ sources to download')
@@ -53,8 +51,8 @@ class DataOptions:
     input_key: str | None = option(None, 'name of the image field (hfds/, hfids/, wds/)')
     target_key: str | None = option(None, 'name of the label field (hfds/, hfids/, wds/)')
     skip_unreadable: bool = option(
-        False, 'go on when an image cannot be read: replaced in training, left out in '
-        'evaluation, counted in the result (timm always replaces, silently)')
+        False, 'go on when an image cannot be read: replaced in training, left out in evaluation, counted in the '
+        'result (timm always replaces)')
 
 
 @dataclass
@@ -87,8 +85,7 @@ class ModelOptions:
     bn_momentum: float | None = option(None, 'BatchNorm momentum')
     bn_eps: float | None = option(None, 'BatchNorm epsilon')
     freeze: str = option(
-        'none', 'what is not trained: backbone (all but the head), bn (BatchNorm)',
-                         choices=('none', 'backbone', 'bn'))
+        'none', 'what is not trained: backbone (all but the head), bn (BatchNorm)', choices=('none', 'backbone', 'bn'))
 
 
 @dataclass

@@ -1,0 +1,287 @@
+"""From a config to loaders.
+
+`create_datasets` opens the splits and settles the number of classes, which the model needs; `create_data` adds the
+transforms, which need the model::
+
+    datasets = create_datasets(config)
+    model = timm.create_model(config.model, num_classes=datasets.num_classes)
+    data = create_data(config, model, datasets)
+    for epoch in range(config.epochs):
+        data.set_epoch(epoch)
+        for images, targets in data.train_loader: ...
+
+The loaders are plain torch loaders, made to be given to `accelerator.prepare`. Batches depend on (seed, epoch,
+position) only; see `sampling` and `dataset`. Streamed sources are the exception.
+"""
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from timm_spinal.errors import UserError
+
+from .config import TrainConfig, ValidateConfig
+from .dataset import ImageData, Source, StreamData
+from .sampling import EvalSampler, TrainSampler, stratified_split
+from .sources import open_source
+from .torch_sources import torch_split
+from .transforms import eval_transform, image_mode, resolve_data, train_transform
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Datasets:
+    """The splits of a run before any transform; ``train`` and ``test`` are None where they were not asked for."""
+    train: Source | None
+    eval: Source
+    test: Source | None
+    num_classes: int
+    class_names: list[str] | None
+
+
+@dataclass
+class TrainData:
+    """Loaders of a run and what they are made of.
+
+    Attributes:
+        train_loader: Shuffled and augmented batches of (B, C, H, W) float images and (B,) classes; drops the last
+            incomplete batch, as timm does.
+        eval_loader: Every image of the evaluation split once; class -1 marks an image to leave out.
+        test_loader: The same for --test-split, or None.
+        mixup: To call on each training batch, or None.
+        data_config: As `timm.data.resolve_data_config`.
+        streamed: The training data come from a stream: no exact resume within an epoch.
+    """
+    train_loader: DataLoader
+    eval_loader: DataLoader
+    test_loader: DataLoader | None
+    mixup: Mixup | None
+    num_classes: int
+    class_names: list[str] | None
+    data_config: dict[str, Any]
+    train_size: int
+    eval_size: int
+    test_size: int
+    streamed: bool
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set order and augmentation of the epoch that is iterated next; also after `accelerator.prepare`."""
+        target = self.train_loader.dataset if self.streamed else self.train_loader.sampler
+        target.begin_epoch(epoch)
+
+    def skipped(self) -> int:
+        """Different images found to be unreadable so far, by this process and its workers."""
+        loaders = (self.train_loader, self.eval_loader, self.test_loader)
+        return sum(count_skipped(loader) for loader in loaders if loader is not None)
+
+
+def count_skipped(loader: DataLoader) -> int:
+    """Different images of a loader found to be unreadable so far."""
+    unreadable = getattr(loader.dataset, 'unreadable', None)
+    return 0 if unreadable is None else int(unreadable.sum())
+
+
+# ---- splits -----------------------------------------------------------------------------------------------------
+
+
+def create_datasets(config: TrainConfig | ValidateConfig, train: bool = True) -> Datasets:
+    """Open the splits that a config names and settle the number of classes.
+
+    Args:
+        config: The run's config.
+        train: Open the training split; validation needs the evaluation split only.
+
+    Raises:
+        UserError: Data that are missing, empty, unknown or inconsistent, or more classes than --num-classes.
+    """
+    if config.val_split_fraction:
+        whole = open_source(config, config.train_split, whole=True)
+        if whole.labels is None:
+            raise UserError(f'--val-split-fraction: the classes of {whole.name} are not known beforehand; '
+                            f'name a split with --val-split')
+        first, second = stratified_split(whole.labels, config.val_split_fraction, config.seed)
+        train_source, eval_source = whole.subset(first), whole.subset(second)
+    else:
+        train_source = open_source(config, config.train_split, training=True) if train else None
+        eval_source = _matched(config, config.val_split, train_source)
+        _tell_if_test(config)
+    test_source = _matched(config, config.test_split, train_source) if train and config.test_split else None
+    reference = train_source or eval_source
+    return Datasets(
+        train_source if train else None,
+        eval_source,
+        test_source,
+        _num_classes(config, [s for s in (train_source, eval_source, test_source) if s is not None]),
+        reference.class_names,
+    )
+
+
+def _matched(config: TrainConfig | ValidateConfig, split: str, train: Source | None) -> Source:
+    """A split whose classes have the indices that they have in training."""
+    source = open_source(config, split)
+    if train is None or not train.class_names or not source.class_names or train.class_names == source.class_names:
+        return source
+    unknown = [name for name in source.class_names if name not in train.class_names]
+    if unknown:
+        raise UserError(f'classes: {source.name} has {len(unknown)} that {train.name} has not ({", ".join(unknown[:5])}'
+                        f'{", ..." if len(unknown) > 5 else ""}); use the same class names in both')
+    return open_source(config, split, class_map={name: i for i, name in enumerate(train.class_names)})
+
+
+def _num_classes(config: TrainConfig | ValidateConfig, sources: list[Source]) -> int:
+    counts = [len(s.class_names or ()) for s in sources]
+    counts += [int(s.labels.max()) + 1 for s in sources if s.labels is not None and len(s.labels)]
+    found = max(counts)
+    if config.num_classes is None:
+        if not found:
+            raise UserError(f'dataset {config.dataset}: its classes are not known; give their number with '
+                            f'--num-classes')
+        return found
+    if found > config.num_classes:
+        raise UserError(f'--num-classes {config.num_classes}: the data have {found} classes; give {found} or leave it '
+                        f'out')
+    if 0 < found < config.num_classes:
+        _logger.warning(f'--num-classes {config.num_classes}: the data have {found} classes, the rest stays unused')
+    return config.num_classes
+
+
+def _tell_if_test(config: TrainConfig | ValidateConfig) -> None:
+    prefix, _, name = config.dataset.partition('/')
+    if isinstance(config, TrainConfig) and prefix.lower() == 'torch' and config.val_split != 'test':
+        if torch_split(name.lower(), config.val_split) == 'test':
+            _logger.warning(f'{config.dataset} has no validation split: the test split chooses the best epoch; '
+                            f'--val-split-fraction 0.1 --test-split test keeps it for the end')
+
+
+# ---- loaders ----------------------------------------------------------------------------------------------------
+
+
+def create_data(
+        config: TrainConfig,
+        model: nn.Module,
+        datasets: Datasets,
+        seed: int | None = None,
+        num_processes: int = 1,
+) -> TrainData:
+    """Loaders for a run.
+
+    Args:
+        config: The run's config.
+        model: Its input size, channels, mean and std are used where the config gives none.
+        datasets: From `create_datasets`.
+        seed: Of order and augmentation, the same in every process; ``config.seed`` when None.
+        num_processes: Processes that `accelerator.prepare` will share the batches out to.
+
+    Raises:
+        UserError: A batch size that leaves no full batch, or does not fit mixing or BatchNorm; augmentation that timm
+            refuses; a streamed source in several processes.
+    """
+    seed = config.seed if seed is None else seed
+    train = datasets.train
+    assert train is not None, 'create_datasets was called with train=False'
+    _check_batch(config, model, train, num_processes)
+    data_config = resolve_data(config, model)
+    mode = image_mode(config, data_config['input_size'][0])
+    transform = train_transform(config, data_config)
+    if train.streamed:
+        dataset: Dataset = StreamData(train, transform, mode, seed)
+        sampler = None
+    else:
+        dataset = ImageData(train, transform, mode, 'replace' if config.skip_unreadable else 'raise')
+        sampler = TrainSampler(len(train), seed, config.aug_repeats, config.epoch_repeats)
+    mixing = config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None
+    return TrainData(
+        train_loader=_loader(config, dataset, sampler, config.batch_size, drop_last=True),
+        eval_loader=_eval_loader(config, datasets.eval, data_config, mode),
+        test_loader=_eval_loader(config, datasets.test, data_config, mode) if datasets.test else None,
+        mixup=_mixup(config, datasets.num_classes) if mixing else None,
+        num_classes=datasets.num_classes,
+        class_names=datasets.class_names,
+        data_config=data_config,
+        train_size=len(train),
+        eval_size=len(datasets.eval),
+        test_size=len(datasets.test) if datasets.test else 0,
+        streamed=train.streamed,
+    )
+
+
+def create_eval_loader(
+        config: TrainConfig | ValidateConfig,
+        model: nn.Module,
+        datasets: Datasets,
+) -> tuple[DataLoader, dict[str, Any]]:
+    """The evaluation loader and the data config, for validation of a trained model.
+
+    Raises:
+        UserError: The data have not the model's classes.
+    """
+    have, want = datasets.num_classes, getattr(model, 'num_classes', datasets.num_classes)
+    if have > want or (have < want and not config.dataset and not config.class_map):
+        raise UserError(f'classes: {datasets.eval.name} has {have}, the model {want}; use the data it was trained for'
+                        f', or number the folders with --class-map')
+    data_config = resolve_data(config, model)
+    mode = image_mode(config, data_config['input_size'][0])
+    return _eval_loader(config, datasets.eval, data_config, mode), data_config
+
+
+def _check_batch(config: TrainConfig, model: nn.Module, train: Source, num_processes: int) -> None:
+    batch = config.batch_size
+    if train.streamed and num_processes > 1:
+        raise UserError(f'dataset {config.dataset}: streamed sources are read by one process only; use '
+                        f'--num_processes 1, or the same data by hfds/ or as a folder')
+    length = round(len(train) * config.epoch_repeats) if config.epoch_repeats > 0 else len(train)
+    if length < batch * num_processes:
+        share = f' in each of {num_processes} processes' if num_processes > 1 else ''
+        raise UserError(f'--batch-size {batch}{share}: the training split has {length} images, not one full batch; '
+                        f'use --batch-size {max(1, length // num_processes)} or less')
+    if batch % 2 and (config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None):
+        raise UserError(f'--batch-size {batch}: mixup and cutmix pair the images of a batch; use an even number')
+    if batch == 1 and config.freeze != 'bn' and any(isinstance(m, nn.BatchNorm1d) for m in model.modules()):
+        raise UserError('--batch-size 1: BatchNorm of the head needs at least 2 images in training; use --batch-size 2 '
+                        'with more --grad-accum-steps, or --model-kwargs head_norm_layer=layernorm')
+
+
+def _mixup(config: TrainConfig, num_classes: int) -> Mixup:
+    return Mixup(
+        mixup_alpha=config.mixup,
+        cutmix_alpha=config.cutmix,
+        cutmix_minmax=config.cutmix_minmax,
+        prob=config.mixup_prob,
+        switch_prob=config.mixup_switch_prob,
+        mode=config.mixup_mode,
+        label_smoothing=config.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def _eval_loader(
+        config: TrainConfig | ValidateConfig,
+        source: Source,
+        data_config: dict[str, Any],
+        mode: str,
+) -> DataLoader:
+    batch = config.validation_batch_size or config.batch_size
+    transform = eval_transform(data_config)
+    if source.streamed:
+        return _loader(config, StreamData(source, transform, mode, config.seed), None, batch)
+    dataset = ImageData(source, transform, mode, 'mark' if config.skip_unreadable else 'raise')
+    return _loader(config, dataset, EvalSampler(len(source)), batch)
+
+
+def _loader(config, dataset: Dataset, sampler: Any, batch_size: int, drop_last: bool = False) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=config.workers,
+        pin_memory=config.pin_mem,
+        drop_last=drop_last,
+        persistent_workers=config.workers > 0,
+        # its own, so that starting an epoch draws nothing from the global stream
+        generator=torch.Generator().manual_seed(config.seed),
+    )

@@ -1,0 +1,191 @@
+"""Data sets as the loader sees them: decoded and transformed images, each from a random seed of its own."""
+import contextlib
+import random
+import struct
+import tarfile
+import zlib
+from dataclasses import dataclass, field, replace
+from typing import Any, Callable, Iterator
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.dataset import ImageDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from timm_spinal.errors import UserError
+
+SKIPPED_TARGET = -1  # label of an evaluation image that could not be read
+_UNREADABLE = (
+    OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error, tarfile.TarError,
+    Image.DecompressionBombError,
+)
+
+
+class UnreadableImage(UserError):
+    """An image that cannot be decoded; the message names it, on one line even out of a loader worker."""
+
+    def __init__(self, message: str):
+        # torch re-raises a worker's exception with the whole traceback as its text; our own line is the last of it
+        super().__init__(message.strip().rsplit(f'{type(self).__name__}: ', 1)[-1])
+
+
+@dataclass
+class Source:
+    """One split of a data set before any transform.
+
+    Attributes:
+        name: What error messages call it.
+        dataset: timm's or torchvision's data set, without transforms.
+        labels: Class of each image, (N,), or None where they are not known without reading the images.
+        class_names: Names by index, or None where the source has none.
+        label_offset: Subtracted from the labels of `dataset` (not from `labels`), for sets that count from 1.
+        indices: The part of `dataset` that belongs to the split; None is all of it.
+    """
+    name: str
+    dataset: Any
+    labels: np.ndarray | None = None
+    class_names: list[str] | None = None
+    label_offset: int = 0
+    indices: np.ndarray | None = None
+    streamed: bool = field(default=False)
+
+    def __len__(self) -> int:
+        return len(self.dataset) if self.indices is None else len(self.indices)
+
+    def subset(self, indices: np.ndarray) -> 'Source':
+        labels = None if self.labels is None else self.labels[indices]
+        inner = indices if self.indices is None else self.indices[indices]
+        return replace(self, labels=labels, indices=inner)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """The decoded image and its class."""
+        index = index if self.indices is None else int(self.indices[index])
+        if isinstance(self.dataset, ImageDataset):
+            # around ImageDataset.__getitem__, which puts another image in the place of one it cannot read
+            file, target = self.dataset.reader[index]
+            with file:
+                image = Image.open(file)
+                image.load()
+        else:
+            image, target = self.dataset[index]
+        return image, SKIPPED_TARGET if target is None else int(target) - self.label_offset
+
+    def describe(self, index: int) -> str:
+        index = index if self.indices is None else int(self.indices[index])
+        if isinstance(self.dataset, ImageDataset):
+            return str(self.dataset.filename(index, absolute=True))
+        return f'number {index} of {self.name}'
+
+
+class ImageData(Dataset):
+    """Map-style split: ``data[index, seed]`` is a (C, H, W) tensor and a class.
+
+    The transform draws from Python's, numpy's and torch's global generators (timm's and torchvision's use all three);
+    they are seeded from ``seed`` for each image (None: left alone) and put back after each batch, so that a loader
+    without workers does not disturb the stream that dropout draws from.
+
+    Args:
+        source: The split.
+        transform: From a PIL image to a tensor.
+        img_mode: PIL mode that the transform gets.
+        on_unreadable: 'raise'; 'replace' takes the next image that can be read; 'mark' gives zeros and
+            `SKIPPED_TARGET`.
+
+    Raises:
+        UnreadableImage: When on_unreadable is 'raise', or nothing near the image can be read either.
+    """
+    max_tries = 100
+
+    def __init__(self, source: Source, transform: Callable, img_mode: str = 'RGB', on_unreadable: str = 'raise'):
+        self.source = source
+        self.transform = transform
+        self.img_mode = img_mode
+        self.on_unreadable = on_unreadable
+        # shared with the workers: which images were found to be unreadable
+        self.unreadable = torch.zeros(len(source), dtype=torch.uint8).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, item: tuple[int, int | None]) -> tuple[torch.Tensor, int]:
+        return self.__getitems__([item])[0]
+
+    def __getitems__(self, items: list[tuple[int, int | None]]) -> list[tuple[torch.Tensor, int]]:
+        with preserved_rng():
+            return [self._get(index, seed) for index, seed in items]
+
+    def _get(self, index: int, seed: int | None) -> tuple[torch.Tensor, int]:
+        for step in range(self.max_tries):
+            try:
+                image, target = self.source.read(place := (index + step) % len(self))
+                image = image if image.mode == self.img_mode else image.convert(self.img_mode)
+                break
+            except _UNREADABLE as e:
+                self.unreadable[place] = 1
+                if self.on_unreadable == 'mark':
+                    image, target = Image.new(self.img_mode, (32, 32)), SKIPPED_TARGET
+                    break
+                if self.on_unreadable == 'raise':
+                    reason = ' '.join(str(e).split()) or type(e).__name__
+                    raise UnreadableImage(
+                        f'image {self.source.describe(place)} cannot be read ({reason}); '
+                        f'mend or remove it, or add --skip-unreadable') from e
+        else:
+            raise UnreadableImage(
+                f'{self.max_tries} images in a row cannot be read from {self.source.describe(index)} on; '
+                f'check the data')
+        if seed is not None:
+            seed_rng(seed)
+        return self.transform(image), target
+
+
+class StreamData(IterableDataset):
+    """Streamed split (hfids/, wds/, tfds/): order is the reader's own, so a run can be resumed at epochs only.
+
+    Augmentation is seeded by (seed, epoch, worker, count): reproducible with the same number of workers.
+    """
+
+    def __init__(self, source: Source, transform: Callable, img_mode: str, seed: int):
+        self.source = source
+        self.transform = transform
+        self.img_mode = img_mode
+        self.seed = seed
+        self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # read by workers that outlive an epoch
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.epoch[0] = epoch
+        self.source.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+        worker = get_worker_info()
+        entropy = [self.seed, int(self.epoch), worker.id if worker else 0]
+        seeds = np.random.default_rng(entropy)
+        for image, target in self.source.dataset:
+            image = image if image.mode == self.img_mode else image.convert(self.img_mode)
+            with preserved_rng():
+                seed_rng(int(seeds.integers(2 ** 32)))
+                sample = self.transform(image), int(target)
+            yield sample
+
+
+def seed_rng(seed: int) -> None:
+    """Seed the three global generators of the CPU; ``seed`` is below 2^32."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which also seeds every accelerator
+
+
+@contextlib.contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Put the three global generators of the CPU back as they were."""
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])

@@ -1,0 +1,140 @@
+"""Open one split of any data set by its name.
+
+'' is a folder or tar file, ``digits`` the digits of scikit-learn, ``torch/`` a torchvision set, ``hfds/``, ``hfids/``,
+``wds/`` and ``tfds/`` timm's readers of these names. Failures come out as one-line errors that say what to do.
+"""
+import difflib
+from typing import Any
+from urllib.error import URLError
+
+import numpy as np
+from timm.data import create_dataset
+
+from timm_spinal.errors import UserError
+
+from .config import TrainConfig, ValidateConfig
+from .dataset import Source
+from .digits import open_digits
+from .folders import class_index, find_split, open_images
+from .torch_sources import NAMES, open_torch, torch_class_names, torch_labels, torch_split
+
+STREAMED = ('hfids', 'wds', 'tfds')
+_PACKAGES = {'hfds': 'datasets', 'hfids': 'datasets', 'wds': 'webdataset', 'tfds': 'tensorflow-datasets tensorflow'}
+
+
+def open_source(
+        config: TrainConfig | ValidateConfig,
+        split: str,
+        training: bool = False,
+        whole: bool = False,
+        class_map: Any = None,
+) -> Source:
+    """Open one split.
+
+    Args:
+        config: Where the data are: `DataOptions`, and batch_size, workers and seed for streamed sources.
+        split: Name of the split.
+        training: Streamed sources shuffle when training.
+        whole: A folder without splits, or a single tar file, is the split itself.
+        class_map: Class name to index, in place of ``config.class_map``.
+
+    Raises:
+        UserError: The data set is unknown or missing, has no such split or cannot be downloaded.
+    """
+    prefix, sep, name = config.dataset.partition('/')
+    prefix = prefix.lower()
+    if not config.dataset or (prefix in ('folder', 'image_folder') and not sep):
+        path = find_split(config.data_dir, split, whole)
+        dataset = open_images(path, config.class_map if class_map is None else class_map, config.input_key)
+        index = class_index(dataset.reader)
+        return Source(str(path), dataset, _reader_labels(dataset.reader), _names(index))
+    if config.dataset == 'digits':
+        return open_digits(split)
+    if sep and prefix == 'torch':
+        return _open_torch(config, name.lower(), split)
+    if sep and prefix in _PACKAGES:
+        return _open_reader(config, prefix, split, training)
+    raise UserError(f'unknown dataset {config.dataset!r}; {_nearest(config.dataset)}')
+
+
+def _open_torch(config: TrainConfig | ValidateConfig, name: str, split: str) -> Source:
+    label = f'torch/{name}'
+    if name not in NAMES:
+        raise UserError(f'unknown dataset {config.dataset!r}; {_nearest(label)}')
+    if not config.data_dir:
+        raise UserError(f'dataset {label}: no folder for its files; give one with --data-dir')
+    split = torch_split(name, split)
+    try:
+        dataset, offset = open_torch(name, split, config.data_dir, config.dataset_download)
+    except URLError as e:
+        raise UserError(f'dataset {label}: cannot be downloaded ({_line(e)}); check the network, or put its files '
+                        f'under {config.data_dir}') from e
+    except (RuntimeError, ValueError, OSError, AssertionError) as e:
+        fix = ('check the network, or put its files there' if config.dataset_download
+               else 'check --data-dir or add --dataset-download')
+        raise UserError(f'dataset {label}: split {split} not found under {config.data_dir} ({_line(e)}); {fix}') from e
+    except ImportError as e:
+        raise UserError(f'dataset {label}: needs a package that is not installed ({_line(e)}); install it') from e
+    labels, names = torch_labels(dataset), torch_class_names(dataset)
+    labels = None if labels is None else labels - offset
+    return Source(f'{label}, split {split}', dataset, labels, names[offset:] if names else None, offset)
+
+
+def _open_reader(config: TrainConfig | ValidateConfig, prefix: str, split: str, training: bool) -> Source:
+    keys = {k: v for k, v in dict(input_key=config.input_key, target_key=config.target_key).items() if v}
+    label = f'{config.dataset}, split {split}'
+    try:
+        dataset = create_dataset(
+            config.dataset,
+            root=config.data_dir or None,
+            split=split,
+            class_map=config.class_map or None,
+            is_training=training,
+            download=config.dataset_download,
+            batch_size=config.batch_size,
+            num_samples=config.train_num_samples if training else config.val_num_samples,
+            seed=config.seed,
+            repeats=int(getattr(config, 'epoch_repeats', 0)) if training else 0,
+            input_img_mode=config.input_img_mode or 'RGB',
+            trust_remote_code=config.dataset_trust_remote_code,
+            **keys,
+        )
+    except ImportError as e:
+        raise UserError(f'dataset {config.dataset}: a package is not installed ({_line(e)}); '
+                        f'pip install {_PACKAGES[prefix]}') from e
+    except Exception as e:  # each library has its own; all mean that the split cannot be had
+        raise UserError(f'dataset {label}: cannot be opened ({_line(e)}); check the name, the split, --data-dir and '
+                        f'the network') from e
+    names = _names(getattr(dataset.reader, 'class_to_idx', None) or {})
+    if prefix in STREAMED:
+        dataset.set_loader_cfg(num_workers=config.workers)
+        if len(dataset) == 0:
+            flag = '--train-num-samples' if training else '--val-num-samples'
+            raise UserError(f'dataset {label}: its number of images is not known; give it with {flag}')
+        return Source(label, dataset, None, names, streamed=True)
+    return Source(label, dataset, np.asarray(list(dataset.reader.iter_targets()), dtype=np.int64), names)
+
+
+def _reader_labels(reader: Any) -> np.ndarray:
+    """Labels of timm's folder reader (``samples`` of path and target) and tar reader (``targets``)."""
+    targets = getattr(reader, 'targets', None)
+    return np.asarray([t for _, t in reader.samples] if targets is None else targets, dtype=np.int64)
+
+
+def _names(index: dict[str, int]) -> list[str] | None:
+    """Class names by index; a class map may leave indices out or give one to several names."""
+    if not index:
+        return None
+    names = {int(i): str(name) for name, i in reversed(index.items())}
+    return [names.get(i, str(i)) for i in range(max(names) + 1)]
+
+
+def _nearest(name: str) -> str:
+    known = ['digits', *(f'torch/{n}' for n in NAMES)]
+    close = difflib.get_close_matches(name, known, n=1) or difflib.get_close_matches(f'torch/{name}', known, n=1)
+    prefixes = 'hfds/NAME, hfids/NAME, wds/NAME, tfds/NAME'
+    return f'did you mean {close[0]}?' if close else f'use digits, torch/NAME, {prefixes}, or --data-dir for a folder'
+
+
+def _line(error: BaseException) -> str:
+    return ' '.join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,107 @@
+"""Images to tensors: timm's transforms, with torchvision's rotation and perspective in front of them."""
+from typing import Any, Callable
+
+from timm.data import create_transform, resolve_data_config
+from torch import nn
+from torchvision import transforms
+
+from timm_spinal.errors import UserError
+
+from .config import TrainConfig, ValidateConfig
+
+
+def resolve_data(config: TrainConfig | ValidateConfig, model: nn.Module) -> dict[str, Any]:
+    """timm's data config (input_size, mean, std, interpolation, crop_pct, crop_mode) for a model.
+
+    As `timm.data.resolve_data_config`, except that the number of channels is the model's own, and a mean or std for
+    another number of channels is averaged: a model made with ``in_chans=1`` takes grey images.
+
+    Raises:
+        UserError: --mean, --std or --input-size that do not fit the model's channels.
+    """
+    given = {k: v for k, v in vars(config).items() if k in _DATA_KEYS and v not in (None, '')}
+    channels = getattr(model, 'in_chans', None) or given.get('in_chans') or 3
+    if given.pop('in_chans', channels) != channels or given.get('input_size', [channels])[0] != channels:
+        raise UserError(f'input channels: the model takes {channels}; give --in-chans and --input-size that agree')
+    for key in ('mean', 'std'):
+        if len(given.get(key, [0])) not in (1, channels):
+            raise UserError(f'--{key}: {len(given[key])} values for {channels} channels; give 1 or {channels}')
+    data = resolve_data_config({**given, 'in_chans': channels}, model=model)
+    data['input_size'] = (channels, *data['input_size'][1:])
+    for key in ('mean', 'std'):
+        if len(data[key]) != channels:
+            data[key] = (sum(data[key]) / len(data[key]),) * channels
+    return data
+
+
+_DATA_KEYS = ('in_chans', 'input_size', 'img_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+
+
+def image_mode(config: TrainConfig | ValidateConfig, channels: int) -> str:
+    """PIL mode of the images for a model with so many input channels.
+
+    Raises:
+        UserError: Neither 1 nor 3 channels and no --input-img-mode.
+    """
+    if config.input_img_mode:
+        return config.input_img_mode
+    modes = {1: 'L', 3: 'RGB'}
+    if channels not in modes:
+        raise UserError(f'input channels: no image mode has {channels}; give --input-img-mode (4: RGBA or CMYK)')
+    return modes[channels]
+
+
+def train_transform(config: TrainConfig, data: dict[str, Any]) -> Callable:
+    """Training transform; --rotation and --perspective come first, on the whole image, as in the MNIST recipes.
+
+    Raises:
+        UserError: An --aa policy or interpolation that timm does not know.
+    """
+    interpolation = data['interpolation'] if config.no_aug else config.train_interpolation or data['interpolation']
+    try:
+        transform = create_transform(
+            data['input_size'],
+            is_training=True,
+            no_aug=config.no_aug,
+            train_crop_mode=config.train_crop_mode,
+            scale=config.scale,
+            ratio=config.ratio,
+            hflip=config.hflip,
+            vflip=config.vflip,
+            color_jitter=config.color_jitter or None,
+            color_jitter_prob=config.color_jitter_prob,
+            grayscale_prob=config.grayscale_prob,
+            gaussian_blur_prob=config.gaussian_blur_prob,
+            auto_augment=config.aa or None,
+            interpolation=interpolation,
+            mean=data['mean'],
+            std=data['std'],
+            re_prob=config.reprob,
+            re_mode=config.remode,
+            re_count=config.recount,
+        )
+    except (AssertionError, KeyError, ValueError) as e:
+        reason = ' '.join(str(e).split()) or type(e).__name__
+        raise UserError(f'augmentation: timm refuses --aa {config.aa}, --train-interpolation {interpolation} or '
+                        f'another setting ({reason}); see --help') from e
+    first = []
+    if config.perspective:
+        first.append(transforms.RandomPerspective(p=config.perspective))
+    if config.rotation:
+        first.append(transforms.RandomRotation(config.rotation))
+    if first and not config.no_aug:
+        transform.transforms[:0] = first
+    return transform
+
+
+def eval_transform(data: dict[str, Any]) -> Callable:
+    """Evaluation transform: resize, centre crop, normalise."""
+    return create_transform(
+        data['input_size'],
+        is_training=False,
+        interpolation=data['interpolation'],
+        mean=data['mean'],
+        std=data['std'],
+        crop_pct=data['crop_pct'],
+        crop_mode=data['crop_mode'],
+    )
