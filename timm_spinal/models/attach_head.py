@@ -7,6 +7,7 @@ through a head, the submodule ``attached_head``. Backbone parameter names do not
 
 import functools
 import inspect
+import types
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Set, Tuple, Type, Union
 
 import torch
@@ -24,18 +25,20 @@ class HeadedModel:
     """What :func:`attach_head` mixes into a timm class, in front of it in the method resolution order.
 
     ``pooled`` is the timm class's own ``forward_head``: features to pooled embedding, since its classifier is gone.
+    A model of several classifiers would average the input of each, so its ``pooled`` is asked for its pre-logits.
     With pooling off (``global_pool=''``) the head is passed by and the model gives its feature map, as in timm.
     """
 
     if TYPE_CHECKING:  # TorchScript reads annotations at run time
         attached_head: ClassifierHead
         unpooled: bool
+        several_classifiers: bool
         num_classes: int
         head_hidden_size: int
         backbone_cls: Type[nn.Module]
 
     def forward_head(self, x, pre_logits: bool = False):
-        x = self.pooled(x)
+        x = self.pooled(x, self.several_classifiers)
         if self.unpooled:
             return x
         return self.attached_head(x, pre_logits)
@@ -184,13 +187,22 @@ def _reset_backbone(model: nn.Module, global_pool: Optional[str], reset_other: b
         model.unpooled = not global_pool
 
 
+def _renamed(function: types.FunctionType, name: str) -> types.FunctionType:
+    """The same function under another name, by which TorchScript compiles it beside the one that overrides it."""
+    copy = types.FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__annotations__ = function.__annotations__
+    copy.__dict__.update(function.__dict__)
+    return copy
+
+
 @functools.cache
 def _headed_cls(backbone_cls: Type[nn.Module]) -> Type[nn.Module]:
     attributes = dict(
         __doc__=f'{backbone_cls.__name__} with an attached head.',
         __module__=__name__,
         backbone_cls=backbone_cls,
-        pooled=backbone_cls.forward_head,
+        pooled=_renamed(backbone_cls.forward_head, 'pooled'),
     )
     mixin = HeadedModel
     if len(inspect.signature(backbone_cls.forward_head).parameters) > len(('self', 'x', 'pre_logits')):
