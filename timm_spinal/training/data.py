@@ -152,10 +152,11 @@ def _num_classes(config: TrainConfig | ValidateConfig, sources: list[Source]) ->
 
 def _tell_if_test(config: TrainConfig | ValidateConfig) -> None:
     prefix, _, name = config.dataset.partition('/')
-    if isinstance(config, TrainConfig) and prefix.lower() == 'torch' and config.val_split != 'test':
-        if torch_split(name.lower(), config.val_split) == 'test':
-            _logger.warning(f'{config.dataset} has no validation split: the test split chooses the best epoch; '
-                            f'--val-split-fraction 0.1 --test-split test keeps it for the end')
+    if not isinstance(config, TrainConfig) or prefix.lower() != 'torch' or config.val_split == 'test':
+        return
+    if torch_split(name.lower(), config.val_split) == 'test':
+        _logger.warning(f'{config.dataset} has no validation split: the test split chooses the best epoch; '
+                        f'--val-split-fraction 0.1 --test-split test keeps it for the end')
 
 
 # ---- loaders ----------------------------------------------------------------------------------------------------
@@ -273,7 +274,13 @@ def _eval_loader(
     return _loader(config, dataset, EvalSampler(len(source)), batch)
 
 
-def _loader(config, dataset: Dataset, sampler: Any, batch_size: int, drop_last: bool = False) -> DataLoader:
+def _loader(
+        config: TrainConfig | ValidateConfig,
+        dataset: Dataset,
+        sampler: Any,
+        batch_size: int,
+        drop_last: bool = False,
+) -> DataLoader:
     return DataLoader(
         dataset,
         batch_size=batch_size,
