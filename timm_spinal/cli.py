@@ -1,0 +1,103 @@
+"""The `timm-spinal` command: one verb per capability.
+
+    timm-spinal train --config configs/quickstart.yaml       the same as: accelerate launch -m timm_spinal.train ...
+    timm-spinal validate --model local-dir:RUN --data-dir my/images
+    timm-spinal list '*pspinal'
+    timm-spinal coverage
+    timm-spinal bench train
+
+Bad input ends with one line and exit code 2; `--debug` shows the traceback.
+"""
+import argparse
+import importlib
+import os
+import sys
+from typing import Callable, NamedTuple, Sequence
+
+from timm_spinal.errors import UserError
+
+
+class Verb(NamedTuple):
+    """Where a verb lives: a module with a function ``(argv) -> exit code``."""
+    module: str
+    function: str
+    help: str
+
+
+VERBS = {
+    'train': Verb('timm_spinal.train', 'run', 'train a model'),
+    'validate': Verb('timm_spinal.validate', 'run', 'measure loss and accuracy of models'),
+    'list': Verb('timm_spinal.cli', 'list_models', 'names of the models that this package adds to timm'),
+    'coverage': Verb('timm_spinal.bench.coverage', 'main', 'which timm models can take a head'),
+    'bench train': Verb('timm_spinal.bench.train', 'main', "speed of this trainer's loop against timm's"),
+    'bench heads': Verb('timm_spinal.bench.heads', 'main', 'speed of models with and without a head'),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    return guard(_dispatch, argv)
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ('-h', '--help'):
+        print(_help())
+        return 0
+    words = 2 if argv[0] in {name.split()[0] for name in VERBS if ' ' in name} else 1
+    name = ' '.join(argv[:words])
+    if name not in VERBS:
+        raise UserError(f'unknown command {name!r}; known are {", ".join(VERBS)}')
+    verb = VERBS[name]
+    return getattr(importlib.import_module(verb.module), verb.function)(argv[words:])
+
+
+def _help() -> str:
+    width = max(map(len, VERBS)) + 2
+    rows = [f'  {name:{width}}{verb.help}' for name, verb in VERBS.items()]
+    return '\n'.join(['usage: timm-spinal COMMAND [options]', '', *rows, '', 'timm-spinal COMMAND --help shows more'])
+
+
+def guard(function: Callable[[list[str]], int], argv: list[str]) -> int:
+    """Call a verb and turn what a user can mend, and signals, into one line and an exit code.
+
+    Under several processes an error that all of them meet is printed by the main one only.
+    """
+    from timm_spinal.training.signals import StopRequested
+    first = os.environ.get('RANK', '0') == '0'
+    try:
+        return function(argv)
+    except UserError as e:
+        if '--debug' in argv:
+            raise
+        if first or getattr(e, 'local', False):
+            print(f'error: {e}', file=sys.stderr, flush=True)
+        return 2
+    except StopRequested as e:
+        if first:
+            print(f'{e}: go on with --resume', file=sys.stderr, flush=True)
+        return 128 + e.signum
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as in `timm-spinal list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def list_models(argv: list[str]) -> int:
+    """Print the names of this package's models."""
+    parser = argparse.ArgumentParser(prog='timm-spinal list')
+    parser.add_argument('filter', nargs='?', default='', help="wildcard, for instance '*pspinal'")
+    parser.add_argument('--pretrained', action='store_true', help='only names with weights, with their tags')
+    parser.add_argument('--debug', action='store_true', help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    import timm_spinal
+    names = timm_spinal.list_models(args.filter, pretrained=args.pretrained)
+    if not names:
+        raise UserError(f"no model of this package matches {args.filter!r}; quote wildcards, as in '*spinal*'")
+    print('\n'.join(names))
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

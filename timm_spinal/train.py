@@ -1,0 +1,27 @@
+"""Train an image classifier on any number of devices.
+
+    accelerate launch -m timm_spinal.train --config configs/quickstart.yaml
+    accelerate launch -m timm_spinal.train --model resnet50_pspinal --pretrained --data-dir my/images
+    accelerate launch --num_processes 8 --mixed_precision bf16 -m timm_spinal.train --config my.yaml --experiment first
+    accelerate launch -m timm_spinal.train --config my.yaml --experiment first --resume auto
+
+Options are timm's (`--help` shows all), devices and processes are `accelerate`'s. A run leaves in its folder
+``args.yaml``, ``summary.csv``, ``curves.png``, ``result.json``, ``last/`` (to go on exactly from where it was) and the
+best weights as timm reads them; the last line that is printed loads them.
+"""
+import sys
+
+from timm_spinal.cli import guard
+
+
+def run(argv: list[str]) -> int:
+    """Train as the arguments say; returns the exit code."""
+    from timm_spinal.training.config import parse_config
+    config = parse_config(argv, prog='timm-spinal train')
+    from timm_spinal.training.run import train
+    train(config)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(guard(run, sys.argv[1:]))

@@ -1,0 +1,198 @@
+"""The exact state of a run, written so that a kill at any instant leaves a usable one.
+
+``RUN/last/step-00000120/`` holds what `Accelerator.save_state` writes (weights, optimizer, scaler, every random state
+of every process), the moving average (``ema.safetensors``), the counters and the config (``state.json``), and
+``manifest.json`` with the size and SHA-256 of each file. All of it is written under a temporary name, flushed, and
+renamed: a folder with the final name is complete or its manifest says that it is not.
+
+Weights are safetensors; the optimizer and random states are read with ``weights_only=True``.
+"""
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Callable
+
+import torch.nn as nn
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors.torch import load_model, save_model
+
+from timm_spinal.errors import UserError
+
+from .files import fsync, sha256, write_error
+
+STATE, EMA, MANIFEST = 'state.json', 'ema.safetensors', 'manifest.json'
+_NAME = re.compile(r'step-(\d{8,})(\.old)?$')
+Say = Callable[[str], None]
+
+
+def save_checkpoint(
+        accelerator: Accelerator,
+        folder: Path,
+        step: int,
+        state: dict[str, Any],
+        ema: nn.Module | None,
+        keep: int,
+) -> Path:
+    """Write one checkpoint and remove the oldest beyond ``keep``. Every process must call it.
+
+    Args:
+        accelerator: Owner of weights, optimizer and random states.
+        folder: Folder of all checkpoints (``RUN/last``).
+        step: Updates done, the name of the checkpoint.
+        state: Whatever else the run needs, as JSON types.
+        ema: The averaged model.
+        keep: Number of checkpoints kept.
+
+    Raises:
+        UserError: The disk is full or refuses; what was written is removed and the older checkpoints are kept.
+    """
+    final = folder / f'step-{step:08d}'
+    temp = folder / f'.{final.name}.tmp'
+    main = accelerator.is_main_process
+
+    def begin() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob('.*.tmp'):
+            shutil.rmtree(stale)
+        temp.mkdir()
+
+    def finish() -> None:
+        if ema is not None:
+            save_model(ema, str(temp / EMA))
+        (temp / STATE).write_text(json.dumps(state))
+        _write_manifest(temp)
+        _put_in_place(temp, final)
+        for old in find_checkpoints(folder)[keep:]:
+            shutil.rmtree(old)
+
+    try:
+        _on_all(accelerator, begin if main else None, final)
+        _on_all(accelerator, lambda: accelerator.save_state(str(temp)), final)
+        _on_all(accelerator, finish if main else None, final)
+    except UserError:
+        if main:
+            shutil.rmtree(temp, ignore_errors=True)
+        raise
+    return final
+
+
+def _on_all(accelerator: Accelerator, action: Callable[[], Any] | None, final: Path) -> None:
+    """Run an action; when it fails to write on one process, every process raises the same error."""
+    reason = None
+    try:
+        if action is not None:
+            action()
+    except Exception as e:
+        if (reason := write_error(e)) is None:
+            raise
+    reasons = [r for r in gather_object([reason]) if r]
+    if reasons:
+        raise UserError(f'cannot write checkpoint {final}: {reasons[0]}; the checkpoint before it is kept: '
+                        'make room, then go on with --resume')
+
+
+def _write_manifest(temp: Path) -> None:
+    files = sorted(p for p in temp.rglob('*') if p.is_file())
+    entries = {str(p.relative_to(temp)): dict(size=p.stat().st_size, sha256=sha256(p)) for p in files}
+    manifest = temp / MANIFEST
+    manifest.write_text(json.dumps(dict(files=entries), indent=1))
+    for path in [*files, manifest, temp]:
+        fsync(path)
+
+
+def _put_in_place(temp: Path, final: Path) -> None:
+    """Rename; a checkpoint of the same step steps aside first and stays findable until the new one is there."""
+    aside = final.with_name(final.name + '.old')
+    if final.exists():
+        if aside.exists():
+            shutil.rmtree(aside)
+        os.rename(final, aside)
+    os.rename(temp, final)
+    fsync(final.parent)
+    if aside.exists():
+        shutil.rmtree(aside)
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints in a folder, newest first, whole or not."""
+    if not folder.is_dir():
+        return []
+    found = [(int(m[1]), not m[2], p) for p in folder.iterdir() if (m := _NAME.match(p.name))]
+    return [p for *_, p in sorted(found, reverse=True)]
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or None when every file is as it was written."""
+    try:
+        entries = json.loads((checkpoint / MANIFEST).read_text())['files']
+        for name, entry in entries.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f'{name} is missing'
+            if path.stat().st_size != entry['size']:
+                return f'{name} has {path.stat().st_size} bytes instead of {entry["size"]}'
+            if sha256(path) != entry['sha256']:
+                return f'{name} has another checksum than it was written with'
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        return f'{MANIFEST} cannot be read ({type(e).__name__})'
+    return None
+
+
+def newest_whole(checkpoints: list[Path], say: Say) -> Path | None:
+    """The first checkpoint of a list that is not damaged; says which ones it passes over, and why.
+
+    Raises:
+        UserError: There are checkpoints, and all are damaged.
+    """
+    for i, checkpoint in enumerate(checkpoints):
+        if (reason := damage(checkpoint)) is None:
+            return checkpoint
+        before = f'falling back to {checkpoints[i + 1]}' if i + 1 < len(checkpoints) else 'there is none before it'
+        say(f'checkpoint {checkpoint} is damaged ({reason}): {before}')
+    if checkpoints:
+        raise UserError(f'no usable checkpoint in {checkpoints[0].parent}: all {len(checkpoints)} are damaged; '
+                        'move the folder away to start afresh')
+    return None
+
+
+def choose_checkpoint(resume: str, run_folder: Path | None, say: Say) -> Path | None:
+    """The checkpoint that ``--resume`` means.
+
+    Args:
+        resume: ``auto`` (newest of the run folder, None when it has none), a run folder or a checkpoint folder.
+        run_folder: Folder of this run, needed by ``auto``.
+        say: Gets a line for each damaged checkpoint that is passed over.
+
+    Raises:
+        UserError: A path that holds no checkpoint, or only damaged ones.
+    """
+    if resume == 'auto':
+        return newest_whole(find_checkpoints(run_folder / 'last'), say) if run_folder else None
+    path = Path(resume).absolute()
+    if _NAME.match(path.name):
+        candidates = find_checkpoints(path.parent)
+        candidates = candidates[candidates.index(path):] if path in candidates else []
+    else:
+        candidates = find_checkpoints(path / 'last')
+    if not candidates:
+        raise UserError(f'resume {resume}: no checkpoint there; give a run folder, one of its last/step-* folders, '
+                        'or auto')
+    return newest_whole(candidates, say)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The JSON state of a checkpoint."""
+    return json.loads((checkpoint / STATE).read_text())
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, ema: nn.Module | None) -> None:
+    """Put weights, optimizer, random states and moving average back. Nothing may draw random numbers after it."""
+    accelerator.load_state(str(checkpoint))
+    if ema is not None:
+        load_model(ema, str(checkpoint / EMA))

@@ -1,0 +1,61 @@
+"""Exact evaluation: every image counts once, whatever the number of processes."""
+import time
+from typing import Any
+
+import torch
+import torch.nn as nn
+from accelerate import Accelerator
+from timm.task import ClassificationEvaluator
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from timm_spinal.errors import UserError
+
+
+@torch.no_grad()
+def evaluate(
+        accelerator: Accelerator,
+        model: nn.Module,
+        loader: DataLoader,
+        channels_last: bool = False,
+        description: str = 'evaluate',
+) -> dict[str, Any]:
+    """Loss and accuracy of a model over a loader.
+
+    The last batches that Accelerate fills up so that all processes have the same number are cut again, and rows
+    with target -1 (images that could not be read) are left out.
+
+    Args:
+        accelerator: The loader must have been prepared by it.
+        model: Left in eval mode. The first output counts when it returns several.
+        loader: Yields images (B, C, H, W) and class indices (B,).
+        channels_last: Give the images in that memory format.
+        description: Title of the progress bar.
+
+    Returns:
+        ``loss`` in nats, ``top1`` and ``top5`` in percent, ``images`` counted, ``nonfinite`` (images among them with
+        a NaN or infinite logit) and ``seconds``. The same on every process.
+
+    Raises:
+        UserError: No readable image.
+    """
+    start = time.perf_counter()
+    model.eval()
+    evaluator = ClassificationEvaluator(device=accelerator.device)
+    nonfinite = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+    bar = tqdm(loader, desc=description, leave=False, disable=None if accelerator.is_main_process else True)
+    for images, target in bar:
+        if channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with accelerator.autocast():
+            output = model(images)
+        output = output[0] if isinstance(output, (tuple, list)) else output
+        output, target = accelerator.gather_for_metrics((output.contiguous(), target))
+        readable = target >= 0
+        output, target = output[readable], target[readable]
+        evaluator.update(output, target)
+        nonfinite += (~output.isfinite().all(dim=-1)).sum()
+    if evaluator.num_samples == 0:
+        raise UserError('evaluation: no readable image in the evaluation split; check --data-dir and --val-split')
+    metrics = dict(evaluator.compute(), images=evaluator.num_samples, nonfinite=int(nonfinite))
+    return dict(metrics, seconds=time.perf_counter() - start)

@@ -1,0 +1,64 @@
+"""Which parts of a model are not trained.
+
+The head is the submodule `attached_head` of models made by `timm_spinal.attach_head`, else what timm's
+`get_classifier()` returns. Everything else is the backbone.
+"""
+from dataclasses import dataclass
+from typing import Iterable
+
+import torch.nn as nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from timm_spinal.errors import UserError
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """What of the backbone stays as it is: its weights, its BatchNorm (scale, shift and running statistics)."""
+    weights: bool
+    batch_norm: bool
+
+
+FREEZES = {
+    'none': Freeze(weights=False, batch_norm=False),
+    'bn': Freeze(weights=False, batch_norm=True),
+    'backbone': Freeze(weights=True, batch_norm=True),
+    'backbone-except-bn': Freeze(weights=True, batch_norm=False),
+}
+
+
+def apply_freeze(model: nn.Module, name: str) -> list[nn.Module]:
+    """Freeze parts of a model in place.
+
+    Args:
+        model: A timm model.
+        name: One of `FREEZES`.
+
+    Returns:
+        The BatchNorm layers that must be put back into eval mode after every ``model.train()``.
+
+    Raises:
+        UserError: Nothing would be left to train.
+    """
+    freeze = FREEZES[name]
+    in_head = {id(m) for head in _heads(model) for m in head.modules()}
+    frozen_norms = []
+    for module in model.modules():
+        if id(module) in in_head:
+            continue
+        is_norm = isinstance(module, _BatchNorm)
+        if freeze.batch_norm if is_norm else freeze.weights:
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+            if is_norm:
+                frozen_norms.append(module)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f'freeze {name}: the model has no classifier, so nothing is left to train; use --freeze none')
+    return frozen_norms
+
+
+def _heads(model: nn.Module) -> Iterable[nn.Module]:
+    if hasattr(model, 'attached_head'):
+        return [model.attached_head]
+    classifier = model.get_classifier()
+    return classifier if isinstance(classifier, (tuple, list)) else [classifier]

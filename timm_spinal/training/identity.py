@@ -1,0 +1,52 @@
+"""Which settings a resumed run may not change."""
+import os
+from typing import Any
+
+from timm_spinal.errors import UserError
+
+# what another value of would make another model, other data or another kind of optimizer state
+FIXED = (
+    'model', 'num_classes', 'in_chans', 'img_size', 'input_size', 'gp', 'model_kwargs', 'freeze',
+    'dataset', 'data_dir', 'train_split', 'val_split', 'val_split_fraction', 'class_map', 'train_num_samples',
+    'batch_size', 'grad_accum_steps', 'seed', 'opt', 'layer_decay', 'model_ema', 'kd_model_name', 'kd_distill_type',
+)
+# no word is lost about a change of these
+SILENT = (
+    'resume', 'output', 'experiment', 'epochs', 'stop_epoch', 'workers', 'pin_mem', 'debug', 'log_interval', 'log_with',
+    'checkpoint_steps', 'checkpoint_hist', 'early_stop_patience', 'validation_batch_size', 'dataset_download',
+)
+
+
+def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """Settings that differ between two configs, each as ``old -> new``."""
+    return {k: f'{saved[k]!r} -> {now[k]!r}' for k in now if k in saved and _plain(k, saved[k]) != _plain(k, now[k])}
+
+
+def check_same_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> list[str]:
+    """Refuse to go on with another model or data.
+
+    Args:
+        saved: ``config`` and ``data`` (a description of the data as found) of the checkpoint.
+        now: The same of this run.
+        where: Name of the checkpoint for the message.
+
+    Returns:
+        A line for each other setting that changed.
+
+    Raises:
+        UserError: Names the keys that differ.
+    """
+    changed = changed_settings(saved['config'], now['config'])
+    broken = {k: v for k, v in changed.items() if k in FIXED}
+    broken.update(changed_settings(saved['data'], now['data']))
+    if broken:
+        keys = ', '.join(f'{k} ({v})' for k, v in broken.items())
+        raise UserError(f'cannot resume {where}: it was made with other settings: {keys}; undo the change, or start '
+                        'a new run from its weights with --initial-checkpoint')
+    return [f'resuming with another {k}: {v}' for k, v in changed.items() if k not in FIXED and k not in SILENT]
+
+
+def _plain(key: str, value: Any) -> Any:
+    if key == 'data_dir' and value:
+        return os.path.realpath(value)
+    return list(value) if isinstance(value, tuple) else value

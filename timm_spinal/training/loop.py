@@ -1,0 +1,275 @@
+"""The training loop: epochs of updates, evaluation, schedule, checkpoints. Everything it uses is made in `run.py`."""
+import math
+import signal
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator
+
+import torch
+import torch.nn as nn
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from timm.scheduler.scheduler import Scheduler
+from timm.task import TrainingTask
+from timm.utils import distribute_bn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from timm_spinal.errors import UserError
+
+from .checkpoint import find_checkpoints, save_checkpoint
+from .config import TrainConfig
+from .data import TrainData
+from .evaluate import evaluate
+from .meter import Meter, NotFinite
+from .objective import Penalty
+from .optim import clip_gradients, scheduler_state
+from .progress import Progress
+from .signals import SignalFlag, StopRequested
+
+
+@dataclass
+class Run:
+    """Everything the loop works on; loaders, optimizer and the task's trainable module are prepared."""
+    config: TrainConfig
+    accelerator: Accelerator
+    folder: Path
+    task: TrainingTask
+    optimizer: AcceleratedOptimizer
+    scheduler: Scheduler | None
+    epochs: int  # of the schedule
+    data: TrainData
+    train_loader: DataLoader
+    eval_loader: DataLoader
+    penalties: dict[str, Penalty]
+    kept_in_eval: list[nn.Module]
+    description: dict[str, Any]  # config and data, for checkpoints
+    on_best: Callable[['Run', str], None]  # write the weights, 'model' or 'ema'
+    on_epoch: Callable[['Run'], None]  # write the reports
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def last_epoch(self) -> int:
+        """Epochs after which the run ends, unless it stops early."""
+        return min(self.epochs, self.config.stop_epoch or self.epochs)
+
+
+def fit(run: Run) -> None:
+    """Train to the last epoch, or until the metric has not improved for ``early_stop_patience`` evaluations.
+
+    Raises:
+        UserError: NaN or infinite loss, unreadable image, full disk. The last good checkpoint is kept.
+        StopRequested: SIGINT or SIGTERM came; a checkpoint has been written.
+    """
+    config, progress = run.config, run.progress
+    with SignalFlag() as flag:
+        while progress.epoch < run.last_epoch and not progress.stopped_early:
+            try:
+                row = dict(epoch=progress.epoch, **_train_epoch(run, flag))
+                if (progress.epoch + 1) % config.val_interval == 0 or progress.epoch + 1 == run.last_epoch:
+                    row.update(_evaluate_epoch(run))
+                    if weights := progress.judge(row, config.eval_metric):
+                        run.on_best(run, weights)
+                    patience = config.early_stop_patience
+                    progress.stopped_early = _any(run, bool(patience) and progress.stale >= patience)
+                if run.scheduler is not None:
+                    run.scheduler.step(progress.epoch + 1, row.get(f'eval_{config.eval_metric}'))
+                progress.end_epoch(row)
+                save(run)
+            except NotFinite as e:
+                good = find_checkpoints(run.folder / 'last')
+                kept = f'the last good checkpoint is {good[0]}' if good else 'no checkpoint had been written yet'
+                raise UserError(f'{e}: training stopped; {kept}; lower --lr or set --clip-grad') from e
+            run.on_epoch(run)
+            if _any(run, flag.signum != 0):
+                raise StopRequested(flag.signum or signal.SIGTERM)
+
+
+def _train_epoch(run: Run, flag: SignalFlag) -> dict[str, float]:
+    accelerator, progress, batches = run.accelerator, run.progress, len(run.train_loader)
+    steps = run.config.checkpoint_steps
+    meter = Meter(accelerator, flag, progress.sums)
+    loader, first = _start_epoch(run), progress.batch
+    lr = _lr(run)
+    with _bar(run, batches) as bar:
+        mark = time.perf_counter()
+        for batch, (images, target) in enumerate(_batches(loader), start=first):
+            _micro_step(run, meter, images, target, batch, batches)
+            if not accelerator.sync_gradients:
+                continue
+            lr = _lr(run)
+            _end_update(run, meter, batch)
+            now = time.perf_counter()
+            progress.epoch_seconds, mark = progress.epoch_seconds + now - mark, now
+            _tell(run, bar, meter, lr)
+            due = bool(steps) and progress.updates % steps == 0
+            if (due or meter.signum) and batch + 1 < batches:
+                save(run, meter)
+                mark = time.perf_counter()
+                if meter.signum:
+                    raise StopRequested(meter.signum)
+        meter.settle()
+    if first < batches:
+        _end_training_part(run)
+    if meter.signum:
+        save(run, meter)
+        raise StopRequested(meter.signum)
+    speed = progress.sums['images'] / max(progress.epoch_seconds, 1e-9)
+    return {**{f'train_{k}': v for k, v in meter.means().items()}, 'lr': lr, 'images_per_second': speed}
+
+
+def _start_epoch(run: Run) -> Iterable:
+    """The loader of the current epoch, past the batches that are done, with the model in train mode."""
+    epoch, loader, mixup = run.progress.epoch, run.train_loader, run.data.mixup
+    run.data.set_epoch(epoch)
+    run.task.train()
+    for module in run.kept_in_eval:
+        module.eval()
+    if mixup is not None and run.config.mixup_off_epoch:
+        mixup.mixup_enabled = epoch < run.config.mixup_off_epoch
+    run.optimizer.zero_grad()
+    if run.progress.batch:
+        return run.accelerator.skip_first_batches(loader, run.progress.batch)
+    return loader
+
+
+def _micro_step(
+        run: Run,
+        meter: Meter,
+        images: torch.Tensor,
+        target: torch.Tensor,
+        batch: int,
+        batches: int,
+) -> None:
+    """Forward and backward of one batch; the optimizer steps when it is the last one of its update."""
+    config, accelerator, task = run.config, run.accelerator, run.task
+    accum = accelerator.gradient_accumulation_steps
+    window = min(accum, batches - batch // accum * accum)  # batches of this update: fewer in the last one
+    if config.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    if run.data.mixup is not None:
+        images, target = run.data.mixup(images, target)
+    with accelerator.accumulate(task.trainable_module):
+        with accelerator.autocast():
+            parts = task(images, target)
+        meter.add({k: v for k, v in parts.items() if k != 'output'}, len(images))
+        loss = parts['loss'] * (accum / window)  # backward() divides by accum
+        if accelerator.sync_gradients:
+            for name, penalty in run.penalties.items():
+                value = penalty()
+                meter.add_penalty(name, value)
+                loss = loss + value * accum
+        second_order = getattr(run.optimizer.optimizer, 'is_second_order', False)
+        accelerator.backward(loss, **(dict(create_graph=True) if second_order else {}))
+        if accelerator.sync_gradients and config.clip_grad is not None:
+            clip_gradients(accelerator, task, config.clip_grad, config.clip_mode)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+
+
+def _end_update(run: Run, meter: Meter, batch: int) -> None:
+    progress = run.progress
+    progress.updates, progress.batch = progress.updates + 1, batch + 1
+    if not run.accelerator.optimizer_step_was_skipped:
+        run.task.update_ema(step=progress.updates)
+    meter.close(progress.updates)
+    if run.scheduler is not None:
+        run.scheduler.step_update(progress.updates, metric=meter.last.get('loss'))
+
+
+def _end_training_part(run: Run) -> None:
+    if hasattr(run.optimizer.optimizer, 'sync_lookahead'):
+        run.optimizer.optimizer.sync_lookahead()
+    world = run.accelerator.num_processes
+    if world > 1 and run.config.dist_bn:
+        distribute_bn(run.task.trainable_module, world, reduce=run.config.dist_bn == 'reduce')
+        if run.task.has_ema():
+            # the average of the main process is the one that checkpoints hold
+            distribute_bn(run.task.get_trainable_module(ema=True), world, reduce=False)
+
+
+def _evaluate_epoch(run: Run) -> dict[str, float]:
+    """Columns of the summary: ``eval_*``, and ``ema_*`` when the moving average is where it can be evaluated."""
+    names = ['eval']
+    if run.task.has_ema() and not run.config.model_ema_force_cpu:
+        names.append('ema')
+    row = {}
+    for name in names:
+        model = run.task.get_eval_model(ema=name == 'ema')
+        metrics = evaluate(run.accelerator, model, run.eval_loader, run.config.channels_last, name)
+        run.progress.eval_seconds += metrics['seconds']
+        row.update({f'{name}_{k}': metrics[k] for k in ('loss', 'top1', 'top5')})
+        if metrics['nonfinite']:
+            run.accelerator.print(f'warning: {name}: NaN or infinite logits for {metrics["nonfinite"]} of '
+                                  f'{metrics["images"]} images')
+    return row
+
+
+def save(run: Run, meter: Meter | None = None) -> None:
+    """Write a checkpoint of the current state, unless a loss or a weight is NaN or infinite (`NotFinite`)."""
+    if meter is not None:
+        meter.settle()
+    _check_weights(run)
+    state = dict(
+        progress=asdict(run.progress),
+        scheduler=scheduler_state(run.scheduler),
+        processes=run.accelerator.num_processes,
+        **run.description,
+    )
+    ema = run.task.get_trainable_module(ema=True)
+    save_checkpoint(
+        run.accelerator, run.folder / 'last', run.progress.updates, state, ema, run.config.checkpoint_hist)
+
+
+def _check_weights(run: Run) -> None:
+    weights = run.task.trainable_module.parameters()
+    bad = torch.stack([~p.detach().isfinite().all() for p in weights if p.numel()]).sum()
+    if run.accelerator.reduce(bad).item():
+        raise NotFinite(f'a weight is NaN or infinite after update {run.progress.updates}')
+
+
+def _any(run: Run, condition: bool) -> bool:
+    """Whether the condition holds on any process."""
+    if condition:
+        run.accelerator.set_trigger()
+    return run.accelerator.check_trigger()
+
+
+def _batches(loader: Iterable) -> Iterator:
+    """The batches of a loader; an error of the data is marked as belonging to this process only."""
+    try:
+        yield from loader
+    except UserError as e:
+        e.local = True  # type: ignore[attr-defined]
+        raise
+
+
+def _lr(run: Run) -> float:
+    groups = run.optimizer.param_groups
+    return sum(g['lr'] for g in groups) / len(groups)
+
+
+def _bar(run: Run, batches: int) -> tqdm:
+    accum = run.accelerator.gradient_accumulation_steps
+    return tqdm(
+        total=math.ceil(batches / accum),
+        initial=math.ceil(run.progress.batch / accum),
+        desc=f'epoch {run.progress.epoch + 1}/{run.last_epoch}',
+        leave=False,
+        disable=None if run.accelerator.is_main_process else True,  # None: only on a terminal
+    )
+
+
+def _tell(run: Run, bar: tqdm, meter: Meter, lr: float) -> None:
+    bar.update()
+    if run.progress.updates % run.config.log_interval:
+        return
+    progress = run.progress
+    speed = progress.sums.get('images', 0.) / progress.epoch_seconds
+    values = {**{f'train/{k}': v for k, v in meter.last.items()}, 'lr': lr, 'images_per_second': speed}
+    run.accelerator.log(values, step=progress.updates)
+    text = f'loss {meter.last.get("loss", float("nan")):.4f}, lr {lr:.3g}, {speed:.0f} images/s'
+    bar.set_postfix_str(text)
+    if bar.disable and run.accelerator.is_main_process:
+        print(f'epoch {progress.epoch + 1}/{run.last_epoch}, update {progress.updates}: {text}', flush=True)

@@ -1,0 +1,147 @@
+"""A timm model from a config, with one-line errors for what a user can get wrong."""
+import difflib
+import os
+from typing import Any
+
+import timm
+import torch
+import torch.nn as nn
+from timm.models import parse_model_name, resolve_model_input_args, split_model_name_tag
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import timm_spinal
+from timm_spinal.errors import UserError
+
+from .config import TrainConfig, ValidateConfig
+
+_REGISTERED_ON_IMPORT = frozenset(timm_spinal.list_models())
+
+
+def create_model(config: TrainConfig | ValidateConfig, num_classes: int | None) -> nn.Module:
+    """The model that a config names, on the CPU, with its weights and settings.
+
+    Args:
+        config: The options of the group "Model".
+        num_classes: Classes of the data; None keeps the model's own.
+
+    Raises:
+        UserError: Unknown model or model option, weights that are missing, unreachable or do not fit.
+    """
+    check_model_name(config.model)
+    if config.initial_checkpoint and not os.path.isfile(config.initial_checkpoint):
+        raise UserError(f'initial_checkpoint {config.initial_checkpoint}: no such file')
+    weights: dict[str, Any] = dict(pretrained=config.pretrained)
+    if config.pretrained_path:
+        if not os.path.isfile(config.pretrained_path):
+            raise UserError(f'pretrained_path {config.pretrained_path}: no such file')
+        # -1 makes timm adapt the head
+        weights = dict(pretrained=True, pretrained_cfg_overlay=dict(file=config.pretrained_path, num_classes=-1))
+    options = dict(
+        num_classes=num_classes,
+        drop_rate=config.drop or None,
+        drop_path_rate=config.drop_path,
+        drop_block_rate=config.drop_block,
+        global_pool=config.gp,
+    )
+    try:
+        inputs = dict(img_size=config.img_size, input_size=config.input_size, in_chans=config.in_chans)
+        resolved = resolve_model_input_args(config.model, args=inputs, **{**options, **config.model_kwargs, **weights})
+        resolved.update(weights)
+        model = timm.create_model(**resolved, checkpoint_path=config.initial_checkpoint or None)
+        _apply_settings(model, config)
+    except (TypeError, ValueError, AssertionError, AttributeError) as e:
+        raise UserError(f'model {config.model}: {_one_line(e)}; check --model-kwargs and the image size') from e
+    except (RuntimeError, OSError, KeyError) as e:
+        raise UserError(f'model {config.model}: {_one_line(e)}') from e
+    return model
+
+
+def check_model_name(name: str) -> None:
+    """Make a ``<timm backbone>_<head>`` name known to timm, and refuse unknown names.
+
+    Raises:
+        UserError: Names the nearest known models.
+    """
+    source, name = parse_model_name(name)
+    if source:
+        _check_source(source, name)
+        return
+    arch = split_model_name_tag(name)[0]
+    if timm_spinal.ensure_registered(arch) or timm.is_model(arch):
+        return
+    near = difflib.get_close_matches(arch, timm.list_models(), n=3, cutoff=0.5)
+    hint = f'the nearest are {", ".join(near)}' if near else "'timm-spinal list' shows all"
+    raise UserError(f'unknown model {arch!r}; {hint}; any <timm model>_<head> works too '
+                    f'(heads: {", ".join(timm_spinal.HEADS)}; timm_spinal.register_head_variant)')
+
+
+def needs_registration(arch: str) -> bool:
+    """Whether a fresh process has to register an architecture of ours beyond importing timm_spinal."""
+    return arch in timm_spinal.list_models() and arch not in _REGISTERED_ON_IMPORT
+
+
+def _check_source(source: str, name: str) -> None:
+    """Register the architecture that a saved model names."""
+    from timm.models import load_model_config_from_hf, load_model_config_from_path
+    load = load_model_config_from_hf if source == 'hf-hub' else load_model_config_from_path
+    try:
+        check_model_name(load(name)[1])
+    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f'model {source}:{name}: {_one_line(e)}') from e
+
+
+def _apply_settings(model: nn.Module, config: TrainConfig | ValidateConfig) -> None:
+    """The options of timm's train.py that change a model after it is made."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.momentum = module.momentum if config.bn_momentum is None else config.bn_momentum
+            module.eps = module.eps if config.bn_eps is None else config.bn_eps
+    classifier = model.get_classifier()
+    with torch.no_grad():
+        if config.head_init_scale is not None:
+            classifier.weight.mul_(config.head_init_scale)
+        if config.head_init_bias is not None:
+            classifier.bias.fill_(config.head_init_bias)
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing(enable=True)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def check_batch_of_one(model: nn.Module, input_size: tuple[int, ...], kept_in_eval: list[nn.Module]) -> None:
+    """Refuse to train a model on one image when a BatchNorm layer of it would see a single value per channel.
+
+    Args:
+        model: Tried on its device; buffers, mode and random states are as before afterwards.
+        input_size: (C, H, W).
+        kept_in_eval: BatchNorm layers that do not train.
+
+    Raises:
+        UserError: The model cannot train on a batch of one.
+    """
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    modes = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
+            model.train()
+            for module in kept_in_eval:
+                module.eval()
+            model(torch.zeros(1, *input_size, device=device))
+    except ValueError as e:
+        if 'more than 1 value per channel' not in str(e):
+            raise
+        raise UserError('--batch-size 1: a BatchNorm layer of the model needs at least 2 images in training; use '
+                        '--batch-size 2 with more --grad-accum-steps, or a model without BatchNorm') from e
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+
+
+def _one_line(error: Exception) -> str:
+    return ' '.join(str(error).split())[:300]

@@ -1,0 +1,116 @@
+"""What is minimised: a timm `TrainingTask` by name, and penalties around it.
+
+`OBJECTIVES` maps the name of an objective to its builder; timm's classification and distillation tasks are used as
+they are. `PENALTIES` maps the name of a penalty to a factory that looks at the config and the model and returns a
+function without arguments (the penalty, a scalar tensor), or None when the config does not ask for it. The loop adds
+every penalty once per optimizer update, whatever the gradient accumulation, and logs it under its own name.
+"""
+from typing import Any, Callable
+
+import torch
+import torch.nn as nn
+from timm.task import (
+    ClassificationTask,
+    FeatureDistillationTask,
+    LogitDistillationTask,
+    TokenDistillationTask,
+    TrainingTask,
+)
+
+from timm_spinal.errors import UserError
+
+from .config import TrainConfig
+
+Builder = Callable[[TrainConfig, nn.Module, dict[str, Any]], TrainingTask]
+Penalty = Callable[[], torch.Tensor]
+
+
+def criterion_kwargs(config: TrainConfig, mixup_active: bool) -> dict[str, Any]:
+    """Arguments of `timm.loss.create_classification_loss` for a config; targets are soft when mixup is active."""
+    loss = config.loss or ('bce' if config.bce_loss else 'ce')
+    kwargs: dict[str, Any] = dict(loss_type=loss, smoothing=config.smoothing, soft_targets=mixup_active)
+    options = dict(bce_target_thresh=config.bce_target_thresh, pos_weight=config.bce_pos_weight)
+    kwargs.update({k: v for k, v in options.items() if v is not None}, bce_sum=config.bce_sum)
+    if loss == 'asl':
+        kwargs.update(asl_gamma_pos=config.asl_gamma_pos, asl_gamma_neg=config.asl_gamma_neg)
+    if loss == 'poly':
+        kwargs.update(poly_epsilon=config.poly_epsilon)
+    return kwargs
+
+
+def _classification(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
+    return ClassificationTask(model, **common)
+
+
+def _logit(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
+    return LogitDistillationTask(
+        model, loss_type=config.kd_loss_type, temperature=config.kd_temperature, **_teacher(config), **common)
+
+
+def _feature(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
+    return FeatureDistillationTask(
+        model,
+        student_feature_dim=config.kd_student_feature_dim,
+        teacher_feature_dim=config.kd_teacher_feature_dim,
+        **_teacher(config),
+        **common,
+    )
+
+
+def _token(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
+    return TokenDistillationTask(
+        model,
+        distill_type=config.kd_token_distill_type,
+        temperature=config.kd_temperature,
+        **_teacher(config),
+        **common,
+    )
+
+
+def _teacher(config: TrainConfig) -> dict[str, Any]:
+    return dict(
+        teacher_model=config.kd_model_name,
+        distill_loss_weight=config.distill_loss_weight,
+        task_loss_weight=config.task_loss_weight,
+    )
+
+
+OBJECTIVES: dict[str, Builder] = {
+    'classification': _classification,
+    'logit': _logit,
+    'feature': _feature,
+    'token': _token,
+}
+
+PENALTIES: dict[str, Callable[[TrainConfig, nn.Module], Penalty | None]] = {}
+
+
+def build_task(
+        config: TrainConfig,
+        model: nn.Module,
+        mixup_active: bool,
+        device: torch.device,
+) -> TrainingTask:
+    """The training task of a config around a model that is on its device and not yet prepared.
+
+    A teacher is frozen, on the same device, and must not be prepared: wrap ``task.trainable_module`` only.
+
+    Raises:
+        UserError: Loss options that exclude each other, an unknown teacher, a student that cannot be distilled so.
+    """
+    name = config.kd_distill_type if config.kd_model_name else 'classification'
+    common = dict(criterion_kwargs=criterion_kwargs(config, mixup_active), device=device, verbose=False)
+    try:
+        task = OBJECTIVES[name](config, model, common)
+    except (ValueError, RuntimeError, OSError) as e:
+        teacher = f' with teacher {config.kd_model_name}' if config.kd_model_name else ''
+        raise UserError(f'objective {name}{teacher}: {" ".join(str(e).split())}') from e
+    if hasattr(task, 'teacher'):
+        task.teacher.requires_grad_(False)
+    return task
+
+
+def build_penalties(config: TrainConfig, model: nn.Module) -> dict[str, Penalty]:
+    """The penalties that a config asks for, by name."""
+    made = {name: factory(config, model) for name, factory in PENALTIES.items()}
+    return {name: penalty for name, penalty in made.items() if penalty is not None}

@@ -1,0 +1,62 @@
+"""Where a run is, and which evaluation was its best."""
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Progress:
+    """The counters of a run; JSON types only, part of every checkpoint."""
+    epoch: int = 0  # epochs done
+    batch: int = 0  # batches of each process done in the current epoch
+    updates: int = 0
+    images: int = 0  # training images of the epochs done, all processes
+    sums: dict[str, float] = field(default_factory=dict)  # of the current epoch, see `Meter`
+    epoch_seconds: float = 0.  # training time of the current epoch
+    train_seconds: float = 0.  # training time of the epochs done, without evaluation and checkpoints
+    eval_seconds: float = 0.
+    best: dict[str, Any] = field(default_factory=dict)
+    stale: int = 0  # evaluations since the best one
+    stopped_early: bool = False
+    history: list[dict[str, Any]] = field(default_factory=list)  # rows of summary.csv
+
+    @property
+    def seconds(self) -> float:
+        """Training and evaluation time of the whole run, over all its resumptions."""
+        return self.train_seconds + self.epoch_seconds + self.eval_seconds
+
+    @property
+    def images_per_second(self) -> float:
+        """Training speed over the epochs done."""
+        return self.images / self.train_seconds if self.train_seconds else 0.
+
+    def end_epoch(self, row: dict[str, Any]) -> None:
+        """Close the current epoch with its row of the summary."""
+        self.history.append(row)
+        self.images += round(self.sums.get('images', 0))
+        self.train_seconds += self.epoch_seconds
+        self.epoch, self.batch, self.sums, self.epoch_seconds = self.epoch + 1, 0, {}, 0.
+
+    def judge(self, row: dict[str, Any], metric: str) -> str:
+        """Compare an evaluated epoch with the best one so far.
+
+        Args:
+            row: Row of the summary, with ``eval_*`` and, when there is a moving average, ``ema_*``.
+            metric: ``top1``, ``top5`` (higher is better) or ``loss`` (lower is better).
+
+        Returns:
+            Which weights are the new best, ``model`` or ``ema``; empty when there is no new best.
+        """
+        sign = -1 if metric == 'loss' else 1
+        best, chosen = self.best.get('value'), ''
+        for weights, prefix in (('model', 'eval'), ('ema', 'ema')):
+            value = row.get(f'{prefix}_{metric}')
+            # a model that gives NaN for some images is never the best, whatever its accuracy on the others
+            if value is None or not math.isfinite(row[f'{prefix}_loss']):
+                continue
+            if best is None or sign * value > sign * best:
+                best, chosen = value, weights
+                self.best = dict(epoch=row['epoch'], weights=weights, metric=metric, value=value)
+                self.best.update({m: row[f'{prefix}_{m}'] for m in ('loss', 'top1', 'top5')})
+        self.stale = 0 if chosen else self.stale + 1
+        return chosen

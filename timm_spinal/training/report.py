@@ -1,0 +1,112 @@
+"""What a run leaves for people and scripts: args.yaml, summary.csv, curves.png, result.json and the last lines."""
+import csv
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from timm_spinal.version import __version__
+
+from .files import write_atomically
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
+    write_atomically(path, lambda p: p.write_text(text, encoding='utf-8'))
+
+
+def write_summary(path: Path, history: list[dict[str, Any]]) -> None:
+    """Write one row per epoch; a column that an epoch does not have stays empty there."""
+    columns = list(dict.fromkeys(key for row in history for key in row))
+
+    def write(temp: Path) -> None:
+        with open(temp, 'w', newline='', encoding='utf-8') as f:
+            table = csv.DictWriter(f, columns)
+            table.writeheader()
+            table.writerows(history)
+
+    write_atomically(path, write)
+
+
+def write_curves(path: Path, history: list[dict[str, Any]]) -> None:
+    """Draw loss, top-1 and learning rate over the epochs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = (
+        ('loss (nats)', ('train_loss', 'eval_loss', 'ema_loss')),
+        ('top-1 (%)', ('eval_top1', 'ema_top1')),
+        ('learning rate', ('lr',)),
+    )
+    figure = Figure(figsize=(12, 3.5), layout='constrained')
+    FigureCanvasAgg(figure)
+    for axes, (title, columns) in zip(figure.subplots(1, len(panels)), panels):
+        for column in columns:
+            points = [(row['epoch'] + 1, row[column]) for row in history if row.get(column) is not None]
+            if points:
+                axes.plot(*zip(*points), marker='.', label=column)
+        axes.set(title=title, xlabel='epoch')
+        axes.grid(alpha=0.3)
+        axes.legend()
+    write_atomically(path, lambda p: figure.savefig(p, format='png', dpi=100))
+
+
+def hardware(device: torch.device, processes: int) -> str:
+    """One line on what a run ran on."""
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
+    threads = f', {torch.get_num_threads()} threads' if device.type == 'cpu' else ''
+    return f'{processes} x {device.type} ({name}{threads})'
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    import accelerate
+    return dict(
+        timm_spinal=__version__,
+        timm=timm.__version__,
+        torch=torch.__version__,
+        accelerate=accelerate.__version__,
+        python=platform.python_version(),
+    )
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write result.json."""
+    write_text(path, json.dumps(result, indent=2) + '\n')
+
+
+def epoch_line(row: dict[str, Any], epochs: int) -> str:
+    """What is printed after an epoch."""
+    parts = [f'epoch {row["epoch"] + 1}/{epochs}: train loss {row["train_loss"]:.4f}']
+    if 'eval_top1' in row:
+        parts.append(f'top-1 {row["eval_top1"]:.2f} %, loss {row["eval_loss"]:.4f}')
+    if 'ema_top1' in row:
+        parts.append(f'ema top-1 {row["ema_top1"]:.2f} %')
+    return ', '.join([*parts, f'lr {row["lr"]:.3g}', f'{row["images_per_second"]:.0f} images/s'])
+
+
+def final_lines(result: dict[str, Any], folder: Path, register: str = '') -> list[str]:
+    """What is printed at the end of a run; the last line loads the model back.
+
+    Args:
+        result: The content of result.json.
+        folder: The run folder.
+        register: Name of the architecture, when importing timm_spinal does not register it.
+    """
+    lines = []
+    if result['top1'] is not None:
+        best = f'epoch {result["best_epoch"] + 1}' + (' (ema)' if result['best_weights'] == 'ema' else '')
+        lines.append(f'top-1 {result["top1"]:.2f} %, top-5 {result["top5"]:.2f} %, loss {result["loss"]:.4f} of {best}')
+    if result.get('test_top1') is not None:
+        lines.append(f'test top-1 {result["test_top1"]:.2f} %, loss {result["test_loss"]:.4f} (once, best weights)')
+    if result['skipped']:
+        lines.append(f'{result["skipped"]} unreadable images skipped')
+    lines.append(f'{result["seconds"]:.1f} s, {result["images_per_second"]:.0f} images/s, results in {folder}')
+    if result['top1'] is None:
+        return [*lines, 'no finite evaluation, so no weights were written']
+    known = f' timm_spinal.ensure_registered({register!r});' if register else ''
+    load = f'timm.create_model({"local-dir:" + str(folder)!r}, pretrained=True)'
+    return [*lines, f'load it: import timm, timm_spinal;{known} model = {load}']

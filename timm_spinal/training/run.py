@@ -1,0 +1,286 @@
+"""One training run from a config: data, model, objective, optimizer, Accelerate, loop, report."""
+import hashlib
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    TorchDynamoPlugin,
+    broadcast_object_list,
+    set_seed,
+)
+from safetensors.torch import load_file
+from timm.layers import convert_sync_batchnorm
+from timm.utils import unwrap_model
+
+from timm_spinal.errors import UserError
+
+from . import report
+from .checkpoint import choose_checkpoint, load_checkpoint, read_state
+from .config import TrainConfig, to_yaml
+from .data import Datasets, TrainData, create_data, create_datasets
+from .evaluate import evaluate
+from .export import WEIGHTS, export_model
+from .folder import run_folder
+from .freeze import apply_freeze
+from .identity import check_same_run
+from .loop import Run, fit
+from .model import check_batch_of_one, check_model_name, create_model, needs_registration
+from .objective import build_penalties, build_task
+from .optim import create_optimizer, create_scheduler, load_scheduler_state, resolve_lr
+from .progress import Progress
+
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Train a model as a config says, and write its run folder.
+
+    Every process of a launch calls it. Random states, thread and process settings stay as the run leaves them.
+
+    Returns:
+        The content of ``result.json``; see `summarise`.
+
+    Raises:
+        UserError: Anything a user can mend; one line.
+        StopRequested: SIGINT or SIGTERM; a checkpoint has been written.
+    """
+    # the settings of a run before this one in the same process
+    AcceleratorState._reset_state()
+    accelerator = create_accelerator(config)
+    try:
+        run = prepare(config, accelerator)
+        fit(run)
+        return finish(run)
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        accelerator.free_memory()
+
+
+def create_accelerator(config: TrainConfig) -> Accelerator:
+    """An `Accelerator` in which everything that the config leaves open is up to ``accelerate config`` or ``launch``.
+
+    Raises:
+        UserError: Trackers or precision that are not available; options that do not go with sharded weights.
+    """
+    kwargs: dict[str, Any] = {}
+    if config.grad_accum_steps > 1:  # the plugin wins over the environment, the plain argument does not
+        kwargs['gradient_accumulation_plugin'] = GradientAccumulationPlugin(num_steps=config.grad_accum_steps)
+    if config.torchcompile:
+        kwargs['dynamo_plugin'] = TorchDynamoPlugin(backend=config.torchcompile, mode=config.torchcompile_mode)
+    try:
+        accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=config.log_with or None, **kwargs)
+    except (ValueError, ImportError) as e:
+        raise UserError(f'accelerate: {" ".join(str(e).split())}') from e
+    sharded = accelerator.distributed_type in _SHARDED
+    for asked, flag in (
+        (config.model_ema, '--model-ema'),
+        (config.clip_grad is not None and config.clip_mode != 'norm', f'--clip-mode {config.clip_mode}'),
+        (bool(config.kd_model_name) and config.kd_distill_type == 'feature', '--kd-distill-type feature'),
+    ):
+        if sharded and asked:
+            raise UserError(f'{flag} needs whole weights on each device and does not go with '
+                            f'{accelerator.distributed_type.value}; leave it out, or launch with --multi_gpu')
+    if config.sync_bn and accelerator.device.type != 'cuda':
+        raise UserError(f'--sync-bn: torch has it on CUDA only, not on {accelerator.device.type}; leave it out')
+    return accelerator
+
+
+def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
+    """Make everything that the loop needs, put a checkpoint back when resuming, and create the run folder."""
+    check_model_name(config.model)
+    with accelerator.main_process_first():
+        datasets = create_datasets(config)
+    config = replace(config, num_classes=datasets.num_classes)
+    set_seed(config.seed)
+    with accelerator.main_process_first():
+        model = create_model(config, datasets.num_classes)
+    data = create_data(config, model, datasets, num_processes=accelerator.num_processes)
+    kept_in_eval = apply_freeze(model, config.freeze)
+    if config.batch_size == 1:
+        check_batch_of_one(model, data.data_config['input_size'], kept_in_eval)
+    folder, checkpoint = _agree(accelerator, lambda: _folder_and_checkpoint(config, data))
+
+    if config.sync_bn and accelerator.num_processes > 1:
+        model = convert_sync_batchnorm(model)
+    model.to(accelerator.device)
+    task = build_task(config, model, data.mixup is not None, accelerator.device)
+    penalties = build_penalties(config, model)
+    images = config.batch_size * accelerator.num_processes * accelerator.gradient_accumulation_steps
+    optimizer = create_optimizer(config, task.trainable_module, resolve_lr(config, images))
+    if config.model_ema:
+        device = torch.device('cpu') if config.model_ema_force_cpu else None
+        task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup, device=device)
+    task.trainable_module, optimizer, train_loader, eval_loader = accelerator.prepare(
+        task.trainable_module, optimizer, data.train_loader, data.eval_loader)
+    updates = -(-len(train_loader) // accelerator.gradient_accumulation_steps)
+    scheduler, epochs = create_scheduler(config, optimizer, updates)
+    run = Run(
+        config, accelerator, folder, task, optimizer, scheduler, epochs, data, train_loader, eval_loader, penalties,
+        kept_in_eval, describe(config, datasets, data), export_best, write_reports)
+    _open_folder(run)
+    set_seed(config.seed, device_specific=True)
+    if checkpoint is not None:
+        resume(run, checkpoint)
+    return run
+
+
+def _folder_and_checkpoint(config: TrainConfig, data: TrainData) -> tuple[Path, Path | None]:
+    folder = run_folder(config, data.data_config['input_size'])
+    return folder, choose_checkpoint(config.resume, folder, print) if config.resume else None
+
+
+def _agree(accelerator: Accelerator, choose: Callable[[], Any]) -> Any:
+    """Let the main process choose; every process gets the same answer or the same error."""
+    answer: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = choose()
+        except UserError as e:
+            answer[1] = str(e)
+    if accelerator.num_processes > 1:
+        broadcast_object_list(answer)
+    if answer[1]:
+        raise UserError(answer[1])
+    return answer[0]
+
+
+def describe(config: TrainConfig, datasets: Datasets, data: TrainData) -> dict[str, Any]:
+    """What a checkpoint remembers of config and data, to refuse a resumption with others."""
+    names = hashlib.sha256(repr(data.class_names).encode()).hexdigest()[:12]
+    found = dict(train_size=data.train_size, eval_size=data.eval_size, num_classes=data.num_classes, class_names=names)
+    return dict(config=asdict(config), data=found)
+
+
+def _open_folder(run: Run) -> None:
+    """Create the run folder, with the config, and start the trackers."""
+    def open_folder() -> None:
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f'run folder {run.folder}: {e.strerror}; choose another --output') from e
+        report.write_text(run.folder / 'args.yaml', to_yaml(run.config))
+        print(f'run folder: {run.folder}', flush=True)
+
+    _agree(run.accelerator, open_folder)
+    if run.config.log_with:
+        run.accelerator.project_configuration.set_directories(str(run.folder))
+        scalars = {k: v for k, v in asdict(run.config).items() if isinstance(v, (int, float, str, bool))}
+        run.accelerator.init_trackers('timm_spinal', config=scalars)
+
+
+def resume(run: Run, checkpoint: Path) -> None:
+    """Put the state of a checkpoint back. Nothing may draw random numbers between this and the loop.
+
+    Raises:
+        UserError: The checkpoint is of another model or other data.
+    """
+    accelerator, state = run.accelerator, read_state(checkpoint)
+    for line in check_same_run(state, run.description, str(checkpoint)):
+        accelerator.print(line)
+    load_checkpoint(accelerator, checkpoint, run.task.get_trainable_module(ema=True))
+    load_scheduler_state(run.scheduler, state['scheduler'])
+    run.progress = Progress(**state['progress'])
+    run.progress.stopped_early &= 0 < run.config.early_stop_patience <= run.progress.stale
+    if state['processes'] != accelerator.num_processes:
+        # the same images are done, to the whole window; random states cannot be the same
+        done = run.progress.batch * state['processes'] // accelerator.num_processes
+        run.progress.batch = done - done % accelerator.gradient_accumulation_steps
+        accelerator.print(f'resuming with {accelerator.num_processes} processes instead of {state["processes"]}: '
+                          'the result will not be bit-identical')
+    accelerator.print(f'resuming from {checkpoint}: epoch {run.progress.epoch + 1}, update {run.progress.updates}')
+
+
+# ---- reports ----------------------------------------------------------------------------------------------------
+
+
+def export_best(run: Run, weights: str) -> None:
+    """Write the current weights (``model`` or ``ema``) as the best ones."""
+    wrapped = run.task.get_eval_model(ema=weights == 'ema')
+    module = unwrap_model(wrapped)
+    if run.accelerator.distributed_type in _SHARDED:
+        state_dict = run.accelerator.get_state_dict(wrapped)
+    else:
+        state_dict = module.state_dict()
+    _agree(run.accelerator, lambda: export_model(
+        run.folder, module, state_dict, run.data.class_names, run.data.data_config))
+
+
+def write_reports(run: Run) -> None:
+    """Rewrite summary.csv and curves.png, print the line of the epoch and feed the trackers."""
+    history = run.progress.history
+    row = history[-1]
+    run.accelerator.log({k: v for k, v in row.items() if k != 'epoch'}, step=run.progress.updates)
+
+    def write() -> None:
+        report.write_summary(run.folder / 'summary.csv', history)
+        report.write_curves(run.folder / 'curves.png', history)
+        print(report.epoch_line(row, run.last_epoch), flush=True)
+
+    _agree(run.accelerator, write)
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Evaluate the test split when there is one, write result.json and print the last lines."""
+    result = summarise(run)
+    if run.data.test_loader is not None and run.progress.best:
+        result.update(_test(run))
+
+    def write() -> None:
+        report.write_result(run.folder / 'result.json', result)
+        name = unwrap_model(run.task.get_eval_model()).pretrained_cfg['architecture']
+        for line in report.final_lines(result, run.folder, name if needs_registration(name) else ''):
+            print(line, flush=True)
+
+    _agree(run.accelerator, write)
+    return result
+
+
+def summarise(run: Run) -> dict[str, Any]:
+    """``result.json``: accuracies in percent and losses in nats of the best epoch, counts, speed, origin.
+
+    ``epoch`` is the number of epochs done, ``best_epoch`` counts from zero as summary.csv does; ``seconds`` and
+    ``images_per_second`` are of training and evaluation, and of training alone.
+    """
+    progress, best, config = run.progress, run.progress.best, run.config
+    module = unwrap_model(run.task.get_eval_model())
+    skipped = torch.tensor(run.data.skipped(), device=run.accelerator.device)
+    return dict(
+        model=config.model,
+        top1=best.get('top1'),
+        top5=best.get('top5'),
+        loss=best.get('loss'),
+        epoch=progress.epoch,
+        best_epoch=best.get('epoch'),
+        best_metric=best.get('metric'),
+        best_weights=best.get('weights'),
+        seconds=progress.seconds,
+        images_per_second=progress.images_per_second,
+        updates=progress.updates,
+        params=sum(p.numel() for p in module.parameters()),
+        trained_params=sum(p.numel() for p in module.parameters() if p.requires_grad),
+        num_classes=run.data.num_classes,
+        train_size=run.data.train_size,
+        eval_size=run.data.eval_size,
+        skipped=int(run.accelerator.reduce(skipped)),
+        stopped_early=progress.stopped_early,
+        dataset=config.dataset or config.data_dir,
+        seed=config.seed,
+        hardware=report.hardware(run.accelerator.device, run.accelerator.num_processes),
+        versions=report.versions(),
+    )
+
+
+def _test(run: Run) -> dict[str, Any]:
+    """The test split, once, with the best weights."""
+    model = run.task.get_eval_model()
+    unwrap_model(model).load_state_dict(load_file(run.folder / WEIGHTS))
+    loader = run.accelerator.prepare(run.data.test_loader)
+    metrics = evaluate(run.accelerator, model, loader, run.config.channels_last, 'test')
+    return {f'test_{k}': metrics[k] for k in ('loss', 'top1', 'top5', 'images')}
