@@ -1,4 +1,4 @@
-"""What the papers' small nets share: timm's model contract over a list of stages, and the classifiers of their baselines."""
+"""What the papers' small nets share: timm's model contract over stages, and the classifiers of their baselines."""
 
 from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
@@ -168,7 +168,7 @@ class SmallNet(nn.Module):
         self.grid = grid
         self.position_major = position_major
         self.global_pool = GridPool(global_pool, grid, position_major)
-        self.head_drop = nn.Dropout(drop_rate)
+        self.pool_drop = nn.Dropout(drop_rate)
         create = self.heads.get(head, partial(create_head, head))
         self.head = create(
             self.num_features * self.global_pool.features_per_channel,
@@ -306,7 +306,7 @@ class SmallNet(nn.Module):
         x = self.global_pool(x)
         if not self.global_pool.pool_type:
             return x
-        return self.head(self.head_drop(x), pre_logits)
+        return self.head(self.pool_drop(x), pre_logits)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.forward_features(x)

@@ -95,16 +95,16 @@ class TapChains(nn.Module):
         assert pixel_chs > 0 and pixel_chs % CELLS[0] ** 2 == 0, 'Concat pooling is not supported by the three chains.'
         self.tap_chs: List[int] = [pixel_chs, *conv_chs]
         self.cells: List[int] = list(CELLS)
+        self.grid = GRID
         self.chains = nn.ModuleList([
-            SpinalLayers(
-                chs * GRID ** 2, layers=layers, splits=2, width=width, dropout=0., norm_layer='', act_layer=act_layer, **dd)
+            SpinalLayers(chs * GRID ** 2, layers, 2, width, dropout=0., norm_layer='', act_layer=act_layer, **dd)
             for chs, layers in zip(self.tap_chs, CHAIN_LAYERS)
         ])
         self.out_features = 50
         self.out = hidden_block(sum(CHAIN_LAYERS) * width, self.out_features, act_layer=act_layer, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        packed = x.reshape(-1, sum(self.tap_chs), GRID, GRID)
+        packed = x.reshape(-1, sum(self.tap_chs), self.grid, self.grid)
         h: List[torch.Tensor] = []
         start = 0
         for i, chain in enumerate(self.chains):

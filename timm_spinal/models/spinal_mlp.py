@@ -57,6 +57,8 @@ class Flatten(nn.Module):
 class FlatMlp(SmallNet):
     """Plain multi-layer perceptron on the flat image.
 
+    The levels of features are the first linear, and each hidden layer behind its activation.
+
     Args:
         widths: Width of each hidden layer.
         grid: Side of the image; others are pooled to it.
@@ -82,15 +84,15 @@ class FlatMlp(SmallNet):
             dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
-        channels = [in_chans * grid ** 2, *widths]
-        layers = [
-            FlatLayer(hidden_block(before, width, norm_layer=norm_layer, act_layer=act_layer, **dd))
-            for before, width in zip(channels, widths)
+        blocks = [
+            hidden_block(before, width, norm_layer=norm_layer, act_layer=act_layer, **dd)
+            for before, width in zip((in_chans * grid ** 2, *widths), widths)
         ]
+        stages = [nn.Sequential(Flatten(grid), FlatLayer(blocks[0][:1])), FlatLayer(blocks[0][1:])]
         super().__init__(
-            [Flatten(grid), *layers],
-            channels=channels,
-            reductions=[grid] * len(channels),
+            stages + [FlatLayer(block) for block in blocks[1:]],
+            channels=(widths[0], *widths),
+            reductions=[grid] * (len(widths) + 1),
             head='linear',
             head_options={},
             num_classes=num_classes,
@@ -196,9 +198,9 @@ _EIGHT_NUMBERS = dict(
 
 default_cfgs = generate_default_cfgs({
     'spinal_mlp': small_net_cfg(**_FLAT_IMAGE, **dict(PROGRESSIVE_PAPER, first_conv=_input_layers(4))),
-    'spinal_mlp_plain': small_net_cfg(**_FLAT_IMAGE, **dict(PROGRESSIVE_PAPER, first_conv='stages.1.block.fc')),
+    'spinal_mlp_plain': small_net_cfg(**_FLAT_IMAGE, **dict(PROGRESSIVE_PAPER, first_conv='stages.0.1.block.fc')),
     'spinal_regression': small_net_cfg(**dict(_EIGHT_NUMBERS, first_conv=_input_layers(6))),
-    'spinal_regression_plain': small_net_cfg(**dict(_EIGHT_NUMBERS, first_conv='stages.1.block.fc')),
+    'spinal_regression_plain': small_net_cfg(**dict(_EIGHT_NUMBERS, first_conv='stages.0.1.block.fc')),
 })
 
 
@@ -211,7 +213,7 @@ def spinal_mlp(pretrained: bool = False, **kwargs: Any) -> FlatSpinalNet:
 
 @register_model
 def spinal_mlp_plain(pretrained: bool = False, **kwargs: Any) -> FlatMlp:
-    """Control of ``spinal_mlp``, of equal depth and nearest equal size, W = 301; 514,419 parameters. Not in the paper."""
+    """Control of ``spinal_mlp``, of equal depth and nearest size, W = 301; 514,419 parameters. Not in the paper."""
     return _create_flat_mlp('spinal_mlp_plain', pretrained, **dict(dict(widths=(301,) * 4), **kwargs))
 
 

@@ -3,9 +3,9 @@
 Papers: "SpinalNet: Deep Neural Network with Gradual Input", https://arxiv.org/abs/2007.03347
 and "ProgressiveSpinalNet architecture for FC layers", https://arxiv.org/abs/2103.11373 (spec spinal_heads 1.4 and 2).
 
-Four groups of convolutions and a classifier. The scripts flatten the last map, which is 256x1x1 at 28x28 and at no other
-size; here it is pooled globally, which is the same at 28x28 and works from 16 pixels up. They end in log_softmax, these
-models in logits: cross entropy on either is equal.
+Four groups of convolutions and a classifier. The scripts flatten the last map, which is 256x1x1 at 28x28 and at no
+other size; here it is pooled globally, which is the same at 28x28 and works from 16 pixels up. They end in
+log_softmax, these models in logits: cross entropy on either is equal.
 """
 
 from typing import Any
