@@ -69,10 +69,10 @@ def open_images(path: Path, class_map: Any = '', input_key: str | None = None) -
     if path.suffix == '.tar':
         # timm would keep a pickle beside tars of more than 10 GB and trust it later
         kwargs = dict(cache_tarinfo=False)
+    if isinstance(class_map, str) and class_map and not (Path(class_map).exists() or (path / class_map).exists()):
+        raise UserError(f'class map {class_map}: does not exist; check --class-map')
     try:
         return create_dataset('', root=str(path), search_split=False, class_map=class_map, input_img_mode='', **kwargs)
-    except FileNotFoundError as e:
-        raise UserError(f'class map {e.filename}: does not exist; check --class-map') from e
     except (RuntimeError, ValueError, AssertionError) as e:
         kinds = ', '.join(get_img_extensions())
         raise UserError(f'data {path}: holds no images ({kinds}) in folders named by class'

@@ -131,9 +131,11 @@ def _names(index: dict[str, int]) -> list[str] | None:
 
 def _nearest(name: str) -> str:
     known = ['digits', *(f'torch/{n}' for n in NAMES)]
-    close = difflib.get_close_matches(name, known, n=1) or difflib.get_close_matches(f'torch/{name}', known, n=1)
-    prefixes = 'hfds/NAME, hfids/NAME, wds/NAME, tfds/NAME'
-    return f'did you mean {close[0]}?' if close else f'use digits, torch/NAME, {prefixes}, or --data-dir for a folder'
+    full = name if '/' in name or name.startswith('digit') else f'torch/{name}'
+    close = [n for n in known if n.startswith(full)] or difflib.get_close_matches(full, known, n=1)
+    if close:
+        return f'did you mean {" or ".join(close[:6])}?'
+    return 'use digits, torch/NAME, hfds/NAME, hfids/NAME, wds/NAME or tfds/NAME, or --data-dir for a folder'
 
 
 def _line(error: BaseException) -> str:

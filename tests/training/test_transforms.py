@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms as tv
+
+from timm_spinal.errors import UserError
+from timm_spinal.training.dataset import seed_rng
+from timm_spinal.training.transforms import eval_transform, image_mode, resolve_data, train_transform
+
+from .images import TinyModel, quick_config
+
+PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+PLAIN = dict(scale=[1., 1.], ratio=[1., 1.], hflip=0., color_jitter=None, train_interpolation='bilinear')
+
+
+class GreyModel(TinyModel):
+    in_chans = 1
+
+
+def test_data_config_follows_model_and_flags():
+    data = resolve_data(quick_config(), TinyModel)
+    assert data['input_size'] == (3, 8, 8) and data['std'] == (0.25,) * 3 and data['interpolation'] == 'bilinear'
+    data = resolve_data(quick_config(img_size=16, mean=[0.1], std=[0.2, 0.3, 0.4], crop_pct=0.9), TinyModel)
+    assert (data['input_size'], data['mean'], data['std']) == ((3, 16, 16), (0.1,) * 3, (0.2, 0.3, 0.4))
+    assert data['crop_pct'] == 0.9
+
+
+def test_a_grey_model_gets_one_mean_and_grey_images():
+    class Uneven(GreyModel):
+        pretrained_cfg = dict(GreyModel.pretrained_cfg, mean=(0.1, 0.2, 0.6))
+
+    data = resolve_data(quick_config(), Uneven)
+    assert data['input_size'] == (1, 8, 8) and data['mean'] == pytest.approx((0.3,)) and data['std'] == (0.25,)
+    assert image_mode(quick_config(), 1) == 'L' and image_mode(quick_config(), 3) == 'RGB'
+    assert image_mode(quick_config(input_img_mode='CMYK'), 4) == 'CMYK'
+
+
+@pytest.mark.parametrize('options', [dict(mean=[0.5, 0.5]), dict(in_chans=1), dict(input_size=[1, 8, 8])])
+def test_channels_that_do_not_agree(options):
+    with pytest.raises(UserError, match='channels'):
+        resolve_data(quick_config(**options), TinyModel)
+    with pytest.raises(UserError, match='--input-img-mode'):
+        image_mode(quick_config(), 2)
+
+
+def test_evaluation_is_resize_crop_normalise():
+    image = eval_transform(resolve_data(quick_config(), TinyModel))(PHOTO)
+    expected = tv.Compose([tv.Resize(8), tv.CenterCrop(8), tv.ToTensor(), tv.Normalize([0.5] * 3, [0.25] * 3)])(PHOTO)
+    assert torch.equal(image, expected)
+
+
+def test_no_aug_is_deterministic_and_overrides_everything():
+    config = quick_config(no_aug=True, rotation=30., perspective=1., aa='rand-m9', hflip=1., reprob=1.)
+    transform = train_transform(config, resolve_data(config, TinyModel))
+    square = PHOTO.crop((0, 0, 40, 40))
+    expected = eval_transform(resolve_data(config, TinyModel))(square)
+    assert torch.equal(transform(square), transform(square)) and torch.equal(transform(square), expected)
+
+
+def test_flip_is_the_only_change_when_it_is_the_only_option():
+    square = PHOTO.crop((0, 0, 40, 40))
+    config = quick_config(**{**PLAIN, 'hflip': 1.})
+    data = resolve_data(config, TinyModel)
+    plain = train_transform(quick_config(**PLAIN), data)(square)
+    assert torch.equal(train_transform(config, data)(square), plain.flip(-1))
+
+
+def test_perspective_and_rotation_come_first_on_the_whole_image():
+    square = PHOTO.crop((0, 0, 40, 40))
+    config = quick_config(**PLAIN, rotation=20., perspective=1.)
+    data = resolve_data(config, TinyModel)
+    seed_rng(3)
+    image = train_transform(config, data)(square)
+    seed_rng(3)
+    turned = tv.RandomRotation(20)(tv.RandomPerspective(p=1.)(square))
+    assert torch.equal(image, train_transform(quick_config(**PLAIN), data)(turned))
+    assert not torch.equal(image, train_transform(quick_config(**PLAIN), data)(square))
+
+
+@pytest.mark.parametrize('options', [
+    dict(aa='rand-m9-mstd0.5'), dict(aa='augmix-m3'), dict(aa='original'), dict(aa='3a'),
+    dict(train_crop_mode='rkrc'), dict(reprob=1., remode='pixel', recount=2),
+    dict(color_jitter=0.4, grayscale_prob=0.5, color_jitter_prob=0.5),
+])
+@pytest.mark.parametrize('model', [TinyModel, GreyModel])
+def test_every_augmentation_works_on_colour_and_grey(options, model):
+    config = quick_config(**options)
+    transform = train_transform(config, resolve_data(config, model))
+    image = PHOTO.convert(image_mode(config, model.in_chans))
+    seed_rng(0)
+    outputs = [transform(image) for _ in range(4)]
+    assert all(o.shape == (model.in_chans, 8, 8) and o.isfinite().all() for o in outputs)
+    assert not torch.equal(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize('options', [dict(aa='foo'), dict(train_interpolation='cubist')])
+def test_what_timm_refuses_is_one_line(options):
+    config = quick_config(**options)
+    with pytest.raises(UserError, match='augmentation') as error:
+        train_transform(config, resolve_data(config, TinyModel))
+    assert '\n' not in str(error.value)
