@@ -1,0 +1,195 @@
+"""What timm's own model tests do not catch, on a small model of every kind."""
+
+import statistics
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import load_state_dict, save_for_hf
+from timm.optim import param_groups_layer_decay
+from timm.utils import adaptive_clip_grad
+from torch import nn
+
+import timm_spinal
+
+# one for each head and each way of building a backbone, and nets of our own
+MODELS = ('test_resnet_spinal', 'test_vit_pspinal', 'test_convnext_mlp', 'vgg5_spinal', 'spinalcnn_a1', 'spinalcnn_a2')
+
+
+def make(name: str, **kwargs) -> nn.Module:
+    assert timm_spinal.ensure_registered(name)
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=5, **kwargs)
+
+
+def image(model: nn.Module, batch: int = 2, **kwargs) -> torch.Tensor:
+    return torch.randn(batch, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(1), **kwargs)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_safetensors_round_trip(name, tmp_path):
+    """timm saves with safetensors' save_file, which refuses tensors that share memory."""
+    model = make(name).eval()
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    saved = load_state_dict(str(tmp_path / 'model.safetensors'))
+    assert saved.keys() == model.state_dict().keys()
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = image(model)
+    assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('scale', [0., 1e-4, 100.])
+def test_gradients_are_finite(name, scale):
+    model = make(name).train()
+    F.cross_entropy(model(scale * image(model, 4)), torch.tensor([0, 1, 2, 3])).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_last_two_parameters_are_the_classifier_that_agc_leaves_alone(name):
+    """timm clips all but the last two parameters: the classifier is not clipped, all else is."""
+    model = make(name)
+    named = list(model.named_parameters())
+    assert [n.rpartition('.')[2] for n, _ in named[-2:]] == ['weight', 'bias']
+    fc = model.get_classifier()
+    assert named[-2][1] is fc.weight and named[-1][1] is fc.bias
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 1e3)
+    adaptive_clip_grad([p for _, p in named[:-2]], 0.01)
+    assert (fc.weight.grad == 1e3).all() and (fc.bias.grad == 1e3).all()
+    assert all((p.grad.abs() < 1e3).all() for _, p in named[:-2])
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_layer_decay_leaves_the_head_at_full_rate(name):
+    model = make(name)
+    groups = param_groups_layer_decay(model, layer_decay=0.5)
+    scale = {id(p): group['lr_scale'] for group in groups for p in group['params']}
+    first = next(iter(model.parameters()))
+    assert scale[id(first)] < 1.
+    assert scale[id(model.get_classifier().weight)] == 1.
+    assert len(scale) == len(list(model.parameters()))
+    if hasattr(model, 'attached_head'):
+        assert {scale[id(p)] for p in model.attached_head.parameters()} == {1.}
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_channels_last_gives_the_same(name):
+    model = make(name).eval()
+    x = image(model)
+    expected = model(x)
+    model = model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_compiles_without_graph_breaks(name):
+    model = make(name).eval()
+    x = image(model)
+    expected = model(x)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend='eager')(x), expected)
+
+
+@pytest.mark.slow
+def test_compiles_with_inductor():
+    model = make('vgg5_pspinal').eval()
+    x = image(model)
+    expected = model(x)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_exports_with_a_free_batch(name):
+    model = make(name).eval()
+    x = image(model)
+    batch = torch.export.Dim('batch', min=1, max=64)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: batch},)).module()
+    larger = image(model, 3)
+    torch.testing.assert_close(exported(larger), model(larger))
+
+
+@pytest.mark.parametrize('name', ['vgg5_spinal', 'test_resnet_pspinal'])
+def test_onnx_runtime_agrees(name, tmp_path):
+    pytest.importorskip('onnxscript')
+    onnxruntime = pytest.importorskip('onnxruntime')
+    model = make(name).eval()
+    x = image(model)
+    path = tmp_path / 'model.onnx'
+    torch.onnx.export(model, (x,), str(path), dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_meta_device_holds_everything(name):
+    model = make(name, device='meta')
+    assert all(t.device.type == 'meta' for t in [*model.parameters(), *model.buffers()])
+    assert model(image(model).to('meta')).shape == (2, 5)
+
+
+def test_distilled_models_give_one_answer_and_refuse_token_distillation():
+    model = timm_spinal.attach_head(
+        timm.create_model('deit_tiny_distilled_patch16_224', device='meta'), 'spinal', num_classes=5).train()
+    assert model(image(model).to('meta')).shape == (2, 5)
+    model.set_distilled_training(False)
+    with pytest.raises(ValueError, match='deit_tiny_distilled_patch16_224_spinal has one head.*logit or feature'):
+        model.set_distilled_training(True)
+
+
+HEAD_KEYS = {
+    'spinal': [
+        *[f'hidden.{block}.{key}' for block in ('first', 'blocks.0', 'blocks.1', 'blocks.2') for key in (
+            'fc.weight', 'fc.bias', 'norm.weight', 'norm.bias', 'norm.running_mean', 'norm.running_var',
+            'norm.num_batches_tracked')],
+        'fc.weight', 'fc.bias',
+    ],
+    'pspinal': [
+        *[f'hidden.{block}.fc.{key}' for block in ('first', 'blocks.0', 'blocks.1', 'blocks.2')
+          for key in ('weight', 'bias')],
+        'fc.weight', 'fc.bias',
+    ],
+    'mlp': [
+        'hidden.0.fc.weight', 'hidden.0.fc.bias', 'hidden.0.norm.weight', 'hidden.0.norm.bias',
+        'hidden.0.norm.running_mean', 'hidden.0.norm.running_var', 'hidden.0.norm.num_batches_tracked',
+        'fc.weight', 'fc.bias',
+    ],
+    'linear': ['fc.weight', 'fc.bias'],
+}
+
+
+@pytest.mark.parametrize('head', HEAD_KEYS)
+def test_state_dict_keys_do_not_change(head):
+    """Published weights depend on these names."""
+    plain = list(timm.create_model('test_resnet', num_classes=0, device='meta').state_dict())
+    model = timm_spinal.attach_head(timm.create_model('test_resnet', device='meta'), head)
+    assert list(model.state_dict()) == plain + [f'attached_head.{key}' for key in HEAD_KEYS[head]]
+
+
+def run_python(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, '-W', 'error::UserWarning', '-c', code], check=True, capture_output=True, text=True).stdout
+
+
+def test_no_name_clashes_with_timm():
+    out = run_python(
+        'import timm; names = set(timm.list_models()); modules = set(timm.list_modules())\n'
+        'import timm_spinal; ours = set(timm_spinal.list_models())\n'
+        'assert names | ours == set(timm.list_models()), "timm lost a name"\n'
+        'mine = set(timm.list_modules()) - modules\n'
+        'assert ours == set(timm.list_models(module=mine)), "a model hides in a module of timm"\n'
+        'print(len(ours), sorted(names & ours))')
+    count, clashes = out.split(maxsplit=1)
+    assert int(count) >= 42 and clashes.strip() == '[]'
+
+
+def test_import_adds_at_most_100_ms():
+    """CPU time, so that other work on the machine does not count; median of fresh processes."""
+    code = 'import time, timm; start = time.process_time(); import timm_spinal; print(time.process_time() - start)'
+    assert statistics.median(float(run_python(code)) for _ in range(3)) <= 0.1
