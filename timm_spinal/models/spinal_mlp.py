@@ -11,7 +11,7 @@ What differs from the scripts: the regression net has six distinct layers, where
 twice and never uses the two that it declares last (spec 6, D2). The MNIST script ends in log_softmax, here are logits.
 """
 
-from typing import Any, List, Sequence
+from typing import Any, Dict, List, Sequence
 
 import torch
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
@@ -177,6 +177,14 @@ class FlatSpinalNet(SmallNet):
         self.level_chs = self.level_chs[:last + 1]
 
 
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Without the last linear, if it sees the pixels and their number differs, as timm does for input layers."""
+    weight = state_dict.get('head.fc.weight')
+    if weight is not None and weight.shape[1] != model.head_hidden_size:
+        return {name: value for name, value in state_dict.items() if not name.startswith('head.fc.')}
+    return state_dict
+
+
 def _create_flat_mlp(variant: str, pretrained: bool = False, **kwargs: Any) -> FlatMlp:
     num_stages = 1 + len(kwargs['widths'])
     return build_small_net(FlatMlp, variant, pretrained, num_stages=num_stages, **kwargs)
@@ -185,7 +193,14 @@ def _create_flat_mlp(variant: str, pretrained: bool = False, **kwargs: Any) -> F
 def _create_flat_spinal(variant: str, pretrained: bool = False, **kwargs: Any) -> FlatSpinalNet:
     # the levels are slices of one output, no modules that timm's default feature extractor could cut out
     feature_cfg = dict(out_indices=tuple(range(kwargs['head_layers'])), feature_cls='getter')
-    return build_model_with_cfg(FlatSpinalNet, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    return build_model_with_cfg(
+        FlatSpinalNet,
+        variant,
+        pretrained,
+        feature_cfg=feature_cfg,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        **kwargs,
+    )
 
 
 def _input_layers(num_layers: int) -> List[str]:
