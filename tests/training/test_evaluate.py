@@ -1,0 +1,111 @@
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+
+from timm_spinal.errors import UserError
+from timm_spinal.training.evaluate import evaluate
+
+
+class Answers(torch.nn.Module):
+    """Logits that are the first pixels of the image."""
+
+    def forward(self, images):
+        return images[:, 0, 0, :7]
+
+
+def dataset(logits, targets):
+    images = torch.zeros(len(logits), 1, 1, 8)
+    images[:, 0, 0, :7] = logits
+    return [(image, int(target)) for image, target in zip(images, targets)]
+
+
+def run(logits, targets, batch_size=4, **kwargs):
+    accelerator = Accelerator()
+    loader = accelerator.prepare(DataLoader(dataset(logits, targets), batch_size=batch_size))
+    return evaluate(accelerator, Answers(), loader, **kwargs)
+
+
+def test_exact_values():
+    set_seed(0)
+    logits, targets = torch.randn(11, 7), torch.arange(11) % 7
+    metrics = run(logits, targets)
+    order = logits.argsort(dim=1, descending=True)
+    assert metrics['images'] == 11 and metrics['nonfinite'] == 0
+    assert metrics['top1'] == pytest.approx(100 * (order[:, 0] == targets).float().mean().item())
+    assert metrics['top5'] == pytest.approx(100 * (order[:, :5] == targets[:, None]).any(1).float().mean().item())
+    assert metrics['loss'] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), abs=1e-6)
+    assert run(logits, targets, batch_size=11)['loss'] == pytest.approx(metrics['loss'], abs=1e-6)
+
+
+def test_unreadable_rows_do_not_count():
+    logits = torch.eye(7)
+    targets = torch.tensor([0, 1, 2, -1, -1, 0, 0])
+    metrics = run(logits, targets, batch_size=2)
+    assert metrics['images'] == 5
+    assert metrics['top1'] == pytest.approx(60.)
+    one_right, one_wrong = math.log(math.e + 6) - 1, math.log(math.e + 6)
+    assert metrics['loss'] == pytest.approx((3 * one_right + 2 * one_wrong) / 5, abs=1e-6)
+
+
+def test_nothing_readable():
+    with pytest.raises(UserError, match='no readable image'):
+        run(torch.eye(7), torch.full((7,), -1))
+
+
+def test_nan_logits_are_counted():
+    logits = torch.eye(7)
+    logits[2, 3], logits[4, 0] = math.nan, math.inf
+    metrics = run(logits, torch.arange(7))
+    assert metrics['nonfinite'] == 2 and math.isnan(metrics['loss'])
+
+
+def test_first_of_several_outputs_counts():
+    class Two(Answers):
+        def forward(self, images):
+            return super().forward(images), None
+
+    accelerator = Accelerator()
+    loader = accelerator.prepare(DataLoader(dataset(torch.eye(7), torch.arange(7)), batch_size=3))
+    assert evaluate(accelerator, Two(), loader)['top1'] == 100.
+
+
+def test_eval_mode_without_gradients():
+    class Probe(Answers):
+        def forward(self, images):
+            assert not self.training and not torch.is_grad_enabled()
+            return super().forward(images)
+
+    accelerator = Accelerator()
+    loader = accelerator.prepare(DataLoader(dataset(torch.eye(7), torch.arange(7)), batch_size=3))
+    evaluate(accelerator, Probe().train(), loader)
+
+
+TWO_PROCESSES = """
+import json, sys, torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from tests.training.test_evaluate import Answers, dataset
+from timm_spinal.training.evaluate import evaluate
+
+accelerator = Accelerator()
+assert accelerator.num_processes == 2
+torch.manual_seed(0)
+for count in (11, 1, 8):
+    logits, targets = torch.randn(count, 7), torch.arange(count) % 7
+    loader = accelerator.prepare(DataLoader(dataset(logits, targets), batch_size=2))
+    metrics = evaluate(accelerator, Answers(), loader)
+    exact = torch.nn.functional.cross_entropy(logits, targets).item()
+    right = 100 * (logits.argmax(1) == targets).float().mean().item()
+    assert metrics['images'] == count, metrics
+    assert abs(metrics['loss'] - exact) < 1e-6 and abs(metrics['top1'] - right) < 1e-4, (metrics, exact, right)
+accelerator.print('exact')
+"""
+
+
+def test_two_processes_count_every_image_once(tmp_path, launch):
+    (tmp_path / 'check.py').write_text(TWO_PROCESSES)
+    assert 'exact' in launch(2, str(tmp_path / 'check.py')).stdout
