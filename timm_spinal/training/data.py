@@ -179,13 +179,13 @@ def create_data(
         num_processes: Processes that `accelerator.prepare` will share the batches out to.
 
     Raises:
-        UserError: A batch size that leaves no full batch, or does not fit mixing or BatchNorm; augmentation that timm
-            refuses; a streamed source in several processes.
+        UserError: A batch size that leaves no full batch, or does not fit mixing; augmentation that timm refuses; a
+            streamed source in several processes.
     """
     seed = config.seed if seed is None else seed
     train = datasets.train
     assert train is not None, 'create_datasets was called with train=False'
-    _check_batch(config, model, train, num_processes)
+    _check_batch(config, train, num_processes)
     data_config = resolve_data(config, model)
     mode = image_mode(config, data_config['input_size'][0])
     transform = train_transform(config, data_config)
@@ -230,7 +230,7 @@ def create_eval_loader(
     return _eval_loader(config, datasets.eval, data_config, mode), data_config
 
 
-def _check_batch(config: TrainConfig, model: nn.Module, train: Source, num_processes: int) -> None:
+def _check_batch(config: TrainConfig, train: Source, num_processes: int) -> None:
     batch = config.batch_size
     if train.streamed and num_processes > 1:
         raise UserError(f'dataset {config.dataset}: streamed sources are read by one process only; use '
@@ -242,9 +242,6 @@ def _check_batch(config: TrainConfig, model: nn.Module, train: Source, num_proce
                         f'use --batch-size {max(1, length // num_processes)} or less')
     if batch % 2 and (config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None):
         raise UserError(f'--batch-size {batch}: mixup and cutmix pair the images of a batch; use an even number')
-    if batch == 1 and config.freeze != 'bn' and any(isinstance(m, nn.BatchNorm1d) for m in model.modules()):
-        raise UserError('--batch-size 1: BatchNorm of the head needs at least 2 images in training; use --batch-size 2 '
-                        'with more --grad-accum-steps, or --model-kwargs head_norm_layer=layernorm')
 
 
 def _mixup(config: TrainConfig, num_classes: int) -> Mixup:
