@@ -85,8 +85,8 @@ class ModelOptions:
     bn_momentum: float | None = option(None, 'BatchNorm momentum')
     bn_eps: float | None = option(None, 'BatchNorm epsilon')
     freeze: str = option(
-        'none', 'what is not trained: backbone (all but the head), backbone-except-bn (all but the head and BatchNorm), '
-        'bn (BatchNorm of the backbone)', choices=('none', 'backbone', 'backbone-except-bn', 'bn'))
+        'none', 'what is not trained: backbone (all but the head), backbone-except-bn (all but the head and '
+        'BatchNorm), bn (BatchNorm of the backbone)', choices=('none', 'backbone', 'backbone-except-bn', 'bn'))
 
 
 @dataclass
