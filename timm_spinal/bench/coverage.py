@@ -35,6 +35,7 @@ from ..models.attach_head import CLASSIFIER_NAME, HEAD_NAME
 KINDS = ('linear', 'several', 'conv', 'none')  # of classifier
 KIND_TITLES = ('one nn.Linear', 'several', '1x1 conv', 'none')
 NUM_CLASSES = 7
+TimmModel = Any  # an nn.Module with timm's attributes, which have no type of their own
 
 
 @dataclass
@@ -48,14 +49,14 @@ class Coverage:
     reason: str = ''
 
 
-def classifier_modules(model: nn.Module) -> Dict[str, nn.Module]:
+def classifier_modules(model: TimmModel) -> Dict[str, nn.Module]:
     """The classifiers that timm names in the model's cfg, those that exist."""
     names = model.pretrained_cfg.get('classifier') or ()
     modules = dict(model.named_modules())
     return {name: modules[name] for name in ((names,) if isinstance(names, str) else names) if name in modules}
 
 
-def classifier_kind(model: nn.Module) -> str:
+def classifier_kind(model: TimmModel) -> str:
     """One of ``KINDS``. 'none' for encoders and for models that timm publishes without classes."""
     modules = [m for m in classifier_modules(model).values() if isinstance(m, (nn.Linear, nn.Conv2d))]
     if not modules or not model.num_classes:
@@ -75,7 +76,7 @@ def _check_shape(x: Any, shape: tuple, what: str) -> None:
     _check(found == shape, f'{what}: {found} instead of {shape}')
 
 
-def _is_classifiers_own(key: str, classifiers: List[str], model: nn.Module) -> bool:
+def _is_classifiers_own(key: str, classifiers: List[str], model: TimmModel) -> bool:
     """Whether a key that is gone lay in a classifier, or in a container that timm itself replaces with it."""
     modules = dict(model.named_modules())
     gone = [name for name in _with_parents(classifiers) if isinstance(modules.get(name, nn.Identity()), nn.Identity)]
@@ -86,7 +87,7 @@ def _with_parents(names: List[str]) -> List[str]:
     return ['.'.join(parts[:n]) for parts in (name.split('.') for name in names) for n in range(1, len(parts) + 1)]
 
 
-def check_head(model: nn.Module, head: str) -> None:
+def check_head(model: TimmModel, head: str) -> None:
     """Attach a head to a model on the meta device and check timm's contract.
 
     Raises:
@@ -114,7 +115,7 @@ def check_head(model: nn.Module, head: str) -> None:
         _check_resets(model, features)
 
 
-def _check_resets(model: nn.Module, features: Any) -> None:
+def _check_resets(model: TimmModel, features: Any) -> None:
     def check_width(num_classes: int, what: str) -> None:
         _check(model.num_classes == num_classes, f'{what}: num_classes {model.num_classes}')
         _check_shape(model.forward_head(features), (2, num_classes or model.head_hidden_size), what)
@@ -141,7 +142,7 @@ def _check_resets(model: nn.Module, features: Any) -> None:
     _check(model.forward_head(features).dtype == torch.bfloat16, 'dtype')
 
 
-def _check_timm_refuses(model: nn.Module, pool: str) -> None:
+def _check_timm_refuses(model: TimmModel, pool: str) -> None:
     try:
         model.backbone_cls.reset_classifier(model, 5, pool)
     except Exception:

@@ -78,7 +78,8 @@ def measure_head(
             torch.cuda.synchronize()
 
     with torch.inference_mode():
-        times = paired_times(*(partial(run, model) for model in models), rounds=rounds, progress=progress)
+        headed, plain = (partial(run, model) for model in models)
+        times = paired_times(headed, plain, rounds=rounds, progress=progress)
     return HeadCost(
         model=model_name,
         backbone=backbone,
