@@ -1,106 +1,22 @@
-"""What the papers' small nets share: timm's model contract over stages, and the classifiers of their baselines."""
+"""What the papers' small nets share: timm's model contract over stages and a head."""
 
 from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
-from timm.layers import SelectAdaptivePool2d
 from timm.layers.helpers import get_device_dtype
 from timm.models import build_model_with_cfg, checkpoint
 from timm.models._features import feature_take_indices
 from torch import nn
 
 from ..layers import ClassifierHead, create_head
-from ..layers.classifier_head import hidden_block
+from ._small_heads import GridPool, PlainHead
 
 MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)
 CIFAR_MEAN, CIFAR_STD = (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)
 SPINAL_PAPER = dict(paper_ids='arXiv:2007.03347', origin_url='https://github.com/dipuk0506/SpinalNet')
 PROGRESSIVE_PAPER = dict(
     paper_ids='arXiv:2103.11373', origin_url='https://github.com/praveenchopra/ProgressiveSpinalNet')
-
-
-class GridPool(nn.Module):
-    """Pool a map (N, C, H, W) to a fixed grid and flatten it to (N, grid * grid * C).
-
-    The papers' scripts flatten the map of one image size. Pooling to the grid of that size first is the identity there,
-    and lets a net take images of other sizes.
-
-    Args:
-        pool_type: timm's pooling type; '' passes the map through.
-        grid: Positions per side.
-        position_major: Flatten position by position, rows first, instead of channel by channel.
-    """
-
-    def __init__(self, pool_type: str = 'avg', grid: int = 1, position_major: bool = False):
-        super().__init__()
-        self.pool = SelectAdaptivePool2d(grid, pool_type)
-        self.pool_type: str = self.pool.pool_type
-        self.position_major = position_major
-        self.features_per_channel: int = grid * grid * self.pool.feat_mult()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.pool(x)
-        if not self.pool_type:
-            return x
-        if self.position_major:
-            x = x.permute(0, 2, 3, 1)
-        return x.flatten(1)
-
-
-class PlainLayers(nn.Sequential):
-    """Hidden layers of given widths: (N, F) -> (N, widths[-1]).
-
-    Args:
-        in_features: Input width F.
-        widths: Width of each layer.
-        in_dropout: Dropout rate in front of the first layer.
-        norm_layer: timm name of a norm behind each linear, '' for none.
-        act_layer: timm name of the activation.
-    """
-
-    def __init__(
-            self,
-            in_features: int,
-            widths: Sequence[int],
-            in_dropout: float = 0.,
-            norm_layer: str = '',
-            act_layer: str = 'relu',
-            device=None,
-            dtype=None,
-    ):
-        super().__init__(*[
-            hidden_block(before, width, in_dropout if i == 0 else 0., norm_layer, act_layer, device, dtype)
-            for i, (before, width) in enumerate(zip([in_features, *widths], widths))
-        ])
-        self.out_features = widths[-1]
-
-
-class PlainHead(ClassifierHead):
-    """The two- and three-layer classifiers of the papers' baselines: (N, F) -> (N, C) (spec spinal_heads 1.3, 1.4).
-
-    Args:
-        in_features: Width F of the pooled vector.
-        num_classes: Number of classes C.
-        widths: Width of each hidden layer.
-        in_dropout: Dropout rate in front of the first layer.
-        dropout: Dropout rate in front of the last linear.
-        act_layer: timm name of the activation.
-    """
-
-    def __init__(
-            self,
-            in_features: int,
-            num_classes: int,
-            widths: Sequence[int] = (512,),
-            in_dropout: float = 0.,
-            dropout: float = 0.,
-            act_layer: str = 'relu',
-            device=None,
-            dtype=None,
-    ):
-        create_hidden = partial(PlainLayers, widths=widths, in_dropout=in_dropout, act_layer=act_layer)
-        super().__init__(in_features, num_classes, create_hidden, dropout=dropout, device=device, dtype=dtype)
 
 
 def strip_head_prefix(kwargs: Dict[str, Any]) -> Dict[str, Any]:
@@ -158,7 +74,7 @@ class SmallNet(nn.Module):
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
         self.stages = nn.Sequential(*stages)
-        self.feature_info = [
+        self.feature_info: List[Dict[str, Any]] = [
             dict(num_chs=chs, reduction=reduction, module=f'stages.{i}')
             for i, (chs, reduction) in enumerate(zip(channels, reductions))
         ]
@@ -316,13 +232,20 @@ class SmallNet(nn.Module):
 
 def small_net_cfg(pool_size: Tuple[int, int], **kwargs: Any) -> Dict[str, Any]:
     """Pretrained config of a 28-pixel one-channel net with MNIST's mean and std, unless said otherwise."""
-    return dict(
+    cfg: Dict[str, Any] = dict(
         num_classes=10, input_size=(1, 28, 28), pool_size=pool_size, crop_pct=1.0, interpolation='bilinear',
         mean=MNIST_MEAN, std=MNIST_STD, first_conv='stages.0.0', classifier='head.fc',
-    ) | kwargs
+    )
+    return dict(cfg, **kwargs)
 
 
-def build_small_net(net_cls: Callable[..., SmallNet], variant: str, pretrained: bool, num_stages: int, **kwargs: Any):
+def build_small_net(
+        net_cls: Callable[..., SmallNet],
+        variant: str,
+        pretrained: bool,
+        num_stages: int,
+        **kwargs: Any,
+) -> Any:
     """timm's ``build_model_with_cfg`` for a net with this many feature levels."""
     feature_cfg = dict(out_indices=tuple(range(num_stages)), flatten_sequential=True)
     return build_model_with_cfg(net_cls, variant, pretrained, feature_cfg=feature_cfg, **kwargs)

@@ -8,7 +8,7 @@ at 32x32 and lets other sizes in. The ResNet differs from He's CIFAR ResNets (an
 convolution in the downsample branch, no ReLU behind the addition.
 """
 
-from typing import Any, Optional, Sequence
+from typing import Any, Dict, Sequence
 
 import torch
 from timm.layers import ConvNormAct
@@ -162,13 +162,13 @@ class CifarResNet(SmallNet):
                 nn.init.zeros_(module.bias)
 
 
-def _create_cifar(net_cls, variant: str, pretrained: bool = False, num_stages: int = 3, **kwargs: Any) -> SmallNet:
+def _create_cifar(net_cls, variant: str, pretrained: bool = False, num_stages: int = 3, **kwargs: Any) -> Any:
     return build_small_net(net_cls, variant, pretrained, num_stages=num_stages, **kwargs)
 
 
-def _cfg(pool_size: int = 4, num_classes: int = 10, first_conv: Optional[str] = None):
+def _cfg(num_classes: int = 10) -> Dict[str, Any]:
     return small_net_cfg(
-        pool_size=(pool_size, pool_size),
+        pool_size=(4, 4),
         num_classes=num_classes,
         input_size=(3, 32, 32),
         mean=CIFAR_MEAN,
@@ -187,9 +187,9 @@ default_cfgs = generate_default_cfgs({
     'resnet34_cifar_spinal': _cfg(num_classes=100),
 })
 
-_SPINAL = dict(head='spinal', head_layers=4, head_dropout=0., head_norm_layer='')
-_RESNET18 = dict(depths=(2, 2, 2, 2), num_stages=5)
-_RESNET34 = dict(depths=(3, 4, 6, 3), num_stages=5)
+_SPINAL: Dict[str, Any] = dict(head='spinal', head_layers=4, head_dropout=0., head_norm_layer='')
+_RESNET18: Dict[str, Any] = dict(depths=(2, 2, 2, 2), num_stages=5)
+_RESNET34: Dict[str, Any] = dict(depths=(3, 4, 6, 3), num_stages=5)
 
 
 @register_model

@@ -18,7 +18,8 @@ from torch import nn
 
 from ..layers import ClassifierHead, SpinalLayers
 from ..layers.classifier_head import hidden_block
-from ._small_net import SPINAL_PAPER, PlainHead, SmallNet, build_small_net, small_net_cfg, strip_head_prefix
+from ._small_heads import PlainHead
+from ._small_net import SPINAL_PAPER, SmallNet, build_small_net, small_net_cfg, strip_head_prefix
 
 __all__ = ['SpinalCnn', 'SpinalCnnTaps']
 
@@ -175,7 +176,7 @@ class SpinalCnnTaps(SpinalCnn):
         self.pack = None
 
 
-def _create_spinal_cnn(net_cls, variant: str, pretrained: bool = False, **kwargs: Any) -> SpinalCnn:
+def _create_spinal_cnn(net_cls, variant: str, pretrained: bool = False, **kwargs: Any) -> Any:
     return build_small_net(net_cls, variant, pretrained, num_stages=3, **kwargs)
 
 

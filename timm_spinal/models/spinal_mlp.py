@@ -19,10 +19,10 @@ from torch import nn
 
 from ..layers import ClassifierHead, create_head
 from ..layers.classifier_head import hidden_block
+from ._small_heads import GridPool
 from ._small_net import (
     PROGRESSIVE_PAPER,
     SPINAL_PAPER,
-    GridPool,
     SmallNet,
     build_small_net,
     small_net_cfg,
@@ -138,7 +138,7 @@ class FlatSpinalNet(SmallNet):
     ):
         dd = {'device': device, 'dtype': dtype}
         made = create_head(head, in_chans * grid ** 2, 0, **strip_head_prefix(head_options), **dd)
-        layers = made.hidden
+        layers: Any = made.hidden
         num_layers = 1 + len(layers.blocks) * getattr(layers, 'repeats', 1)
         width = layers.first.fc.out_features
         channels = [layers.out_features - width * (num_layers - 1 - i) for i in range(num_layers)]
@@ -169,7 +169,7 @@ class FlatSpinalNet(SmallNet):
         return [x[:, :chs] for chs in self.level_chs[:last + 1]]
 
     def _prune_stages(self, last: int) -> None:
-        layers = self.stages[1].block
+        layers: Any = self.stages[1].block
         if getattr(layers, 'repeats', 1) > 1:  # one shared block
             layers.repeats = last
         layers.blocks = layers.blocks[:last]
@@ -207,15 +207,15 @@ def _input_layers(num_layers: int) -> List[str]:
     return ['stages.1.block.first.fc', *(f'stages.1.block.blocks.{i}.fc' for i in range(num_layers - 1))]
 
 
-_FLAT_IMAGE = dict(pool_size=(1, 1))
-_EIGHT_NUMBERS = dict(
+_FLAT_IMAGE: Dict[str, Any] = dict(pool_size=(1, 1), **PROGRESSIVE_PAPER)
+_EIGHT_NUMBERS: Dict[str, Any] = dict(
     pool_size=(1, 1), num_classes=1, input_size=(8, 1, 1), mean=(0.,), std=(1.,), **SPINAL_PAPER)
 
 default_cfgs = generate_default_cfgs({
-    'spinal_mlp': small_net_cfg(**_FLAT_IMAGE, **dict(PROGRESSIVE_PAPER, first_conv=_input_layers(4))),
-    'spinal_mlp_plain': small_net_cfg(**_FLAT_IMAGE, **dict(PROGRESSIVE_PAPER, first_conv='stages.0.1.block.fc')),
-    'spinal_regression': small_net_cfg(**dict(_EIGHT_NUMBERS, first_conv=_input_layers(6))),
-    'spinal_regression_plain': small_net_cfg(**dict(_EIGHT_NUMBERS, first_conv='stages.0.1.block.fc')),
+    'spinal_mlp': small_net_cfg(**_FLAT_IMAGE, first_conv=_input_layers(4)),
+    'spinal_mlp_plain': small_net_cfg(**_FLAT_IMAGE, first_conv='stages.0.1.block.fc'),
+    'spinal_regression': small_net_cfg(**_EIGHT_NUMBERS, first_conv=_input_layers(6)),
+    'spinal_regression_plain': small_net_cfg(**_EIGHT_NUMBERS, first_conv='stages.0.1.block.fc'),
 })
 
 

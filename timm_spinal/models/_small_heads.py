@@ -1,0 +1,94 @@
+"""Pooling to a fixed grid, and the classifiers of the papers' baselines."""
+
+from functools import partial
+from typing import Sequence
+
+import torch
+from timm.layers import SelectAdaptivePool2d
+from torch import nn
+
+from ..layers import ClassifierHead
+from ..layers.classifier_head import hidden_block
+
+
+class GridPool(nn.Module):
+    """Pool a map (N, C, H, W) to a fixed grid and flatten it to (N, grid * grid * C).
+
+    The papers' scripts flatten the map of one image size. Pooling to the grid of that size first is the identity there,
+    and lets a net take images of other sizes.
+
+    Args:
+        pool_type: timm's pooling type; '' passes the map through.
+        grid: Positions per side.
+        position_major: Flatten position by position, rows first, instead of channel by channel.
+    """
+
+    def __init__(self, pool_type: str = 'avg', grid: int = 1, position_major: bool = False):
+        super().__init__()
+        self.pool = SelectAdaptivePool2d(grid, pool_type)
+        self.pool_type: str = self.pool.pool_type
+        self.position_major = position_major
+        self.features_per_channel: int = grid * grid * self.pool.feat_mult()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.pool(x)
+        if not self.pool_type:
+            return x
+        if self.position_major:
+            x = x.permute(0, 2, 3, 1)
+        return x.flatten(1)
+
+
+class PlainLayers(nn.Sequential):
+    """Hidden layers of given widths: (N, F) -> (N, widths[-1]).
+
+    Args:
+        in_features: Input width F.
+        widths: Width of each layer.
+        in_dropout: Dropout rate in front of the first layer.
+        norm_layer: timm name of a norm behind each linear, '' for none.
+        act_layer: timm name of the activation.
+    """
+
+    def __init__(
+            self,
+            in_features: int,
+            widths: Sequence[int],
+            in_dropout: float = 0.,
+            norm_layer: str = '',
+            act_layer: str = 'relu',
+            device=None,
+            dtype=None,
+    ):
+        super().__init__(*[
+            hidden_block(before, width, in_dropout if i == 0 else 0., norm_layer, act_layer, device, dtype)
+            for i, (before, width) in enumerate(zip([in_features, *widths], widths))
+        ])
+        self.out_features = widths[-1]
+
+
+class PlainHead(ClassifierHead):
+    """The two- and three-layer classifiers of the papers' baselines: (N, F) -> (N, C) (spec spinal_heads 1.3, 1.4).
+
+    Args:
+        in_features: Width F of the pooled vector.
+        num_classes: Number of classes C.
+        widths: Width of each hidden layer.
+        in_dropout: Dropout rate in front of the first layer.
+        dropout: Dropout rate in front of the last linear.
+        act_layer: timm name of the activation.
+    """
+
+    def __init__(
+            self,
+            in_features: int,
+            num_classes: int,
+            widths: Sequence[int] = (512,),
+            in_dropout: float = 0.,
+            dropout: float = 0.,
+            act_layer: str = 'relu',
+            device=None,
+            dtype=None,
+    ):
+        create_hidden = partial(PlainLayers, widths=widths, in_dropout=in_dropout, act_layer=act_layer)
+        super().__init__(in_features, num_classes, create_hidden, dropout=dropout, device=device, dtype=dtype)
