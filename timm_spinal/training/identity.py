@@ -1,8 +1,11 @@
 """Which settings a resumed run may not change."""
 import os
+from dataclasses import fields
 from typing import Any
 
 from timm_spinal.errors import UserError
+
+from .options import OptimizerOptions, ScheduleOptions
 
 # what another value of would make another model, other data or another kind of optimizer state
 FIXED = (
@@ -11,10 +14,12 @@ FIXED = (
     'batch_size', 'grad_accum_steps', 'seed', 'opt', 'layer_decay', 'model_ema', 'kd_model_name', 'kd_distill_type',
 )
 # no word is lost about a change of these
-SILENT = (
+SILENT = {
     'resume', 'output', 'experiment', 'epochs', 'stop_epoch', 'workers', 'pin_mem', 'debug', 'log_interval', 'log_with',
     'checkpoint_steps', 'checkpoint_hist', 'early_stop_patience', 'validation_batch_size', 'dataset_download',
-)
+}
+# a change of these must reach the optimizer and the schedule, whose state is loaded over the new settings
+SCHEDULE = {f.name for options in (OptimizerOptions, ScheduleOptions) for f in fields(options)} - {'stop_epoch'}
 
 
 def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
@@ -22,7 +27,7 @@ def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, st
     return {k: f'{saved[k]!r} -> {now[k]!r}' for k in now if k in saved and _plain(k, saved[k]) != _plain(k, now[k])}
 
 
-def check_same_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> list[str]:
+def check_same_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> dict[str, str]:
     """Refuse to go on with another model or data.
 
     Args:
@@ -31,7 +36,7 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> li
         where: Name of the checkpoint for the message.
 
     Returns:
-        A line for each other setting that changed.
+        The other settings that changed, each as ``old -> new``.
 
     Raises:
         UserError: Names the keys that differ.
@@ -43,7 +48,7 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> li
         keys = ', '.join(f'{k} ({v})' for k, v in broken.items())
         raise UserError(f'cannot resume {where}: it was made with other settings: {keys}; undo the change, or start '
                         'a new run from its weights with --initial-checkpoint')
-    return [f'resuming with another {k}: {v}' for k, v in changed.items() if k not in FIXED and k not in SILENT]
+    return changed
 
 
 def _plain(key: str, value: Any) -> Any:

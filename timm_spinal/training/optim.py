@@ -83,6 +83,30 @@ def load_scheduler_state(scheduler: Scheduler | None, state: dict) -> None:
         scheduler.restore_lr = state['restore_lr']
 
 
+def apply_settings(
+        optimizer: torch.optim.Optimizer,
+        settings: list[dict],
+        scheduler: Scheduler | None,
+        epoch: int,
+        updates: int,
+) -> None:
+    """Give an optimizer whose state was loaded the settings of this run again, and the learning rate of now.
+
+    Args:
+        optimizer: Its groups hold the settings of the run before.
+        settings: Copies of its groups as they were made from the config.
+        scheduler: The schedule of this run.
+        epoch: Epochs done.
+        updates: Updates done.
+    """
+    names = ('lr', 'initial_lr', 'weight_decay', 'momentum', 'betas', 'eps')
+    for group, wanted in zip(optimizer.param_groups, settings):
+        group.update({name: wanted[name] for name in names if name in wanted})
+    if scheduler is not None:
+        scheduler.step(epoch)
+        scheduler.step_update(updates)
+
+
 def clip_gradients(accelerator: Accelerator, task: TrainingTask, value: float, mode: str) -> None:
     """Clip the gradients of one update by norm, by value or adaptively (``agc``, which leaves out the classifier)."""
     parameters = task.get_clip_parameters(exclude_head=mode == 'agc')

@@ -50,7 +50,8 @@ def write_curves(path: Path, history: list[dict[str, Any]]) -> None:
                 axes.plot(*zip(*points), marker='.', label=column)
         axes.set(title=title, xlabel='epoch')
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     write_atomically(path, lambda p: figure.savefig(p, format='png', dpi=100))
 
 

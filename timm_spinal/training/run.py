@@ -28,11 +28,11 @@ from .evaluate import evaluate
 from .export import WEIGHTS, export_model
 from .folder import run_folder
 from .freeze import apply_freeze
-from .identity import check_same_run
+from .identity import SCHEDULE, SILENT, check_same_run
 from .loop import Run, fit
 from .model import check_batch_of_one, check_model_name, create_model, needs_registration
 from .objective import build_penalties, build_task
-from .optim import create_optimizer, create_scheduler, load_scheduler_state, resolve_lr
+from .optim import apply_settings, create_optimizer, create_scheduler, load_scheduler_state, resolve_lr
 from .progress import Progress
 
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -182,11 +182,15 @@ def resume(run: Run, checkpoint: Path) -> None:
         UserError: The checkpoint is of another model or other data.
     """
     accelerator, state = run.accelerator, read_state(checkpoint)
-    for line in check_same_run(state, run.description, str(checkpoint)):
-        accelerator.print(line)
+    changed = check_same_run(state, run.description, str(checkpoint))
+    for name in changed.keys() - SILENT:
+        accelerator.print(f'resuming with another {name}: {changed[name]}')
+    settings = [dict(group) for group in run.optimizer.param_groups]
     load_checkpoint(accelerator, checkpoint, run.task.get_trainable_module(ema=True))
     load_scheduler_state(run.scheduler, state['scheduler'])
     run.progress = Progress(**state['progress'])
+    if changed.keys() & SCHEDULE:
+        apply_settings(run.optimizer, settings, run.scheduler, run.progress.epoch, run.progress.updates)
     run.progress.stopped_early &= 0 < run.config.early_stop_patience <= run.progress.stale
     if state['processes'] != accelerator.num_processes:
         # the same images are done, to the whole window; random states cannot be the same
