@@ -1,0 +1,127 @@
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from timm_spinal.compare.controls import new_head, new_heads, parse_variants
+from timm_spinal.compare.train_heads import Features, Recipe, predict, train_heads
+from timm_spinal.errors import UserError
+
+
+def digits(passes=1):
+    data = load_digits()
+    x, y = torch.tensor(data.data / 16, dtype=torch.float32)[None], torch.tensor(data.target)
+    train = Features(x[:, :600].repeat(passes, 1, 1), y[:600])
+    return train, Features(x[:, 600:900], y[600:900]), Features(x[:, 900:], y[900:])
+
+
+def maker(text='spinal:width=12'):
+    return partial(new_heads, parse_variants(text)[0], 64, 10)
+
+
+RECIPE = Recipe(epochs=4, batch_size=50, lr=0.01)
+
+
+@pytest.mark.parametrize('text', ['linear', 'mlp:width=16', 'spinal:width=12', 'pspinal:width=8'])
+def test_a_seed_has_the_same_result_alone_and_stacked(text):
+    train, validation, _ = digits()
+    # plain gradient steps: Adam turns rounding noise of vanishing gradients into steps
+    recipe = Recipe(epochs=2, batch_size=50, lr=0.05, opt='sgd')
+    together = train_heads(maker(text), [0, 4, 7], train, validation, recipe, stack=True)
+    alone = train_heads(maker(text), [4], train, validation, recipe, stack=False)[0]
+    assert [t.seed for t in together] == [0, 4, 7]
+    assert together[1].history[-1]['train_loss'] == pytest.approx(alone.history[-1]['train_loss'], rel=1e-3)
+    assert together[1].history[-1]['eval_loss'] == pytest.approx(alone.history[-1]['eval_loss'], rel=1e-3)
+    assert together[0].history[-1]['train_loss'] != pytest.approx(alone.history[-1]['train_loss'], rel=1e-4)
+
+
+def test_heads_learn_digits_and_the_best_epoch_is_kept():
+    train, validation, test = digits()
+    results = train_heads(maker('spinal:width=12:dropout=0.1'), [0, 1], train, validation, Recipe(epochs=20, batch_size=50, lr=0.01))
+    for result in results:
+        tops = [row['eval_top1'] for row in result.history]
+        assert result.best['top1'] == max(tops) == tops[result.best_epoch]
+        assert result.best_epoch == tops.index(max(tops))
+        head = new_head(parse_variants('spinal:width=12:dropout=0.1')[0], 64, 10)
+        again = predict(head, result.state, validation).argmax(1)
+        assert 100 * (again == validation.y).double().mean().item() == pytest.approx(result.best['top1'], abs=0.4)
+        assert (predict(head, result.state, test).argmax(1) == test.y).double().mean() > 0.85
+
+
+def test_results_are_reproducible_and_leave_the_global_stream_alone():
+    train, validation, _ = digits()
+    torch.manual_seed(1)
+    first = train_heads(maker(), [2], train, validation, RECIPE)[0]
+    drawn = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.rand(1) == drawn
+    again = train_heads(maker(), [2], train, validation, RECIPE)[0]
+    assert first.history == again.history
+
+
+def test_order_is_that_of_the_trainer_and_the_same_for_every_head():
+    from timm_spinal.training.sampling import TrainSampler
+    seen = []
+
+    class Spy(nn.Linear):
+        def forward(self, x):
+            if self.training:
+                seen.append(x[:, 0].long().tolist())
+            return super().forward(x)
+
+    x = torch.arange(10.)[None, :, None]
+    data = Features(x, torch.zeros(10, dtype=torch.long))
+    train_heads(lambda seeds: [Spy(1, 2) for _ in seeds], [6], data, data, Recipe(epochs=2, batch_size=5), stack=False)
+    sampler = TrainSampler(10, 6)
+    for epoch in (0, 1):
+        sampler.begin_epoch(epoch)
+        assert sum(seen[2 * epoch:2 * epoch + 2], []) == [i for i, _ in sampler]
+
+
+def test_augmented_passes_are_all_used():
+    train, validation, _ = digits(passes=3)
+    seen = set()
+
+    class Spy(nn.Linear):
+        def forward(self, x):
+            if self.training:
+                seen.update(x[:, 0].round().long().tolist())
+            return super().forward(x)
+
+    train = Features(torch.stack([torch.full_like(train.x[0], p) for p in range(3)]), train.y)
+    train_heads(lambda seeds: [Spy(64, 10)], [0], train, validation, Recipe(epochs=1, batch_size=50), stack=False)
+    assert seen == {0, 1, 2}
+
+
+def test_a_diverging_seed_is_told_and_has_no_effect_on_another():
+    train, validation, _ = digits()
+
+    def heads(seeds):
+        made = maker('linear')(seeds)
+        for seed, head in zip(seeds, made):
+            if seed == 1:
+                head.fc.weight.data.fill_(float('nan'))
+        return made
+
+    good, bad = train_heads(heads, [0, 1], train, validation, RECIPE, stack=True)
+    assert good.failure == '' and good.best['top1'] > 60
+    assert 'loss is nan' in bad.failure and bad.best_epoch == -1
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    train, validation, _ = digits()
+    history = train_heads(maker('linear'), [0], train, validation, Recipe(epochs=6, batch_size=50, lr=0.1))[0].history
+    rates = [row['lr'] for row in history]
+    assert np.argmax(rates) in (0, 1) and rates[-1] < 1e-3
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+
+
+def test_errors_name_the_fix():
+    train, validation, _ = digits()
+    with pytest.raises(UserError, match='use --head-batch-size 600 or less'):
+        train_heads(maker(), [0], train, validation, Recipe(batch_size=601))
+    with pytest.raises(UserError, match='--opt nonsense'):
+        train_heads(maker(), [0], train, validation, Recipe(opt='nonsense', batch_size=50))

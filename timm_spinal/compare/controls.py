@@ -1,0 +1,144 @@
+"""Variants by name, and the MLP controls that are as large as the head they stand beside."""
+import ast
+import difflib
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from timm_spinal.errors import UserError
+from timm_spinal.layers import HEADS, create_head, equal_size_mlp_width, head_options
+
+CONTROL = 'mlp'
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One head of a comparison.
+
+    Attributes:
+        name: What the user wrote: 'spinal', 'spinal:width=256', 'mlp=spinal'.
+        head: Name of the head.
+        options: Options of the head, without prefix.
+        sized_as: Name of the variant whose parameter count this control matches, or ''.
+    """
+    name: str
+    head: str
+    options: dict[str, Any] = field(default_factory=dict)
+    sized_as: str = ''
+
+
+def parse_variants(text: str) -> list[Variant]:
+    """Variants from ``linear,mlp,spinal:width=256``.
+
+    A plain ``mlp`` becomes one control for every head that is neither linear nor an MLP, or stays a plain MLP where
+    there is none. Widths of the controls are set by `size_controls`.
+
+    Raises:
+        UserError: An unknown head or option, a repeated variant, or an empty list.
+    """
+    names = [part.strip() for part in text.split(',') if part.strip()]
+    if not names:
+        raise UserError(f'--heads {text!r}: no heads; write for instance --heads linear,mlp,spinal')
+    heads = [name for name in names if name.split(':')[0] not in ('linear', CONTROL) and not _is_sized(name)]
+    expanded: list[str] = []
+    for name in names:
+        expanded += [f'{CONTROL}={head}' for head in heads] or [name] if name == CONTROL else [name]
+    expanded = list(dict.fromkeys(expanded)) if CONTROL in names else expanded
+    repeated = {name for name in expanded if expanded.count(name) > 1}
+    if repeated:
+        raise UserError(f'--heads: {min(repeated)} comes twice; leave one out')
+    variants = [_parse_variant(name) for name in expanded]
+    for variant in variants:
+        if variant.sized_as and variant.sized_as not in expanded:
+            raise UserError(f'--heads: {variant.name} takes its size from {variant.sized_as}, which is not compared; '
+                            f'add {variant.sized_as}')
+    return variants
+
+
+def size_controls(variants: list[Variant], in_features: int, num_classes: int) -> list[Variant]:
+    """Give each sized control the width that brings it nearest to its head's parameter count.
+
+    Raises:
+        UserError: A value of an option that the head refuses.
+    """
+    by_name = {variant.name: variant for variant in variants}
+    sized = []
+    for variant in variants:
+        if variant.sized_as:
+            size = count_params(new_head(by_name[variant.sized_as], in_features, num_classes, device='meta'))
+            width = equal_size_mlp_width(size, in_features, num_classes)
+            variant = replace(variant, options=dict(variant.options, width=width))
+        new_head(variant, in_features, num_classes, device='meta')
+        sized.append(variant)
+    return sized
+
+
+def new_head(variant: Variant, in_features: int, num_classes: int, device: Any = None) -> nn.Module:
+    """A head with new weights from torch's global generator.
+
+    Raises:
+        UserError: A value of an option that the head refuses.
+    """
+    try:
+        return create_head(variant.head, in_features, num_classes, device=device, **variant.options)
+    except (TypeError, ValueError) as e:
+        raise UserError(f'head {variant.name}: {e}') from e
+
+
+def takes_map(head: str) -> bool:
+    """Whether a head reads the feature map (its class says ``takes_map = True``) and not the pooled vector."""
+    return bool(getattr(HEADS[head], 'takes_map', False))
+
+
+def count_params(module: nn.Module) -> int:
+    """Parameters, each counted once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def slug(name: str) -> str:
+    """A variant's name as the name of a folder."""
+    return re.sub(r'[^\w.=-]+', '-', name)
+
+
+def _is_sized(name: str) -> bool:
+    return name.startswith(f'{CONTROL}=')
+
+
+def _parse_variant(name: str) -> Variant:
+    if _is_sized(name):
+        return Variant(name, CONTROL, sized_as=name.partition('=')[2])
+    head, *pairs = name.split(':')
+    if head not in HEADS:
+        near = difflib.get_close_matches(head, HEADS, n=1)
+        hint = f'did you mean {near[0]}?' if near else f'heads are {", ".join(HEADS)}'
+        raise UserError(f'unknown head {head!r}; {hint}')
+    known, options = head_options(head), {}
+    for pair in pairs:
+        key, sep, value = pair.partition('=')
+        if not sep or key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f'did you mean {near[0]}?' if near else f'its options are {", ".join(known) or "none"}'
+            reason = f'head {head} has no option {key!r}' if sep else f'{pair!r} is not of the form option=value'
+            raise UserError(f'--heads {name}: {reason}; {hint}')
+        options[key] = _literal(value)
+    return Variant(name, head, options)
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {'true': True, 'false': False}.get(text.lower(), text)
+
+
+def new_heads(variant: Variant, in_features: int, num_classes: int, seeds: list[int]) -> list[nn.Module]:
+    """One head for each seed; initial weights depend on the variant and the seed alone."""
+    heads = []
+    with torch.random.fork_rng(devices=[]):
+        for seed in seeds:
+            torch.manual_seed(seed)
+            heads.append(new_head(variant, in_features, num_classes))
+    return heads

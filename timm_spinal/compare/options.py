@@ -1,0 +1,107 @@
+"""Options of a comparison on frozen features. Data, backbone and augmentation are the trainer's own options."""
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from timm_spinal.errors import UserError
+from timm_spinal.training.config import TrainConfig
+from timm_spinal.training.options import AugmentOptions, DataOptions, LoaderOptions, ModelOptions, option
+
+
+@dataclass
+class CompareOptions:
+    """Comparison on frozen features"""
+    heads: str = option(
+        'linear,mlp,spinal,pspinal', 'heads, separated by commas, with options after colons (spinal:width=256); mlp '
+        'stands for one control of equal size to each other head, mlp=spinal for that of spinal')
+    seeds: str = option('5', 'number of seeds, or the seeds themselves separated by commas')
+    control: str = option('linear', 'head that the others are compared with')
+    epochs: int = option(30, 'epochs of each head', low=1)
+    head_batch_size: int = option(256, 'features per update of a head', low=1)
+    opt: str = option('adamw', 'optimizer of the heads, any of timm')
+    lr: float = option(1e-3, 'highest learning rate of the heads (cosine schedule)', low=0.)
+    weight_decay: float = option(1e-2, 'weight decay of the heads', low=0.)
+    warmup_epochs: float = option(1., 'epochs of linear warm-up', low=0.)
+    smoothing: float = option(0., 'label smoothing', low=0., high=1.)
+    tune: bool = option(False, 'choose lr and weight decay of each head on the validation split, from the grid below')
+    tune_lr: list[float] = option([3e-4, 1e-3, 3e-3], 'learning rates of the grid')
+    tune_weight_decay: list[float] = option([1e-4, 1e-2], 'weight decays of the grid')
+    tune_seeds: int = option(2, 'seeds of each point of the grid', low=1)
+    augment_passes: int = option(0, 'further passes over the training images, augmented', low=0)
+    train_size: int = option(0, 'train on a stratified part of so many images, when above 0', low=0)
+    test_split_fraction: float = option(
+        0.2, 'part of each class that becomes the test split of a folder without any splits', low=0.01, high=0.9)
+    matmul_precision: str = option(
+        'highest', "torch's precision of float32 products while heads train; 'medium' is faster on some devices",
+        choices=('highest', 'high', 'medium'))
+    features: str = option('', 'folder of the features; not given: features/ in the output folder')
+    rebuild: bool = option(False, 'make the features anew')
+    per_class: bool = option(False, 'write per_class.csv, the test accuracy of each class')
+    calibration: bool = option(False, 'draw calibration.png and give the calibration error')
+    output: str = option('', 'folder of the comparison; not given: output/compare/MODEL')
+
+
+# fields of the trainer that mean nothing for a frozen backbone, each with the reason
+NO_EFFECT = {
+    **dict.fromkeys(('num_classes',), 'the classes come from the data'),
+    **dict.fromkeys(('head_init_scale', 'head_init_bias'), 'the heads keep their own initial weights'),
+    **dict.fromkeys(
+        ('grad_checkpointing', 'drop', 'drop_path', 'drop_block', 'bn_momentum', 'freeze'),
+        'the backbone is not trained'),
+    **dict.fromkeys(
+        ('mixup', 'cutmix', 'cutmix_minmax', 'mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch',
+         'aug_repeats'),
+        'features are made of single images'),
+    **dict.fromkeys(('torchcompile', 'torchcompile_mode'), 'features are made without compilation'),
+    **dict.fromkeys(('train_num_samples', 'val_num_samples'), 'streamed sources cannot be split'),
+}
+
+
+@dataclass
+class FrozenConfig(CompareOptions, LoaderOptions, AugmentOptions, ModelOptions, DataOptions):
+    """Everything that a comparison on frozen features depends on."""
+    model: str = option('', 'backbone: any model of timm or timm_spinal', flags=('--backbone',))
+    dataset_download: bool = option(False, 'allow torch/ and tfds/ sources to download')
+
+
+def check_frozen(config: FrozenConfig) -> None:
+    """Refuse what cannot work before anything is read.
+
+    Raises:
+        UserError: No backbone, or an option that has no effect here.
+    """
+    if not config.model:
+        raise UserError('no backbone: give one with --backbone, for instance --backbone resnet50 --pretrained')
+    defaults = TrainConfig()
+    for name, reason in NO_EFFECT.items():
+        if getattr(config, name) != getattr(defaults, name):
+            raise UserError(f'--{name.replace("_", "-")}: has no effect on a frozen backbone ({reason}); leave it out')
+
+
+def as_train_config(config: FrozenConfig, **changes: Any) -> TrainConfig:
+    """The trainer's view of data, backbone and augmentation."""
+    shared = {f.name for f in dataclasses.fields(TrainConfig)} - {f.name for f in dataclasses.fields(CompareOptions)}
+    return TrainConfig(**{**{k: v for k, v in vars(config).items() if k in shared}, **changes})
+
+
+def parse_seeds(text: str | int | list[int], where: str = '--seeds') -> list[int]:
+    """Seeds from a number of them ('5', which means 0 to 4) or a list ('3,7,11').
+
+    Raises:
+        UserError: An empty list, a repeated seed, or no whole numbers.
+    """
+    try:
+        if isinstance(text, (list, tuple)):
+            seeds = [int(seed) for seed in text]
+        elif ',' in str(text):
+            seeds = [int(part) for part in str(text).split(',') if part.strip()]
+        else:
+            seeds = list(range(int(text or 0)))
+    except (TypeError, ValueError) as e:
+        raise UserError(f'{where} {text}: not a number of seeds; write 5, or the seeds themselves as 3,7,11') from e
+    if not seeds or min(seeds) < 0:
+        raise UserError(f'{where} {text!r}: an empty list of seeds; write 5 for the seeds 0 to 4'
+                        if not seeds else f'{where} {text}: seeds must not be negative')
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f'{where} {text}: a seed comes twice, which would count one result as two; leave it out')
+    return seeds
