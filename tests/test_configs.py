@@ -1,0 +1,64 @@
+"""Every file in configs/: it parses, it names a model that exists, and it says where it comes from."""
+from pathlib import Path
+
+import pytest
+import timm
+import yaml
+
+import timm_spinal
+from timm_spinal.training.config import TrainConfig, parse_config
+from timm_spinal.training.data import create_datasets
+from timm_spinal.training.torch_sources import NAMES, torch_split
+from timm_spinal.training.transforms import resolve_data, train_transform
+
+CONFIGS = sorted((Path(__file__).parents[1] / 'configs').glob('*.yaml'))
+# data sets that the papers report on, and models of theirs
+COVERED = (
+    'quickstart', 'mnist_', 'fashion_mnist_', 'kmnist_', 'qmnist_', 'emnist_letters_', 'emnist_digits_',
+    'emnist_balanced_', 'cifar10_', 'cifar100_', 'stl10_', 'caltech101_', 'flowers102_', 'stanford_cars_',
+    'fruits360_', 'birds_',
+)
+
+
+def test_every_data_set_has_a_config():
+    names = [path.stem for path in CONFIGS]
+    assert not [data for data in COVERED if not any(name.startswith(data) for name in names)]
+    assert {'fashion_mnist_vgg5_pspinal', 'fashion_mnist_vgg5_spinal', 'fashion_mnist_spinalcnn_a1',
+            'fashion_mnist_spinalcnn_plain'} <= set(names)
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+def test_config_is_sound(path):
+    config = parse_config(['--config', str(path)])
+    timm_spinal.ensure_registered(config.model)
+    assert timm.is_model(config.model) and (path.stem == 'quickstart' or path.stem.endswith('_' + config.model))
+    defaults = TrainConfig()
+    given = yaml.safe_load(path.read_text())
+    assert not [key for key, value in given.items() if value == getattr(defaults, key)], 'only what differs'
+    prefix, _, name = config.dataset.partition('/')
+    if prefix == 'torch':
+        assert name in NAMES
+        splits = [config.train_split, config.test_split] + ([] if config.val_split_fraction else [config.val_split])
+        assert all(torch_split(name, split) for split in splits if split)
+    # no run chooses its epoch on the test split
+    assert config.val_split_fraction or config.val_split != 'test'
+    header = path.read_text().split('\n', 12)
+    if path.stem != 'quickstart':
+        assert all(any(line.startswith(f'# {word}:') for line in header) for word in ('Source', 'Reported', 'Differs'))
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+def test_model_and_transform_can_be_made(path):
+    config = parse_config(['--config', str(path)])
+    timm_spinal.ensure_registered(config.model)
+    model = timm.create_model(config.model, num_classes=7, device='meta', **config.model_kwargs)
+    data = resolve_data(config, model)
+    assert data['input_size'][0] == model.in_chans and data['crop_pct'] == 1.
+    assert data['input_size'][1] in (28, 32) or config.img_size == data['input_size'][1]
+    train_transform(config, data)
+
+
+def test_quickstart_has_data_without_a_network():
+    pytest.importorskip('sklearn')
+    datasets = create_datasets(parse_config(['--config', str(CONFIGS[0].parent / 'quickstart.yaml')]))
+    assert len(datasets.train) + len(datasets.eval) == 1797 and datasets.num_classes == 10
