@@ -33,7 +33,10 @@ def test_the_seed_alone_decides_the_augmentation(source):
     draws()
     assert torch.equal(data[3, 11][0], first) and label == 0
     assert not torch.equal(data[3, 12][0], first)
-    assert torch.equal(data.__getitems__([(5, 1), (3, 11)])[1][0], first)
+    # a batch goes by the seed of its first image, and its images differ
+    batch, again = (data.__getitems__([(3, 11), (3, other)]) for other in (1, 2))
+    assert torch.equal(batch[0][0], first) and torch.equal(batch[1][0], again[1][0])
+    assert not torch.equal(batch[1][0], first)
 
 
 def test_loading_leaves_the_global_streams_alone(source):

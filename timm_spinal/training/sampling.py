@@ -1,8 +1,8 @@
 """Which image comes when, and with which random seed.
 
 Order and augmentation are functions of (seed, epoch, position in the epoch) alone: a sampler yields
-``(index, seed)`` pairs and the data set seeds itself from the pair. Nothing about the epoch lives in the loader's
-workers, so batches are the same for any number of workers and after `accelerate.skip_first_batches`.
+``(index, seed)`` pairs and the data set seeds itself from the first pair of a batch. Nothing about the epoch lives in
+the loader's workers, so batches are the same for any number of workers and after `accelerate.skip_first_batches`.
 """
 import math
 from typing import Iterator
@@ -21,7 +21,7 @@ class TrainSampler(Sampler):
     Args:
         size: Number of images.
         seed: Random seed, the same in every process.
-        aug_repeats: Times each chosen image comes in a row, every time with a seed of its own (Hoffer et al.,
+        aug_repeats: Times each chosen image comes in a row, every time augmented differently (Hoffer et al.,
             "Augment your batch", 2020); the epoch keeps its length, so it chooses ``size / aug_repeats`` images.
             Need not be whole. 0 and 1 are the same.
         epoch_repeats: Length of the epoch in passes over the data, when above 0. Need not be whole.
