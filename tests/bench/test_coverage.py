@@ -21,6 +21,7 @@ ACCEPTED = [
     ('resnet10t', 'linear'),
     ('vit_tiny_patch16_224', 'linear'),
     ('efficientvit_m0', 'linear'),  # BatchNorm in front of the linear goes with it
+    ('levit_384_s8', 'linear'),  # a second classifier that its cfg does not name
     ('naflexvit_base_patch16_gap', 'linear'),  # masks go to forward_head
     ('deit_tiny_distilled_patch16_224', 'several'),  # average of two
     ('efficientvim_m1', 'several'),  # stages of different widths

@@ -193,3 +193,28 @@ def test_import_adds_at_most_100_ms():
     """CPU time, so that other work on the machine does not count; median of fresh processes."""
     code = 'import time, timm; start = time.process_time(); import timm_spinal; print(time.process_time() - start)'
     assert statistics.median(float(run_python(code)) for _ in range(3)) <= 0.1
+
+
+def test_token_model_made_without_classes_gives_its_embedding_until_it_gets_classes():
+    """timm promises num_features of a vision transformer that is created without classes."""
+    timm_spinal.ensure_registered('test_vit_pspinal')
+    model = timm.create_model('test_vit_pspinal', num_classes=0).eval()
+    x = image(model)
+    plain = timm.create_model('test_vit', num_classes=0).eval()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model(x), plain(x))
+    width = model.num_features
+    assert model.head_hidden_size == width
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3) and model.head_hidden_size == width + 4 * 200
+    model.reset_classifier(0)
+    assert model(x).shape == (2, width + 4 * 200)
+
+
+def test_a_model_saved_without_classes_loads_back(tmp_path):
+    model = make('test_resnet_pspinal').eval()
+    model.reset_classifier(0)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = image(model)
+    assert torch.equal(again(x), model(x)) and again.head_hidden_size == model.head_hidden_size

@@ -66,6 +66,13 @@ def classifier_kind(model: TimmModel) -> str:
     return 'linear' if isinstance(modules[0], nn.Linear) else 'conv'
 
 
+def _given_classifiers(model: TimmModel) -> List[str]:
+    """Names of what ``get_classifier`` gives, which for some distilled models is more than the cfg names."""
+    given = model.get_classifier() if hasattr(model, 'get_classifier') else ()
+    wanted = {id(m) for m in (given if isinstance(given, tuple) else (given,))}
+    return [name for name, module in model.named_modules() if id(module) in wanted]
+
+
 def _check(condition: bool, what: str) -> None:
     if not condition:
         raise AssertionError(what)
@@ -95,7 +102,7 @@ def check_head(model: TimmModel, head: str) -> None:
         AssertionError: If the model breaks timm's contract afterwards.
     """
     keys = list(model.state_dict())
-    classifiers = list(classifier_modules(model))
+    classifiers = [*classifier_modules(model), *_given_classifiers(model)]
     attach_head(model, head, num_classes=NUM_CLASSES)
 
     new_keys = list(model.state_dict())

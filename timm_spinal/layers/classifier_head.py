@@ -104,6 +104,12 @@ class ClassifierHead(nn.Module):
         return nn.Linear(self.hidden_size, self.num_classes, device=device, dtype=dtype)
 
     @torch.jit.ignore
+    def postpone_hidden(self) -> None:
+        """Take the hidden layers out, until a reset to one class or more makes them anew."""
+        self.hidden = nn.Identity()
+        self.hidden_size = self.in_features
+
+    @torch.jit.ignore
     def reset(
             self,
             num_classes: int,
@@ -124,10 +130,12 @@ class ClassifierHead(nn.Module):
             self._create_hidden = None
             self.hidden = nn.Identity()
             self.drop = nn.Dropout(0.)
-        if in_features is not None and in_features != self.in_features:
+        absent = isinstance(self.hidden, nn.Identity)
+        stale = in_features is not None and in_features != self.in_features
+        if in_features is not None:
             self.in_features = in_features
-            if self._create_hidden is not None:
-                self.hidden = self._create_hidden(in_features, **dd)
+        if self._create_hidden is not None and (num_classes > 0 if absent else stale):
+            self.hidden = self._create_hidden(self.in_features, **dd)
         self.num_classes = num_classes
         self.hidden_size = getattr(self.hidden, 'out_features', self.in_features)
         self.fc = self._create_fc(**dd)

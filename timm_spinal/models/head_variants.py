@@ -2,6 +2,7 @@
 
 ``pretrained=True`` loads timm's weights of the backbone (tags ``backbone_<timm tag>``) and says that the head is new.
 Weights of a whole model, as `timm.models.save_for_hf` writes them, load with their head.
+A vision transformer made with ``num_classes=0`` and no weights of a head answers with the backbone's embedding.
 """
 
 import difflib
@@ -116,8 +117,12 @@ def _create_head_variant(
     cfg.pop('state_dict', None)
     if not kwargs.get('features_only'):
         attach_head(model, head, num_classes, **head_kwargs)
-        if CLASSIFIER_NAME + '.weight' in state_dict:
+        if any(name.startswith(f'{HEAD_NAME}.') for name in state_dict):
             _load_head(model, state_dict, default_classes)
+        elif not num_classes and not model.unpooled and hasattr(model, 'num_prefix_tokens'):
+            # a token model of timm's that is made without classes answers with num_features, its embedding
+            model.attached_head.postpone_hidden()
+            model.head_hidden_size = model.attached_head.hidden_size
         elif pretrained:
             _logger.warning(f'{variant}: the backbone is pretrained, its {head} head is new and needs training.')
         model.pretrained_cfg = model.default_cfg = cfg
