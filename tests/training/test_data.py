@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import ValidateConfig
@@ -56,6 +57,19 @@ def test_prepared_and_skipped_loaders_give_the_same_batches(root, workers):
     fresh = make_data(config)
     resumed = accelerator.skip_first_batches(accelerator.prepare(fresh.train_loader), 2)
     assert same(batches(fresh, 2, resumed), expected[2:])
+
+
+def test_two_processes_share_the_batches_of_one(root):
+    config = quick_config(data_dir=root, **AUGMENTED)
+    alone = batches(make_data(config), 1)
+    shares = []
+    for index in range(2):
+        data = make_data(config, num_processes=2)
+        loader = prepare_data_loader(data.train_loader, num_processes=2, process_index=index, put_on_device=False)
+        shares.append(batches(data, 1, loader))
+    # the fifth batch has no partner and is dropped, as the incomplete one is
+    assert len(alone) == 5 and [len(s) for s in shares] == [2, 2]
+    assert same([shares[0][0], shares[1][0], shares[0][1], shares[1][1]], alone[:4])
 
 
 def test_another_process_sees_the_same_batches(root):
