@@ -40,7 +40,8 @@ def test_a_seed_has_the_same_result_alone_and_stacked(text):
 
 def test_heads_learn_digits_and_the_best_epoch_is_kept():
     train, validation, test = digits()
-    results = train_heads(maker('spinal:width=12:dropout=0.1'), [0, 1], train, validation, Recipe(epochs=20, batch_size=50, lr=0.01))
+    recipe = Recipe(epochs=20, batch_size=50, lr=0.01)
+    results = train_heads(maker('spinal:width=12:dropout=0.1'), [0, 1], train, validation, recipe)
     for result in results:
         tops = [row['eval_top1'] for row in result.history]
         assert result.best['top1'] == max(tops) == tops[result.best_epoch]

@@ -58,8 +58,19 @@ def parse_variants(text: str) -> list[Variant]:
     return variants
 
 
-def size_controls(variants: list[Variant], in_features: int, num_classes: int) -> list[Variant]:
+def size_controls(
+        variants: list[Variant],
+        in_features: int,
+        num_classes: int,
+        map_channels: int = 0,
+) -> list[Variant]:
     """Give each sized control the width that brings it nearest to its head's parameter count.
+
+    Args:
+        variants: From `parse_variants`.
+        in_features: Width of the pooled vector.
+        num_classes: Number of classes.
+        map_channels: Channels of the feature map, for heads that take it.
 
     Raises:
         UserError: A value of an option that the head refuses.
@@ -68,10 +79,12 @@ def size_controls(variants: list[Variant], in_features: int, num_classes: int) -
     sized = []
     for variant in variants:
         if variant.sized_as:
-            size = count_params(new_head(by_name[variant.sized_as], in_features, num_classes, device='meta'))
+            like = by_name[variant.sized_as]
+            width = map_channels if takes_map(like.head) else in_features
+            size = count_params(new_head(like, width, num_classes, device='meta'))
             width = equal_size_mlp_width(size, in_features, num_classes)
             variant = replace(variant, options=dict(variant.options, width=width))
-        new_head(variant, in_features, num_classes, device='meta')
+        new_head(variant, map_channels if takes_map(variant.head) else in_features, num_classes, device='meta')
         sized.append(variant)
     return sized
 

@@ -11,6 +11,7 @@ from timm_spinal.training.options import AugmentOptions, DataOptions, LoaderOpti
 @dataclass
 class CompareOptions:
     """Comparison on frozen features"""
+    backbone: str = option('', 'model of timm or timm_spinal that makes the features; its classifier is left out')
     heads: str = option(
         'linear,mlp,spinal,pspinal', 'heads, separated by commas, with options after colons (spinal:width=256); mlp '
         'stands for one control of equal size to each other head, mlp=spinal for that of spinal')
@@ -43,6 +44,7 @@ class CompareOptions:
 
 # fields of the trainer that mean nothing for a frozen backbone, each with the reason
 NO_EFFECT = {
+    'model': 'the model is the --backbone',
     **dict.fromkeys(('num_classes',), 'the classes come from the data'),
     **dict.fromkeys(('head_init_scale', 'head_init_bias'), 'the heads keep their own initial weights'),
     **dict.fromkeys(
@@ -60,8 +62,6 @@ NO_EFFECT = {
 @dataclass
 class FrozenConfig(CompareOptions, LoaderOptions, AugmentOptions, ModelOptions, DataOptions):
     """Everything that a comparison on frozen features depends on."""
-    model: str = option('', 'backbone: any model of timm or timm_spinal', flags=('--backbone',))
-    dataset_download: bool = option(False, 'allow torch/ and tfds/ sources to download')
 
 
 def check_frozen(config: FrozenConfig) -> None:
@@ -70,7 +70,7 @@ def check_frozen(config: FrozenConfig) -> None:
     Raises:
         UserError: No backbone, or an option that has no effect here.
     """
-    if not config.model:
+    if not config.backbone:
         raise UserError('no backbone: give one with --backbone, for instance --backbone resnet50 --pretrained')
     defaults = TrainConfig()
     for name, reason in NO_EFFECT.items():
@@ -81,7 +81,8 @@ def check_frozen(config: FrozenConfig) -> None:
 def as_train_config(config: FrozenConfig, **changes: Any) -> TrainConfig:
     """The trainer's view of data, backbone and augmentation."""
     shared = {f.name for f in dataclasses.fields(TrainConfig)} - {f.name for f in dataclasses.fields(CompareOptions)}
-    return TrainConfig(**{**{k: v for k, v in vars(config).items() if k in shared}, **changes})
+    given = {k: v for k, v in vars(config).items() if k in shared}
+    return TrainConfig(**{**given, 'model': config.backbone, **changes})
 
 
 def parse_seeds(text: str | int | list[int], where: str = '--seeds') -> list[int]:

@@ -214,9 +214,10 @@ def _create_optimizer(
         dict(params=[p for p, decays in named if not decays], weight_decay=0.),
     ]
     kwargs: dict[str, Any] = dict(fused=True) if recipe.opt in _FUSED else {}
+    groups = [g for g in groups if g['params']]
     try:
         optimizer = create_optimizer_v2(
-            [g for g in groups if g['params']], opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, **kwargs)
+            groups, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, **kwargs)
     except (ValueError, AssertionError, ImportError) as e:
         raise UserError(f'--opt {recipe.opt}: {" ".join(str(e).split())}; use for instance adamw or sgd') from e
     scheduler = CosineLRScheduler(

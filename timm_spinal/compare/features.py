@@ -1,0 +1,255 @@
+"""Run a frozen backbone once over all images and keep what it answers."""
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import numpy as np
+import timm
+import torch
+from accelerate import Accelerator
+from timm.data.transforms import MaybeToTensor
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from tqdm import tqdm
+
+from timm_spinal.errors import UserError
+from timm_spinal.training.dataset import SKIPPED_TARGET, ImageData, Source
+from timm_spinal.training.transforms import eval_transform, image_mode, resolve_data, train_transform
+
+from .cache import (
+    SHARD_SIZE,
+    check_space,
+    has_shard,
+    hash_source,
+    hash_weights,
+    open_cache,
+    read_shards,
+    shard_count,
+    shard_path,
+    write_shard,
+)
+from .options import FrozenConfig, as_train_config
+from .splits import Splits
+from .train_heads import Features
+
+Finish = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One pass over one split; `finish` completes on the device what the transform began in the loader."""
+    split: str
+    number: int
+    source: Source
+    transform: Callable
+    finish: Finish
+    seed: int | None
+
+
+@dataclass
+class Extracted:
+    """Features of a backbone and what they depend on.
+
+    Attributes:
+        features: By split: pooled vectors (P, N, F), and maps (P, N, C, H, W) under ``<split>.map`` where made.
+        identity: As in the manifest.
+        seconds: Wall time of making them, 0 where the cache had all.
+        made: Images that were run through the backbone, all processes together.
+        input_size: (C, H, W) of the images.
+    """
+    features: dict[str, Features]
+    identity: dict[str, Any]
+    seconds: float
+    made: int
+    input_size: tuple[int, ...]
+
+
+def extract(
+        config: FrozenConfig,
+        model: nn.Module,
+        splits: Splits,
+        folder: Path,
+        accelerator: Accelerator,
+        maps: bool = False,
+) -> Extracted:
+    """Make or take from the cache the features of train, validation and test.
+
+    Each process makes its own shards; a run that was interrupted goes on where shards are missing.
+
+    Args:
+        config: Augmentation, batch size, workers and what to do with images that cannot be read.
+        model: Backbone without classifier, as ``timm.create_model(..., num_classes=0)``.
+        splits: The three splits.
+        folder: Folder of the features.
+        accelerator: Its device and processes are used.
+        maps: Keep feature maps beside pooled vectors.
+
+    Raises:
+        UserError: A cache of other data, weights or transforms; no space; an unreadable image.
+    """
+    data_config = resolve_data(as_train_config(config), model)
+    parts = list(_parts(config, data_config, splits))
+    mode = image_mode(as_train_config(config), data_config['input_size'][0])
+    identity = dict(
+        model=config.backbone,
+        timm=timm.__version__,
+        weights=hash_weights(model),
+        data={p.split: hash_source(p.source) for p in parts},
+        transform={f'{p.split}-{p.number}': f'{mode} {p.transform} seed {p.seed} skip {config.skip_unreadable}'
+                   for p in parts},
+        precision=accelerator.mixed_precision,
+        maps=maps,
+    )
+    model = model.to(accelerator.device).eval().requires_grad_(False)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    sizes = _output_sizes(model, data_config['input_size'], accelerator.device, maps)
+    with accelerator.main_process_first():
+        mark = open_cache(folder, identity, config.rebuild and accelerator.is_main_process)
+    missing = [(part, index) for part in parts for index in range(shard_count(len(part.source)))
+               if not has_shard(shard_path(folder, part.split, part.number, index), mark)]
+    total = sum(_rows(part, index) for part, index in missing)
+    check_space(folder, total * (4 * sum(sizes) + 8))
+    # no process may write before all have seen what is missing
+    accelerator.wait_for_everyone()
+
+    start = time.perf_counter()
+    mine = missing[accelerator.process_index::accelerator.num_processes]
+    bar = tqdm(total=sum(_rows(*m) for m in mine), desc='features', unit='img',
+               disable=None if accelerator.is_main_process and mine else True)
+    for part in parts:
+        indices = [index for p, index in mine if p is part]
+        if indices:
+            _run_part(config, model, part, mode, indices, folder, mark, accelerator, maps, bar)
+    bar.close()
+    accelerator.wait_for_everyone()
+    seconds = time.perf_counter() - start if total else 0.
+    features = _load(parts, folder, mark) if accelerator.is_main_process else {}
+    return Extracted(features, identity, seconds, total, tuple(data_config['input_size']))
+
+
+def run_backbone(model: nn.Module, images: torch.Tensor, maps: bool = False) -> dict[str, torch.Tensor]:
+    """Pooled vectors (B, F), and the feature maps that they are made of where asked for."""
+    if not maps:
+        return dict(pooled=model(images).float())
+    features = model.forward_features(images)  # type: ignore[operator]
+    return dict(pooled=model.forward_head(features).float(), map=features.float())  # type: ignore[operator]
+
+
+def _parts(config: FrozenConfig, data_config: dict[str, Any], splits: Splits) -> Iterator[Part]:
+    plain, finish = split_transform(eval_transform(data_config))
+    yield Part('train', 0, splits.train, plain, finish, None)
+    for number in range(1, config.augment_passes + 1):
+        transform, end = split_transform(train_transform(as_train_config(config), data_config))
+        yield Part('train', number, splits.train, transform, end, config.seed)
+    yield Part('validation', 0, splits.validation, plain, finish, None)
+    yield Part('test', 0, splits.test, plain, finish, None)
+
+
+def split_transform(transform: transforms.Compose) -> tuple[Callable, Finish]:
+    """A transform in two: bytes from the loader, and scaling on the device, for whole batches.
+
+    Conversion to floats is most of what loading costs next to decoding, and four times the memory to pass on. The
+    result is the same to the bit. A transform that does more with floats than to normalise them stays in one piece.
+    """
+    steps = list(transform.transforms)
+    if not (len(steps) > 1 and isinstance(steps[-1], transforms.Normalize)
+            and isinstance(steps[-2], (MaybeToTensor, transforms.ToTensor))):
+        return transform, lambda images: images
+    mean, std = (torch.as_tensor(v).view(-1, 1, 1) for v in (steps[-1].mean, steps[-1].std))
+
+    def finish(images: torch.Tensor) -> torch.Tensor:
+        return images.float().div_(255).sub_(mean.to(images.device)).div_(std.to(images.device))
+
+    return transforms.Compose([*steps[:-2], transforms.PILToTensor()]), finish
+
+
+def _rows(part: Part, index: int) -> int:
+    return min(SHARD_SIZE, len(part.source) - index * SHARD_SIZE)
+
+
+def _seeds(part: Part) -> list[int | None]:
+    if part.seed is None:
+        return [None] * len(part.source)
+    entropy = np.random.SeedSequence([part.seed, part.number])
+    return [int(s) for s in entropy.generate_state(len(part.source), np.uint32)]
+
+
+@torch.inference_mode()
+def _run_part(
+        config: FrozenConfig,
+        model: nn.Module,
+        part: Part,
+        mode: str,
+        indices: list[int],
+        folder: Path,
+        mark: str,
+        accelerator: Accelerator,
+        maps: bool,
+        bar: tqdm,
+) -> None:
+    """Make some shards of one pass; batches never cross a shard."""
+    seeds, batches, ends = _seeds(part), [], []
+    for index in indices:
+        rows = range(index * SHARD_SIZE, index * SHARD_SIZE + _rows(part, index))
+        for start in range(0, len(rows), config.batch_size):
+            batches.append([(i, seeds[i]) for i in rows[start:start + config.batch_size]])
+            ends.append(None)
+        ends[-1] = index
+    dataset = ImageData(part.source, part.transform, mode, 'mark' if config.skip_unreadable else 'raise')
+    loader = DataLoader(
+        dataset, batch_sampler=batches, num_workers=min(config.workers, len(batches)), pin_memory=config.pin_mem)
+    kept: dict[str, list[torch.Tensor]] = {}
+    for end, (images, labels) in zip(ends, loader):
+        images = part.finish(_as_images(images, part, config, mode).to(accelerator.device, non_blocking=True))
+        if config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with accelerator.autocast():
+            found = run_backbone(model, images, maps)
+        for name, value in dict(found, labels=labels).items():
+            kept.setdefault(name, []).append(value.cpu())
+        bar.update(len(labels))
+        if end is not None:
+            tensors = {name: torch.cat(values).contiguous() for name, values in kept.items()}
+            write_shard(shard_path(folder, part.split, part.number, end), tensors, mark)
+            kept = {}
+
+
+def _as_images(images: Any, part: Part, config: FrozenConfig, mode: str) -> torch.Tensor:
+    if not isinstance(images, torch.Tensor):
+        raise UserError(f'{part.source.name}: images of mode {mode} do not become tensors of one size; check '
+                        f'--input-size and --crop-mode')
+    return images
+
+
+@torch.inference_mode()
+def _output_sizes(model: nn.Module, input_size: Any, device: torch.device, maps: bool) -> list[int]:
+    """Numbers that one image gives for each kind of feature."""
+    try:
+        found = run_backbone(model, torch.zeros(1, *input_size, device=device), maps)
+    except (RuntimeError, ValueError, AssertionError) as e:
+        raise UserError(f'backbone: refuses images of {tuple(input_size)} ({" ".join(str(e).split())[:200]}); choose '
+                        f'another --img-size or --input-size') from e
+    if found['pooled'].ndim != 2:
+        raise UserError(f'backbone: answers with a map of shape {tuple(found["pooled"].shape[1:])}, no vector; leave '
+                        f'out --gp')
+    return [value[0].numel() for value in found.values()]
+
+
+def _load(parts: list[Part], folder: Path, mark: str) -> dict[str, Features]:
+    passes: dict[str, list[dict[str, torch.Tensor]]] = {}
+    for part in parts:
+        passes.setdefault(part.split, []).append(read_shards(folder, part.split, part.number, len(part.source), mark))
+    features = {}
+    for split, found in passes.items():
+        # an image that could not be read is missing in every pass
+        good = torch.stack([f['labels'] != SKIPPED_TARGET for f in found]).all(dim=0)
+        if not good.any():
+            raise UserError(f'{split}: no image of this split can be read; check the data')
+        y = found[0]['labels'][good]
+        features[split] = Features(torch.stack([f['pooled'][good] for f in found]), y)
+        if 'map' in found[0]:
+            features[f'{split}.map'] = Features(torch.stack([f['map'][good] for f in found]), y)
+    return features

@@ -1,0 +1,86 @@
+"""Pictures of a comparison."""
+from pathlib import Path
+
+import numpy as np
+
+from timm_spinal.training.files import write_atomically
+
+from .runs import Row, read_history
+from .statistics import Values, calibration, estimate
+
+_METRICS = {'test_top1': 'test top-1 (%)', 'val_top1': 'validation top-1 (%)'}
+
+
+def _figure(width: float, height: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height), layout='constrained')
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure, path: Path) -> None:
+    write_atomically(path, lambda p: figure.savefig(p, format='png', dpi=110))
+
+
+def draw_accuracy(path: Path, values: dict[str, Values], params: dict[str, int], metric: str) -> None:
+    """A point for each seed, the mean and its 95 % interval, against the number of parameters."""
+    figure = _figure(8, 5)
+    axes = figure.subplots()
+    for i, (variant, by_seed) in enumerate(values.items()):
+        x, points = params.get(variant) or 1, list(by_seed.values())
+        found, color = estimate(points), f'C{i % 10}'
+        axes.plot([x] * len(points), points, '.', color=color, alpha=0.4)
+        error = None if found.half is None else [[found.half], [found.half]]
+        axes.errorbar([x], [found.mean], yerr=error, fmt='o', capsize=5, color=color, label=variant)
+    axes.set(xscale='log', xlabel='parameters', ylabel=_METRICS[metric],
+             title='points: seeds; bars: mean and 95 % interval over seeds')
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
+def draw_curves(path: Path, rows: list[Row]) -> None:
+    """Training loss and validation accuracy over the epochs: mean over seeds, band from lowest to highest."""
+    figure = _figure(12, 4.5)
+    panels = (('train_loss', 'training loss (nats)'), ('eval_top1', 'validation top-1 (%)'))
+    variants = list(dict.fromkeys(row.variant for row in rows))
+    histories = {v: [read_history(Path(r.folder)) for r in rows if r.variant == v] for v in variants}
+    for axes, (column, title) in zip(figure.subplots(1, len(panels)), panels):
+        for i, variant in enumerate(variants):
+            lines = [[(r['epoch'] + 1, r[column]) for r in history if column in r] for history in histories[variant]]
+            lines = [line for line in lines if line]
+            if not lines:
+                continue
+            length = min(map(len, lines))
+            epochs = [x for x, _ in lines[0][:length]]
+            y = np.array([[v for _, v in line[:length]] for line in lines])
+            axes.plot(epochs, y.mean(0), color=f'C{i % 10}', label=variant)
+            axes.fill_between(epochs, y.min(0), y.max(0), color=f'C{i % 10}', alpha=0.15, linewidth=0)
+        axes.set(title=title, xlabel='epoch')
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    _save(figure, path)
+
+
+def draw_calibration(path: Path, predictions: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """Reliability diagram of each variant; returns the expected calibration errors in percent.
+
+    Args:
+        path: Picture to write.
+        predictions: For each variant, confidence and correctness of all test images of all seeds.
+    """
+    figure = _figure(6, 6)
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color='grey', linewidth=1)
+    errors = {}
+    for variant, (confidence, correct) in predictions.items():
+        sure, right, error = calibration(confidence, correct)
+        errors[variant] = 100. * error
+        axes.plot(sure, right, marker='.', label=f'{variant}: ECE {100 * error:.2f} %')
+    axes.set(xlabel='confidence', ylabel='accuracy', title='test images, all seeds', xlim=(0, 1), ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+    return errors

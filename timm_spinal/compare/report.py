@@ -1,0 +1,233 @@
+"""The report of a comparison: results.csv, table.md, table.html, accuracy.png, curves.png, report.md."""
+import csv
+import html
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from timm_spinal.errors import UserError
+from timm_spinal.training.files import write_atomically
+
+from .figures import draw_accuracy, draw_calibration, draw_curves
+from .findings import count_text, findings
+from .runs import Comparison, Row, metric_of, read_comparison, read_rows, values_by_variant, write_results
+from .statistics import Difference, Values, differences, estimate
+
+PREDICTIONS = 'predictions.safetensors'
+
+
+def write_report(
+        output: Path,
+        comparison: Comparison | None = None,
+        per_class: bool = False,
+        calibration: bool = False,
+) -> list[str]:
+    """Make the report of a comparison anew from its run folders.
+
+    Args:
+        output: Folder of the comparison.
+        comparison: What was compared; read from ``compare.json`` when None.
+        per_class: Write ``per_class.csv`` too.
+        calibration: Draw ``calibration.png`` too.
+
+    Returns:
+        The findings.
+
+    Raises:
+        UserError: No comparison there, or predictions that the runs have not kept.
+    """
+    comparison = comparison or read_comparison(output)
+    if comparison is None:
+        raise UserError(f'{output}: holds no comparison (no compare.json); give the folder that compare wrote, or run '
+                        f'folders of the trainer')
+    rows = read_rows(output, comparison)
+    metric = metric_of(rows)
+    values = values_by_variant(rows, metric)
+    gaps = differences(comparison.pairs(), values)
+    sentences = findings(comparison, rows, values, gaps, metric)
+    table = table_rows(comparison, rows, values, gaps, metric)
+
+    write_results(output / 'results.csv', rows)
+    _write(output / 'table.md', markdown_table(table))
+    _write(output / 'table.html', html_table(table))
+    draw_accuracy(output / 'accuracy.png', values, _params(comparison, rows), metric)
+    draw_curves(output / 'curves.png', rows)
+    extra = []
+    if per_class or calibration:
+        predictions = read_predictions(rows)
+        if per_class:
+            write_per_class(output / 'per_class.csv', predictions, comparison.data.get('class_names'))
+            extra.append('Accuracy of each class: `per_class.csv`.')
+        if calibration:
+            joined = {v: (p['confidence'], p['prediction'] == p['target']) for v, p in predictions.items()}
+            errors = draw_calibration(output / 'calibration.png', joined)
+            extra.append('Expected calibration error (15 bins): ' + ', '.join(
+                f'`{v}` {e:.2f} %' for v, e in errors.items()) + ' (`calibration.png`).')
+    _write(output / 'report.md', report_text(comparison, [*sentences, *extra], markdown_table(table)))
+    return sentences
+
+
+# ---- the table --------------------------------------------------------------------------------------------------
+
+
+def table_rows(
+        comparison: Comparison,
+        rows: list[Row],
+        values: dict[str, Values],
+        gaps: list[Difference],
+        metric: str,
+) -> list[dict[str, str]]:
+    """One row of text for each variant; columns without any value are left out."""
+    params, to_control = _params(comparison, rows), {g.variant: g for g in gaps if g.control == comparison.control}
+    table = []
+    for variant in comparison.variants:
+        measured, cost = values.get(variant, {}), comparison.costs.get(variant, {})
+        done = [row for row in rows if row.variant == variant and row.status == 'done']
+        gap = to_control.get(variant)
+        table.append({
+            'variant': variant,
+            'seeds': str(len(measured)),
+            f'{"test" if metric == "test_top1" else "validation"} top-1, % (95 % interval)': _accuracy(measured),
+            f'difference to {comparison.control} (interval)': '' if gap is None else _gap(gap),
+            'p': '' if gap is None or gap.p is None else f'{gap.p:.2g}',
+            'validation top-1, %': _mean([row.val_top1 for row in done], '.2f') if metric == 'test_top1' else '',
+            'parameters': count_text(params[variant]) if variant in params else '',
+            'MACs': count_text(cost['macs']) if cost.get('macs') else '',
+            'head, ms': f'{cost["head_ms"]:.3f}' if cost.get('head_ms') is not None else '',
+            'network, ms': f'{cost["network_ms"]:.2f}' if cost.get('network_ms') else '',
+            'training, s': _mean([row.seconds for row in done], '.1f'),
+            'file, MB': f'{cost["file_mb"]:.2f}' if cost.get('file_mb') else '',
+            'lr': _same([row.lr for row in done]),
+            'weight decay': _same([row.weight_decay for row in done]),
+        })
+    used = [column for column in table[0] if any(row[column] for row in table)]
+    return [{column: row[column] for column in used} for row in table]
+
+
+def markdown_table(table: list[dict[str, str]]) -> str:
+    """The table in Markdown."""
+    columns = list(table[0])
+    align = ['---' if column == 'variant' else '---:' for column in columns]
+    lines = [columns, align, *[[row[c].replace('|', '\\|') for c in columns] for row in table]]
+    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+
+
+def html_table(table: list[dict[str, str]]) -> str:
+    """The table as a page of HTML."""
+    head = ''.join(f'<th>{html.escape(column)}</th>' for column in table[0])
+    body = '\n'.join(f'<tr>{"".join(f"<td>{html.escape(v)}</td>" for v in row.values())}</tr>' for row in table)
+    style = 'table{border-collapse:collapse;font:14px sans-serif}td,th{border:1px solid #ccc;padding:4px 8px}'
+    return (f'<!DOCTYPE html>\n<html><head><meta charset="utf-8"><title>comparison</title><style>{style}</style></head>'
+            f'\n<body><table>\n<tr>{head}</tr>\n{body}\n</table></body></html>\n')
+
+
+def _params(comparison: Comparison, rows: list[Row]) -> dict[str, int]:
+    params = {row.variant: row.params for row in rows if row.params}
+    params.update({v: int(c['params']) for v, c in comparison.costs.items() if c.get('params')})
+    return params
+
+
+def _accuracy(measured: Values) -> str:
+    if not measured:
+        return 'no result'
+    found = estimate(list(measured.values()))
+    return f'{found.mean:.2f}' + (' (no interval)' if found.half is None else f' ± {found.half:.2f}')
+
+
+def _gap(gap: Difference) -> str:
+    found = gap.estimate
+    interval = 'no interval' if found.low is None else f'{found.low:+.2f} to {found.high:+.2f}'
+    return f'{found.mean:+.2f} ({interval})'
+
+
+def _mean(values: list[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    return format(sum(known) / len(known), form) if known else ''
+
+
+def _same(values: list[float | None]) -> str:
+    return ', '.join(f'{value:g}' for value in dict.fromkeys(values) if value is not None)
+
+
+# ---- the text ---------------------------------------------------------------------------------------------------
+
+
+def report_text(comparison: Comparison, sentences: list[str], table: str) -> str:
+    """``report.md``."""
+    data = comparison.data
+    lines = ['# Comparison', '', '## Found', '', *[f'- {s}' for s in sentences], '', '## Results', '', table]
+    lines += ['![accuracy against parameters](accuracy.png)', '', '![curves](curves.png)', '', '## How', '']
+    if data:
+        sizes = ', '.join(f'{data[k]:,} {text}' for k, text in (
+            ('train_size', 'training'), ('validation_size', 'validation'), ('test_size', 'test')) if data.get(k))
+        lines.append(f'- Data: {data.get("name", "")}' + (f': {sizes} images' if sizes else '') +
+                     f'. {data.get("split", "")}'.rstrip())
+    lines += [f'- {name}: {value}' for name, value in comparison.setting.items()]
+    lines += [
+        '- The epoch is chosen on the validation split; the test split is read once per run.',
+        '- A seed gives every variant the same order of images (and, in whole trainings, the same augmentation).',
+        f'- Intervals of means: Student t, 95 %, over seeds. Differences are paired by seed; their intervals hold '
+        f'together with 95 % for all {len(comparison.pairs())} comparisons (Bonferroni); p: paired t test, adjusted by '
+        f'Benjamini and Hochberg.',
+        '- Latencies are medians for one image on this machine, which may have had other work.',
+    ]
+    lines += _tuning(comparison.tuned)
+    return '\n'.join([*lines, '', '## Command', '', '```', comparison.command, '```', ''])
+
+
+def _tuning(tuned: dict[str, list[dict[str, Any]]]) -> list[str]:
+    if not tuned:
+        return []
+    lines = ['', '## Tuning', '', 'Every variant had the same grid; the best mean validation accuracy was taken.', '',
+             '| variant | lr | weight decay | validation top-1, % | |', '|---|---:|---:|---:|---|']
+    for variant, points in tuned.items():
+        for p in points:
+            top1 = 'failed' if p['val_top1'] is None else f'{p["val_top1"]:.2f}'
+            lines.append(f'| {variant} | {p["lr"]:g} | {p["weight_decay"]:g} | {top1} | '
+                         f'{"taken" if p["chosen"] else ""} |')
+    return lines
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda p: p.write_text(text, encoding='utf-8'))
+
+
+# ---- predictions ------------------------------------------------------------------------------------------------
+
+
+def read_predictions(rows: list[Row]) -> dict[str, dict[str, np.ndarray]]:
+    """``prediction``, ``target`` and ``confidence`` of the test images of each variant, all seeds one after the other.
+
+    Raises:
+        UserError: A finished run has kept none.
+    """
+    found: dict[str, list[dict[str, np.ndarray]]] = {}
+    for row in rows:
+        if row.status == 'done':
+            path = Path(row.folder) / PREDICTIONS
+            if not path.exists():
+                raise UserError(f'{row.folder}: has kept no test predictions, which --per-class and --calibration '
+                                f'need; comparisons on frozen features have them')
+            found.setdefault(row.variant, []).append(load_file(path))
+    return {v: {k: np.concatenate([p[k] for p in parts]) for k in parts[0]} for v, parts in found.items()}
+
+
+def write_per_class(
+        path: Path,
+        predictions: dict[str, dict[str, np.ndarray]],
+        class_names: list[str] | None,
+) -> None:
+    """Test accuracy in percent of each class and variant, mean over seeds."""
+    def write(temp: Path) -> None:
+        with open(temp, 'w', newline='', encoding='utf-8') as f:
+            table = csv.writer(f)
+            table.writerow(['class', *predictions])
+            classes = np.unique(np.concatenate([p['target'] for p in predictions.values()]))
+            for c in classes:
+                hits = [(p['prediction'][p['target'] == c] == c).mean() for p in predictions.values()]
+                name = class_names[c] if class_names and c < len(class_names) else str(c)
+                table.writerow([name, *(f'{100 * h:.2f}' for h in hits)])
+
+    write_atomically(path, write)

@@ -1,0 +1,186 @@
+"""What a comparison leaves on the disk and how it is read back.
+
+    OUTPUT/compare.json                  what was compared: `Comparison`
+    OUTPUT/runs/VARIANT/seed-N/          result.json and summary.csv as the trainer writes them; error.txt of a failure
+    OUTPUT/features/                     of a comparison on frozen features
+"""
+import csv
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from timm_spinal.errors import UserError
+from timm_spinal.training.files import write_atomically
+
+from .controls import slug
+from .statistics import Values
+
+MANIFEST, RESULT, SUMMARY, ERROR = 'compare.json', 'result.json', 'summary.csv', 'error.txt'
+
+
+@dataclass
+class Comparison:
+    """What was compared, as `compare.json` keeps it.
+
+    Attributes:
+        kind: 'frozen', 'sweep' or 'runs' (run folders from elsewhere).
+        command: The command line that made it.
+        variants: Names in order.
+        control: The variant that the others are compared with.
+        sized_as: Control of equal size -> the variant whose size it has.
+        seeds: Seeds of each variant.
+        data: Name, sizes of the splits and a sentence on how they were made.
+        setting: What all runs share, as name and value for the report.
+        costs: For each variant, as `cost.Cost`.
+        tuned: For each variant, a list of grid points with their validation accuracy and whether chosen.
+        folders: Run folders by variant and seed, where they are not under ``runs/``.
+    """
+    kind: str
+    command: str
+    variants: list[str]
+    control: str
+    seeds: list[int]
+    sized_as: dict[str, str] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    setting: dict[str, Any] = field(default_factory=dict)
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
+    tuned: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    folders: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Comparisons of the report: each variant with the control, and with its own control of equal size."""
+        pairs = [(v, self.control) for v in self.variants if v != self.control]
+        return pairs + [(v, sized) for sized, v in self.sized_as.items() if sized != self.control]
+
+
+@dataclass
+class Row:
+    """One run: a line of ``results.csv``. Accuracies in percent, losses in nats, epochs counted from 1."""
+    variant: str
+    seed: int
+    status: str
+    val_top1: float | None = None
+    val_loss: float | None = None
+    test_top1: float | None = None
+    test_loss: float | None = None
+    best_epoch: int | None = None
+    epochs: int | None = None
+    lr: float | None = None
+    weight_decay: float | None = None
+    params: int | None = None
+    seconds: float | None = None
+    folder: str = ''
+    error: str = ''
+
+
+def run_folder(output: Path, variant: str, seed: int) -> Path:
+    """Folder of one run."""
+    return output / 'runs' / slug(variant) / f'seed-{seed}'
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file in one step."""
+    write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8'))
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file, or None where there is none.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        raise UserError(f'{path}: cannot be read ({" ".join(str(e).split())}); remove it and run again') from e
+
+
+def write_comparison(output: Path, comparison: Comparison) -> None:
+    """Write ``compare.json``."""
+    write_json(output / MANIFEST, asdict(comparison))
+
+
+def read_comparison(output: Path) -> Comparison | None:
+    """Read ``compare.json``; None where there is none.
+
+    Raises:
+        UserError: The file is damaged or of another version.
+    """
+    raw = read_json(output / MANIFEST)
+    if raw is None:
+        return None
+    try:
+        return Comparison(**raw)
+    except TypeError as e:
+        raise UserError(f'{output / MANIFEST}: is not a comparison of this version; run it again') from e
+
+
+def read_rows(output: Path, comparison: Comparison) -> list[Row]:
+    """The runs of a comparison in order, also those that failed or are missing."""
+    rows = []
+    for variant in comparison.variants:
+        for seed in comparison.seeds:
+            elsewhere = comparison.folders.get(variant, {})
+            if elsewhere and str(seed) not in elsewhere:
+                continue
+            folder = Path(elsewhere[str(seed)]) if elsewhere else run_folder(output, variant, seed)
+            rows.append(read_row(folder, variant, seed))
+    return rows
+
+
+def read_row(folder: Path, variant: str, seed: int) -> Row:
+    """One run from its folder."""
+    row = Row(variant, seed, 'missing', folder=str(folder))
+    result, error = read_json(folder / RESULT), folder / ERROR
+    if error.exists():
+        row.status, row.error = 'failed', ' '.join(error.read_text(encoding='utf-8').split())
+    elif result is not None:
+        value = result.get('test_top1', result.get('top1'))
+        row.status = 'done' if value is not None else 'failed'
+        row.error = '' if value is not None else 'no finite evaluation'
+        row.val_top1, row.val_loss = result.get('top1'), result.get('loss')
+        row.test_top1, row.test_loss = result.get('test_top1'), result.get('test_loss')
+        row.best_epoch = None if result.get('best_epoch') is None else result['best_epoch'] + 1
+        row.epochs, row.params, row.seconds = (result.get(k) for k in ('epoch', 'params', 'seconds'))
+        row.lr, row.weight_decay = result.get('lr'), result.get('weight_decay')
+    return row
+
+
+def read_history(folder: Path) -> list[dict[str, float]]:
+    """Rows of a run's ``summary.csv``; an empty list where there is none."""
+    try:
+        with open(folder / SUMMARY, newline='', encoding='utf-8') as f:
+            return [{k: float(v) for k, v in row.items() if v not in ('', None)} for row in csv.DictReader(f)]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as e:
+        raise UserError(f'{folder / SUMMARY}: cannot be read ({e}); remove the run folder and run again') from e
+
+
+def write_results(path: Path, rows: list[Row]) -> None:
+    """Write ``results.csv``."""
+    def write(temp: Path) -> None:
+        with open(temp, 'w', newline='', encoding='utf-8') as f:
+            table = csv.DictWriter(f, [column.name for column in fields(Row)])
+            table.writeheader()
+            table.writerows(asdict(row) for row in rows)
+
+    write_atomically(path, write)
+
+
+def metric_of(rows: list[Row]) -> str:
+    """'test_top1' where every finished run has read a test split, else 'val_top1'."""
+    done = [row for row in rows if row.status == 'done']
+    return 'test_top1' if done and all(row.test_top1 is not None for row in done) else 'val_top1'
+
+
+def values_by_variant(rows: list[Row], metric: str) -> dict[str, Values]:
+    """The metric of every finished run by variant and seed."""
+    values: dict[str, Values] = {}
+    for row in rows:
+        if row.status == 'done' and getattr(row, metric) is not None:
+            values.setdefault(row.variant, {})[row.seed] = getattr(row, metric)
+    return values

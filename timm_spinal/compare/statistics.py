@@ -1,0 +1,112 @@
+"""Means, intervals and paired differences over seeds, by SciPy.
+
+Intervals are Student's t over seeds. Differences to a control are paired by seed, since a seed gives all variants the
+same order of images. With m comparisons in a report each difference has the level 1 - 0.05 / m (Bonferroni), so that
+all m intervals hold together with 95 %; p values are adjusted by Benjamini and Hochberg.
+"""
+import math
+from dataclasses import dataclass
+from typing import Sequence
+
+import numpy as np
+from scipy import stats
+
+Values = dict[int, float]  # seed -> measured value
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Mean over seeds with its interval; no interval from one seed, or where the seeds do not differ at all."""
+    mean: float
+    low: float | None
+    high: float | None
+    seeds: int
+
+    @property
+    def half(self) -> float | None:
+        """Half the width of the interval."""
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Paired difference of a variant to a control, in the unit of the values.
+
+    Attributes:
+        p: Adjusted p value of the paired t test, or None where there is no interval.
+    """
+    variant: str
+    control: str
+    estimate: Estimate
+    p: float | None
+
+    @property
+    def verdict(self) -> str:
+        """'above' or 'below' where the interval leaves zero out, 'open' where not, 'unknown' without interval."""
+        low, high = self.estimate.low, self.estimate.high
+        if low is None or high is None:
+            return 'unknown'
+        return 'above' if low > 0 else 'below' if high < 0 else 'open'
+
+
+def estimate(values: Sequence[float], level: float = 0.95) -> Estimate:
+    """Mean and t interval of some values.
+
+    Raises:
+        ValueError: No values.
+    """
+    if not len(values):
+        raise ValueError('an estimate needs at least one value')
+    array = np.asarray(values, dtype=np.float64)
+    mean = float(array.mean())
+    # values that agree to rounding say nothing about their spread
+    if len(array) < 2 or np.ptp(array) <= 1e-9 * max(1., abs(mean)):
+        return Estimate(mean, None, None, len(array))
+    low, high = stats.t.interval(level, len(array) - 1, loc=mean, scale=stats.sem(array))
+    return Estimate(mean, float(low), float(high), len(array))
+
+
+def differences(pairs: Sequence[tuple[str, str]], values: dict[str, Values]) -> list[Difference]:
+    """Each (variant, control) pair over the seeds that both have; pairs without a common seed are left out."""
+    level = 1. - 0.05 / max(1, len(pairs))
+    found = []
+    for variant, control in pairs:
+        seeds = sorted(values.get(variant, {}).keys() & values.get(control, {}).keys())
+        if not seeds:
+            continue
+        ours, theirs = ([values[name][seed] for seed in seeds] for name in (variant, control))
+        gap = estimate(np.subtract(ours, theirs), level)
+        p = None if gap.low is None else float(stats.ttest_rel(ours, theirs).pvalue)
+        found.append((variant, control, gap, p))
+    known = [p for *_, p in found if p is not None]
+    adjusted = iter(stats.false_discovery_control(known)) if known else iter(())
+    return [
+        Difference(variant, control, gap, None if p is None else float(next(adjusted)))
+        for variant, control, gap, p in found
+    ]
+
+
+def sampling_error(top1: float, images: int) -> float:
+    """Standard error in percent points of an accuracy in percent because the test split is a sample."""
+    part = min(max(top1 / 100., 0.), 1.)
+    return 100. * math.sqrt(part * (1. - part) / images)
+
+
+def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> tuple[np.ndarray, np.ndarray, float]:
+    """Reliability of the top class in bins of equal width.
+
+    Args:
+        confidence: Probability of the predicted class, (N,), in [0, 1].
+        correct: Whether it was right, (N,).
+        bins: Number of bins.
+
+    Returns:
+        Mean confidence and accuracy of each bin, NaN where it is empty, and the expected calibration error (Guo et
+        al., 2017), all as parts of one.
+    """
+    edges = dict(bins=bins, range=(0., 1.))
+    count = stats.binned_statistic(confidence, correct, 'count', **edges).statistic
+    right = stats.binned_statistic(confidence, correct.astype(float), 'mean', **edges).statistic
+    sure = stats.binned_statistic(confidence, confidence, 'mean', **edges).statistic
+    error = float(np.nansum(count * np.abs(right - sure)) / len(confidence))
+    return sure, right, error
