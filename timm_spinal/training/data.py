@@ -71,7 +71,7 @@ class TrainData:
 
     def set_epoch(self, epoch: int) -> None:
         """Set order and augmentation of the epoch that is iterated next; also after `accelerator.prepare`."""
-        target = self.train_loader.dataset if self.streamed else self.train_loader.sampler
+        target: Any = self.train_loader.dataset if self.streamed else self.train_loader.sampler
         target.begin_epoch(epoch)
 
     def skipped(self) -> int:
@@ -99,6 +99,7 @@ def create_datasets(config: TrainConfig | ValidateConfig, train: bool = True) ->
     Raises:
         UserError: Data that are missing, empty, unknown or inconsistent, or more classes than --num-classes.
     """
+    train_source: Source | None
     if config.val_split_fraction:
         whole = open_source(config, config.train_split, whole=True)
         if whole.labels is None:
@@ -111,13 +112,12 @@ def create_datasets(config: TrainConfig | ValidateConfig, train: bool = True) ->
         eval_source = _matched(config, config.val_split, train_source)
         _tell_if_test(config)
     test_source = _matched(config, config.test_split, train_source) if train and config.test_split else None
-    reference = train_source or eval_source
     return Datasets(
         train_source if train else None,
         eval_source,
         test_source,
         _num_classes(config, [s for s in (train_source, eval_source, test_source) if s is not None]),
-        reference.class_names,
+        (train_source or eval_source).class_names,
     )
 
 

@@ -163,8 +163,8 @@ class AugmentOptions:
     train_crop_mode: str | None = option(
         None, 'random crop: rrc (random resized), rkrc or rkrr (keep the ratio)',
         choices=('rrc', 'rkrc', 'rkrr'))
-    scale: list[float] = option([0.08, 1.0], 'area of the random crop')
-    ratio: list[float] = option([3. / 4., 4. / 3.], 'aspect ratio of the random crop')
+    scale: list[float] = option([0.08, 1.0], 'area of the random crop, smallest and largest', nargs=2)
+    ratio: list[float] = option([3. / 4., 4. / 3.], 'aspect ratio of the random crop', nargs=2)
     hflip: float = option(0.5, 'probability of a horizontal flip', low=0., high=1.)
     vflip: float = option(0., 'probability of a vertical flip', low=0., high=1.)
     rotation: float = option(

@@ -81,24 +81,24 @@ def _open_torch(config: TrainConfig | ValidateConfig, name: str, split: str) -> 
 
 
 def _open_reader(config: TrainConfig | ValidateConfig, prefix: str, split: str, training: bool) -> Source:
-    keys = {k: v for k, v in dict(input_key=config.input_key, target_key=config.target_key).items() if v}
     label = f'{config.dataset}, split {split}'
+    options: dict[str, Any] = dict(
+        root=config.data_dir or None,
+        split=split,
+        class_map=config.class_map or None,
+        is_training=training,
+        download=config.dataset_download,
+        batch_size=config.batch_size,
+        num_samples=config.train_num_samples if training else config.val_num_samples,
+        seed=config.seed,
+        repeats=int(getattr(config, 'epoch_repeats', 0)) if training else 0,
+        input_img_mode=config.input_img_mode or 'RGB',
+        input_key=config.input_key or None,
+        target_key=config.target_key or None,
+        trust_remote_code=config.dataset_trust_remote_code,
+    )
     try:
-        dataset = create_dataset(
-            config.dataset,
-            root=config.data_dir or None,
-            split=split,
-            class_map=config.class_map or None,
-            is_training=training,
-            download=config.dataset_download,
-            batch_size=config.batch_size,
-            num_samples=config.train_num_samples if training else config.val_num_samples,
-            seed=config.seed,
-            repeats=int(getattr(config, 'epoch_repeats', 0)) if training else 0,
-            input_img_mode=config.input_img_mode or 'RGB',
-            trust_remote_code=config.dataset_trust_remote_code,
-            **keys,
-        )
+        dataset = create_dataset(config.dataset, **options)
     except ImportError as e:
         raise UserError(f'dataset {config.dataset}: a package is not installed ({_line(e)}); '
                         f'pip install {_PACKAGES[prefix]}') from e

@@ -58,28 +58,29 @@ def train_transform(config: TrainConfig, data: dict[str, Any]) -> Callable:
         UserError: An --aa policy or interpolation that timm does not know.
     """
     interpolation = data['interpolation'] if config.no_aug else config.train_interpolation or data['interpolation']
+    options: dict[str, Any] = dict(
+        input_size=data['input_size'],
+        is_training=True,
+        no_aug=config.no_aug,
+        train_crop_mode=config.train_crop_mode,
+        scale=config.scale,
+        ratio=config.ratio,
+        hflip=config.hflip,
+        vflip=config.vflip,
+        color_jitter=config.color_jitter or None,
+        color_jitter_prob=config.color_jitter_prob,
+        grayscale_prob=config.grayscale_prob,
+        gaussian_blur_prob=config.gaussian_blur_prob,
+        auto_augment=config.aa or None,
+        interpolation=interpolation,
+        mean=data['mean'],
+        std=data['std'],
+        re_prob=config.reprob,
+        re_mode=config.remode,
+        re_count=config.recount,
+    )
     try:
-        transform = create_transform(
-            data['input_size'],
-            is_training=True,
-            no_aug=config.no_aug,
-            train_crop_mode=config.train_crop_mode,
-            scale=config.scale,
-            ratio=config.ratio,
-            hflip=config.hflip,
-            vflip=config.vflip,
-            color_jitter=config.color_jitter or None,
-            color_jitter_prob=config.color_jitter_prob,
-            grayscale_prob=config.grayscale_prob,
-            gaussian_blur_prob=config.gaussian_blur_prob,
-            auto_augment=config.aa or None,
-            interpolation=interpolation,
-            mean=data['mean'],
-            std=data['std'],
-            re_prob=config.reprob,
-            re_mode=config.remode,
-            re_count=config.recount,
-        )
+        transform = create_transform(**options)
     except (AssertionError, KeyError, ValueError) as e:
         reason = ' '.join(str(e).split()) or type(e).__name__
         raise UserError(f'augmentation: timm refuses --aa {config.aa}, --train-interpolation {interpolation} or '
