@@ -70,9 +70,11 @@ def _open_torch(config: TrainConfig | ValidateConfig, name: str, split: str) -> 
         raise UserError(f'dataset {label}: cannot be downloaded ({_line(e)}); check the network, or put its files '
                         f'under {config.data_dir}') from e
     except (RuntimeError, ValueError, OSError, AssertionError) as e:
-        fix = ('check the network, or put its files there' if config.dataset_download
-               else 'check --data-dir or add --dataset-download')
-        raise UserError(f'dataset {label}: split {split} not found under {config.data_dir} ({_line(e)}); {fix}') from e
+        if config.dataset_download:
+            raise UserError(f'dataset {label}: neither found nor downloaded ({_line(e)}); check the network, or put '
+                            f'its files under {config.data_dir}') from e
+        raise UserError(f'dataset {label}: split {split} not found under {config.data_dir} ({_line(e)}); check '
+                        f'--data-dir or add --dataset-download') from e
     except ImportError as e:
         raise UserError(f'dataset {label}: needs a package that is not installed ({_line(e)}); install it') from e
     labels, names = torch_labels(dataset), torch_class_names(dataset)
