@@ -29,6 +29,7 @@ VERBS = {
     'validate': Verb('timm_spinal.validate', 'run', 'measure loss and accuracy of models'),
     'list': Verb('timm_spinal.cli', 'list_models', 'names of the models that this package adds to timm'),
     'coverage': Verb('timm_spinal.bench.coverage', 'main', 'which timm models can take a head'),
+    'compare': Verb('timm_spinal.compare.cli', 'main', 'which head, or any other choice, helps on some data'),
     'bench train': Verb('timm_spinal.bench.train', 'main', "speed of this trainer's loop against timm's"),
     'bench heads': Verb('timm_spinal.bench.heads', 'main', 'speed of models with and without a head'),
 }
