@@ -48,6 +48,7 @@ class Run:
     on_best: Callable[['Run', str], None]  # write the weights, 'model' or 'ema'
     on_epoch: Callable[['Run'], None]  # write the reports
     progress: Progress = field(default_factory=Progress)
+    drawn_at: float = field(default_factory=time.monotonic)  # when the curves were last drawn
 
     @property
     def last_epoch(self) -> int:
@@ -66,7 +67,7 @@ def fit(run: Run) -> None:
     with SignalFlag() as flag:
         while progress.epoch < run.last_epoch and not progress.stopped_early:
             try:
-                row = dict(epoch=progress.epoch, **_train_epoch(run, flag))
+                row = dict(epoch=progress.epoch, **train_epoch(run, flag))
                 if (progress.epoch + 1) % config.val_interval == 0 or progress.epoch + 1 == run.last_epoch:
                     row.update(_evaluate_epoch(run))
                     if weights := progress.judge(row, config.eval_metric):
@@ -86,7 +87,7 @@ def fit(run: Run) -> None:
                 raise StopRequested(flag.signum or signal.SIGTERM)
 
 
-def _train_epoch(run: Run, flag: SignalFlag) -> dict[str, float]:
+def train_epoch(run: Run, flag: SignalFlag) -> dict[str, float]:
     accelerator, progress, batches = run.accelerator, run.progress, len(run.train_loader)
     steps = run.config.checkpoint_steps
     meter = Meter(accelerator, flag, progress.sums)

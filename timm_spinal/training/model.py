@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.models import parse_model_name, resolve_model_input_args, split_model_name_tag
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import timm_spinal
@@ -82,7 +83,6 @@ def needs_registration(arch: str) -> bool:
 
 def _check_source(source: str, name: str) -> None:
     """Register the architecture that a saved model names."""
-    from timm.models import load_model_config_from_hf, load_model_config_from_path
     load = load_model_config_from_hf if source == 'hf-hub' else load_model_config_from_path
     try:
         check_model_name(load(name)[1])

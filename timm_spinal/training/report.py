@@ -18,15 +18,15 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda p: p.write_text(text, encoding='utf-8'))
 
 
-def write_summary(path: Path, history: list[dict[str, Any]]) -> None:
-    """Write one row per epoch; a column that an epoch does not have stays empty there."""
-    columns = list(dict.fromkeys(key for row in history for key in row))
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as CSV; a column that a row does not have stays empty there."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
 
     def write(temp: Path) -> None:
         with open(temp, 'w', newline='', encoding='utf-8') as f:
             table = csv.DictWriter(f, columns)
             table.writeheader()
-            table.writerows(history)
+            table.writerows(rows)
 
     write_atomically(path, write)
 
@@ -41,7 +41,7 @@ def write_curves(path: Path, history: list[dict[str, Any]]) -> None:
         ('top-1 (%)', ('eval_top1', 'ema_top1')),
         ('learning rate', ('lr',)),
     )
-    figure = Figure(figsize=(12, 3.5), layout='constrained')
+    figure = Figure(figsize=(12, 3.5))
     FigureCanvasAgg(figure)
     for axes, (title, columns) in zip(figure.subplots(1, len(panels)), panels):
         for column in columns:
@@ -52,6 +52,7 @@ def write_curves(path: Path, history: list[dict[str, Any]]) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
+    figure.subplots_adjust(left=0.06, right=0.98, bottom=0.15, top=0.9)
     write_atomically(path, lambda p: figure.savefig(p, format='png', dpi=100))
 
 

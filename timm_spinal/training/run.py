@@ -1,5 +1,6 @@
 """One training run from a config: data, model, objective, optimizer, Accelerate, loop, report."""
 import hashlib
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Callable
@@ -217,26 +218,29 @@ def export_best(run: Run, weights: str) -> None:
 
 
 def write_reports(run: Run) -> None:
-    """Rewrite summary.csv and curves.png, print the line of the epoch and feed the trackers."""
+    """Rewrite summary.csv and, now and then, curves.png; print the line of the epoch and feed the trackers."""
     history = run.progress.history
     row = history[-1]
     run.accelerator.log({k: v for k, v in row.items() if k != 'epoch'}, step=run.progress.updates)
 
     def write() -> None:
-        report.write_summary(run.folder / 'summary.csv', history)
-        report.write_curves(run.folder / 'curves.png', history)
+        report.write_table(run.folder / 'summary.csv', history)
+        if time.monotonic() - run.drawn_at > 30:  # drawing takes as long as some epochs
+            report.write_curves(run.folder / 'curves.png', history)
+            run.drawn_at = time.monotonic()
         print(report.epoch_line(row, run.last_epoch), flush=True)
 
     _agree(run.accelerator, write)
 
 
 def finish(run: Run) -> dict[str, Any]:
-    """Evaluate the test split when there is one, write result.json and print the last lines."""
+    """Evaluate the test split when there is one, write curves.png and result.json and print the last lines."""
     result = summarise(run)
     if run.data.test_loader is not None and run.progress.best:
         result.update(_test(run))
 
     def write() -> None:
+        report.write_curves(run.folder / 'curves.png', run.progress.history)
         report.write_result(run.folder / 'result.json', result)
         name = unwrap_model(run.task.get_eval_model()).pretrained_cfg['architecture']
         for line in report.final_lines(result, run.folder, name if needs_registration(name) else ''):

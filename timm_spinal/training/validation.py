@@ -1,0 +1,189 @@
+"""Evaluation of saved models: one row of numbers for each."""
+import glob
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn as nn
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from timm.models import clean_state_dict
+
+from timm_spinal.errors import UserError
+
+from . import report
+from .checkpoint import EMA, STATE, damage, find_checkpoints, read_state
+from .config import ValidateConfig
+from .data import count_skipped, create_datasets, create_eval_loader
+from .evaluate import evaluate
+from .export import CONFIG, WEIGHTS
+from .model import create_model
+from .options import ModelOptions
+
+
+@dataclass
+class Candidate:
+    """A model to evaluate: the name in the table, its config and the state dict to load over it, if any."""
+    name: str
+    config: ValidateConfig
+    state_dict: dict[str, torch.Tensor] | None = None
+
+
+def validate(config: ValidateConfig) -> list[dict[str, Any]]:
+    """Evaluate every model that a config names, print a line for each and write ``results_file`` after each.
+
+    Returns:
+        One row per model: ``model``, ``top1``, ``top1_err``, ``top5``, ``top5_err`` (percent), ``loss`` (nats),
+        ``param_count`` (millions), ``img_size``, ``crop_pct``, ``interpolation``, ``images``, ``skipped``,
+        ``images_per_second``; or ``model`` and ``error`` for one of several that could not be evaluated.
+
+    Raises:
+        UserError: Nothing that could be evaluated, or, with a single model, whatever is wrong with it.
+    """
+    if config.results_file and Path(config.results_file).suffix not in ('.csv', '.json'):
+        raise UserError(f'results_file {config.results_file}: unknown format; name a .csv or .json file')
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    names = find_models(config)
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        try:
+            rows.append(validate_one(accelerator, open_candidate(config, name)))
+            line = _line(rows[-1])
+        except UserError as e:
+            if len(names) == 1:
+                raise
+            rows.append(dict(model=name, error=str(e)))
+            line = f'{name}: error: {e}'
+        if accelerator.is_main_process:
+            print(line, flush=True)
+            if config.results_file:
+                _write(Path(config.results_file), rows)
+    return rows
+
+
+def find_models(config: ValidateConfig) -> list[str]:
+    """The names or paths that ``--checkpoint`` or ``--model`` stand for.
+
+    Raises:
+        UserError: A wildcard that matches nothing.
+    """
+    if config.checkpoint:
+        found = sorted(glob.glob(config.checkpoint)) if glob.has_magic(config.checkpoint) else [config.checkpoint]
+        if not found:
+            raise UserError(f'checkpoint {config.checkpoint}: nothing there matches')
+        return found
+    if not glob.has_magic(config.model):
+        return [config.model]
+    names = timm.list_models(config.model, pretrained=config.pretrained)
+    if not names:
+        raise UserError(f"model {config.model!r}: no {'pretrained ' if config.pretrained else ''}model matches")
+    return names
+
+
+def open_candidate(config: ValidateConfig, name: str) -> Candidate:
+    """Where the weights of a name or path are, and which model they belong to.
+
+    Raises:
+        UserError: A path that is none of the kinds that can be evaluated, or a damaged checkpoint.
+    """
+    if not config.checkpoint:
+        return Candidate(name, replace(config, model=name))
+    path = Path(name)
+    if (path / STATE).is_file():
+        return _open_checkpoint(config, path)
+    if (path / CONFIG).is_file() and (path / WEIGHTS).is_file() and not config.use_ema:
+        return Candidate(name, replace(config, model=f'local-dir:{path}', pretrained=True))
+    if path.is_dir():
+        inside = find_checkpoints(path / 'last')
+        if not inside:
+            raise UserError(f'checkpoint {path}: neither a run folder nor a checkpoint; give RUN, RUN/last/step-* or a '
+                            'weights file')
+        return _open_checkpoint(config, inside[0])
+    if not path.is_file():
+        raise UserError(f'checkpoint {path}: no such file or folder')
+    try:
+        state_dict = timm.models.load_state_dict(str(path), use_ema=config.use_ema)
+    except Exception as e:  # whatever a file that is no checkpoint makes torch or safetensors raise
+        raise UserError(f'checkpoint {path}: {" ".join(str(e).split())[:200]}') from e
+    return Candidate(name, config, state_dict)
+
+
+def _open_checkpoint(config: ValidateConfig, path: Path) -> Candidate:
+    """The state of a run, with the model options that the run had."""
+    if (reason := damage(path)) is not None:
+        raise UserError(f'checkpoint {path} is damaged: {reason}; evaluate another one')
+    if config.use_ema and not (path / EMA).is_file():
+        raise UserError(f'checkpoint {path}: the run kept no moving average; leave out --use-ema')
+    saved = read_state(path)['config']
+    names = {f.name for f in fields(ModelOptions)} & saved.keys()
+    of_run = {name: saved[name] for name in names}
+    of_run.update(pretrained=False, pretrained_path=None, initial_checkpoint='')
+    state_dict = clean_state_dict(load_file(path / (EMA if config.use_ema else WEIGHTS)))
+    student = {k.removeprefix('student.'): v for k, v in state_dict.items() if k.startswith('student.')}
+    return Candidate(str(path), replace(config, **of_run), student or state_dict)
+
+
+def validate_one(accelerator: Accelerator, candidate: Candidate) -> dict[str, Any]:
+    """The row of one model; see `validate`."""
+    config = candidate.config
+    with accelerator.main_process_first():
+        datasets = create_datasets(config, train=False)
+        model = create_model(config, config.num_classes)
+    if candidate.state_dict is not None:
+        try:
+            model.load_state_dict(candidate.state_dict)
+        except RuntimeError as e:
+            raise UserError(f'checkpoint {candidate.name}: the weights are not of {config.model} '
+                            f'({" ".join(str(e).split())[:150]})') from e
+    _check_class_names(model, datasets.class_names, candidate.name)
+    loader, data_config = create_eval_loader(config, model, datasets)
+    model.to(accelerator.device)
+    params = sum(p.numel() for p in model.parameters())
+    if config.torchcompile:
+        model = torch.compile(model, backend=config.torchcompile, mode=config.torchcompile_mode)
+    metrics = evaluate(accelerator, model, accelerator.prepare(loader), config.channels_last, candidate.name)
+    skipped = accelerator.reduce(torch.tensor(count_skipped(loader), device=accelerator.device))
+    return dict(
+        model=candidate.name,
+        top1=metrics['top1'],
+        top1_err=100 - metrics['top1'],
+        top5=metrics['top5'],
+        top5_err=100 - metrics['top5'],
+        loss=metrics['loss'],
+        param_count=round(params / 1e6, 2),
+        img_size=data_config['input_size'][-1],
+        crop_pct=data_config['crop_pct'],
+        interpolation=data_config['interpolation'],
+        images=metrics['images'],
+        skipped=int(skipped),
+        nonfinite=metrics['nonfinite'],
+        images_per_second=metrics['images'] / metrics['seconds'],
+    )
+
+
+def _check_class_names(model: nn.Module, found: list[str] | None, name: str) -> None:
+    """Refuse data whose folders are other classes, or in another order, than the model was trained for."""
+    known = model.pretrained_cfg.get('label_names')
+    if known and found and list(known) != list(found) and len(known) == len(found):
+        wrong = next((a, b) for a, b in zip(known, found) if a != b)
+        raise UserError(f'classes: {name} was trained for other classes than the data have ({wrong[0]!r} is '
+                        f'{wrong[1]!r} there); use --class-map')
+
+
+def _line(row: dict[str, Any]) -> str:
+    skipped = f', {row["skipped"]} unreadable' if row['skipped'] else ''
+    bad = f', NaN or infinite logits for {row["nonfinite"]}' if row['nonfinite'] else ''
+    return (f'{row["model"]}: top-1 {row["top1"]:.3f} %, top-5 {row["top5"]:.3f} %, loss {row["loss"]:.4f}, '
+            f'{row["images"]} images{skipped}{bad}, {row["images_per_second"]:.0f} images/s')
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    if path.suffix == '.json':
+        report.write_text(path, json.dumps(rows, indent=2) + '\n')
+        return
+    report.write_table(path, rows)
