@@ -107,11 +107,14 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument('--img-size', type=int, default=224, help='pixels (default: %(default)s)')
     parser.add_argument('--rounds', type=int, default=40, help='pairs of batches (default: %(default)s)')
     parser.add_argument('--device', default='cpu')
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads(),
+                        help="CPU threads; 1 is steadier on a busy machine (default: torch's, %(default)s)")
     args = parser.parse_args(argv)
-    for name in ('batch_size', 'img_size', 'rounds'):
+    for name in ('batch_size', 'img_size', 'rounds', 'threads'):
         if getattr(args, name) < 1:
             raise UserError(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}.')
 
+    torch.set_num_threads(args.threads)
     print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, {args.device}, batch {args.batch_size}, '
           f'{args.img_size} px, {machine_load()}')
     print('time ratio: median of paired ratios, with head / without; GMACs per image by torch.utils.flop_counter / 2')
