@@ -8,7 +8,7 @@ through a head, the submodule ``attached_head``. Backbone parameter names do not
 import functools
 import inspect
 import types
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Set, Tuple, Type, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Set, Tuple, Type, Union
 
 import torch
 from timm.layers.helpers import get_device_dtype
@@ -19,6 +19,7 @@ from ..layers import HEADS, ClassifierHead, create_head, head_options
 
 HEAD_NAME = 'attached_head'
 CLASSIFIER_NAME = f'{HEAD_NAME}.fc'
+TimmModel = Any  # an nn.Module with timm's attributes, for which timm has no type
 
 
 class HeadedModel:
@@ -35,7 +36,9 @@ class HeadedModel:
         several_classifiers: bool
         num_classes: int
         head_hidden_size: int
-        backbone_cls: Type[nn.Module]
+        backbone_cls: Type[Any]
+        pooled: Callable[..., torch.Tensor]
+        pretrained_cfg: Dict[str, Any]
 
     def forward_head(self, x, pre_logits: bool = False):
         x = self.pooled(x, self.several_classifiers)
@@ -74,7 +77,7 @@ class HeadedModel:
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> List[int]:
         """As timm's; where it takes the classifier away, the head's hidden layers go too."""
         self.head_hidden_size = self.attached_head.in_features
-        kept = super().prune_intermediate_layers(*args, **kwargs)
+        kept = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
         if self.num_classes == 0:
             self.attached_head.reset(0, reset_other=True)
         if not self.unpooled:
@@ -129,23 +132,29 @@ def attach_head(model: nn.Module, head: str, num_classes: Optional[int] = None, 
     for name in options:
         if not name.startswith('head_'):
             raise TypeError(f"Unknown option '{name}'; a head's options begin with 'head_', such as head_width.")
-    head_kwargs = {name[len('head_'):]: value for name, value in options.items()}
     _check_model(model)
-    num_classes = model.num_classes if num_classes is None else num_classes
+    return _attach(model, head, num_classes, options)
+
+
+def _attach(model: TimmModel, head: str, num_classes: Optional[int], options: Dict[str, Any]) -> nn.Module:
+    head_kwargs = {name[len('head_'):]: value for name, value in options.items()}
+    if num_classes is None:
+        num_classes = model.num_classes
     was_attached = hasattr(model, HEAD_NAME)
     in_features = model.attached_head.in_features if was_attached else model.head_hidden_size
     new_head = create_head(head, in_features, num_classes, **head_kwargs, **get_device_dtype(model))
 
     if not was_attached:
         model.unpooled = get_model_args(model).get('global_pool') == ''
-        model.several_classifiers = not isinstance(model.pretrained_cfg.get('classifier') or '', str)
+        model.several_classifiers = _has_several_classifiers(model)
     _reset_backbone(model, None, reset_other=False)
     if not model.unpooled and model.head_hidden_size != in_features:
         new_head.reset(num_classes, in_features=model.head_hidden_size)
     model.attached_head = new_head.train(model.training)
     if not was_attached:
         model.backbone_architecture = model.pretrained_cfg['architecture']
-        model.__class__ = _headed_cls(type(model))
+        backbone_cls: Any = type(model)
+        model.__class__ = _headed_cls(backbone_cls)
     model.num_classes = num_classes
     if not model.unpooled:
         model.head_hidden_size = new_head.hidden_size
@@ -160,12 +169,17 @@ def attach_head(model: nn.Module, head: str, num_classes: Optional[int] = None, 
     return model
 
 
+def _has_several_classifiers(model: TimmModel) -> bool:
+    names = model.pretrained_cfg.get('classifier') or ''
+    return not isinstance(names, str) or isinstance(model.get_classifier(), tuple)
+
+
 def _head_arg_names() -> Set[str]:
     return {f'head_{option}' for head in HEADS for option in head_options(head)}
 
 
-def _check_model(model: nn.Module) -> None:
-    needed = ('pretrained_cfg', 'num_classes', 'head_hidden_size', 'forward_head', 'reset_classifier')
+def _check_model(model: TimmModel) -> None:
+    needed = ('pretrained_cfg', 'num_classes', 'head_hidden_size', 'forward_head', 'reset_classifier', 'get_classifier')
     missing = [name for name in needed if not hasattr(model, name)]
     if missing:
         raise ValueError(
@@ -173,7 +187,7 @@ def _check_model(model: nn.Module) -> None:
             'pass what timm.create_model returns, without features_only.')
 
 
-def _reset_backbone(model: nn.Module, global_pool: Optional[str], reset_other: bool) -> None:
+def _reset_backbone(model: TimmModel, global_pool: Optional[str], reset_other: bool) -> None:
     """timm's own ``reset_classifier(0)``; afterwards ``head_hidden_size`` is the width of the embedding."""
     head = getattr(model, HEAD_NAME, None)
     if head is not None and not model.unpooled and model.head_hidden_size == head.hidden_size:
@@ -189,7 +203,8 @@ def _reset_backbone(model: nn.Module, global_pool: Optional[str], reset_other: b
 
 def _renamed(function: types.FunctionType, name: str) -> types.FunctionType:
     """The same function under another name, by which TorchScript compiles it beside the one that overrides it."""
-    copy = types.FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
+    copy = types.FunctionType(
+        function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     copy.__annotations__ = function.__annotations__
     copy.__dict__.update(function.__dict__)
@@ -197,14 +212,14 @@ def _renamed(function: types.FunctionType, name: str) -> types.FunctionType:
 
 
 @functools.cache
-def _headed_cls(backbone_cls: Type[nn.Module]) -> Type[nn.Module]:
+def _headed_cls(backbone_cls: Any) -> Any:
     attributes = dict(
         __doc__=f'{backbone_cls.__name__} with an attached head.',
         __module__=__name__,
         backbone_cls=backbone_cls,
         pooled=_renamed(backbone_cls.forward_head, 'pooled'),
     )
-    mixin = HeadedModel
+    mixin: Type[HeadedModel] = HeadedModel
     if len(inspect.signature(backbone_cls.forward_head).parameters) > len(('self', 'x', 'pre_logits')):
         mixin = HeadedMaskedModel
     elif hasattr(backbone_cls, 'set_distilled_training'):
@@ -212,6 +227,6 @@ def _headed_cls(backbone_cls: Type[nn.Module]) -> Type[nn.Module]:
     return type(f'{backbone_cls.__name__}WithHead', (mixin, backbone_cls), attributes)
 
 
-def _new_headed_model(backbone_cls: Type[nn.Module]) -> nn.Module:
+def _new_headed_model(backbone_cls: Any) -> nn.Module:
     cls = _headed_cls(backbone_cls)
     return cls.__new__(cls)

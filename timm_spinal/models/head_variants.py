@@ -16,7 +16,7 @@ import torch
 from timm.models import (
     filter_pretrained_cfg,
     get_arch_pretrained_cfgs,
-    get_pretrained_cfg,
+    get_pretrained_cfg_value,
     is_model,
     load_pretrained,
     model_entrypoint,
@@ -28,7 +28,7 @@ from timm.models._pretrained import DefaultCfg
 from torch import nn
 
 from ..layers import HEADS, head_options
-from .attach_head import CLASSIFIER_NAME, HEAD_NAME, attach_head
+from .attach_head import CLASSIFIER_NAME, HEAD_NAME, TimmModel, attach_head
 
 _logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def _read_state_dict(cfg: Dict[str, Any], cache_dir: Any) -> Dict[str, torch.Ten
     return state_dict
 
 
-def _load_head(model: nn.Module, state_dict: Dict[str, torch.Tensor], num_classes: int) -> None:
+def _load_head(model: TimmModel, state_dict: Dict[str, torch.Tensor], num_classes: int) -> None:
     """Load a whole model's head; for other classes than the weights' all but its last linear."""
     prefix = f'{HEAD_NAME}.'
     missing = {name for name in model.state_dict() if not name.startswith(prefix)} - set(state_dict)
@@ -101,7 +101,7 @@ def _create_head_variant(
     num_classes = kwargs.pop('num_classes', default_classes)
 
     # timm builds the backbone and loads it through the family's own filters
-    backbone_cfg = dict(cfg, architecture=backbone, classifier=get_pretrained_cfg(backbone).classifier)
+    backbone_cfg = dict(cfg, architecture=backbone, classifier=get_pretrained_cfg_value(backbone, 'classifier'))
     state_dict: Dict[str, torch.Tensor] = {}
     if pretrained and not cfg.get('custom_load'):
         state_dict = _read_state_dict(cfg, cache_dir)
