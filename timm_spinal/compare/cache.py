@@ -64,8 +64,9 @@ def hash_source(source: Source) -> str:
     digest.update(np.ascontiguousarray(source.indices if source.indices is not None else []).tobytes())
     dataset = source.dataset
     reader = getattr(dataset, 'reader', None)
-    paths = [p for p, _ in getattr(reader, 'samples', None) or getattr(dataset, '_samples', None) or ()
-             if isinstance(p, (str, Path))]
+    samples = getattr(reader, 'samples', getattr(dataset, '_samples', None))
+    # timm's tar reader has an array of other things under that name
+    paths = [s[0] for s in samples if isinstance(s[0], (str, Path))] if isinstance(samples, list) else []
     if paths:
         chosen = range(len(paths)) if source.indices is None else source.indices
         for i in chosen:

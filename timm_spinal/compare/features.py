@@ -34,6 +34,8 @@ from .options import FrozenConfig, as_train_config
 from .splits import Splits
 from .train_heads import Features
 
+_CPU_BATCH = 16  # small enough for activations to stay in the caches: up to twice the speed of a batch of 128
+
 Finish = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -202,14 +204,17 @@ def _run_part(
     loader = DataLoader(
         dataset, batch_sampler=batches, num_workers=min(config.workers, len(batches)), pin_memory=config.pin_mem)
     kept: dict[str, list[torch.Tensor]] = {}
+    step = _CPU_BATCH if accelerator.device.type == 'cpu' else config.batch_size
     for end, (images, labels) in zip(ends, loader):
         images = part.finish(_as_images(images, part, config, mode).to(accelerator.device, non_blocking=True))
         if config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with accelerator.autocast():
-            found = run_backbone(model, images, maps)
-        for name, value in dict(found, labels=labels).items():
-            kept.setdefault(name, []).append(value.cpu())
+        kept.setdefault('labels', []).append(labels)
+        for chunk in images.split(step):
+            with accelerator.autocast():
+                found = run_backbone(model, chunk, maps)
+            for name, value in found.items():
+                kept.setdefault(name, []).append(value.cpu())
         bar.update(len(labels))
         if end is not None:
             tensors = {name: torch.cat(values).contiguous() for name, values in kept.items()}
