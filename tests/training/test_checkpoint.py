@@ -70,6 +70,12 @@ def test_keeps_the_last(trained, tmp_path):
     assert [c.name for c in find_checkpoints(tmp_path)] == ['step-00000030', 'step-00000002']
 
 
+def test_steps_of_a_course_that_was_left_are_removed(trained, tmp_path):
+    for step in (1, 5, 6, 2):
+        save(trained, tmp_path, step, keep=3)
+    assert [c.name for c in find_checkpoints(tmp_path)] == ['step-00000002', 'step-00000001']
+
+
 def test_same_step_is_replaced(trained, tmp_path):
     first = save(trained, tmp_path, 1)
     with torch.no_grad():

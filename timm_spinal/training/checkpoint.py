@@ -36,7 +36,9 @@ def save_checkpoint(
         ema: nn.Module | None,
         keep: int,
 ) -> Path:
-    """Write one checkpoint and remove the oldest beyond ``keep``. Every process must call it.
+    """Write one checkpoint, remove the oldest beyond ``keep``, and those of later steps. Every process must call it.
+
+    Later steps are there when a run was resumed from an earlier one; they are of a course that was left.
 
     Args:
         accelerator: Owner of weights, optimizer and random states.
@@ -65,8 +67,10 @@ def save_checkpoint(
         (temp / STATE).write_text(json.dumps(state))
         _write_manifest(temp)
         _put_in_place(temp, final)
-        for old in find_checkpoints(folder)[keep:]:
-            shutil.rmtree(old)
+        found = find_checkpoints(folder)
+        now = found.index(final)
+        for other in found[:now] + found[now + keep:]:
+            shutil.rmtree(other)
 
     try:
         _on_all(accelerator, begin if main else None, final)

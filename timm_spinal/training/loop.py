@@ -266,11 +266,12 @@ def _tell(run: Run, bar: tqdm, meter: Meter, lr: float) -> None:
     bar.update()
     if run.progress.updates % run.config.log_interval:
         return
+    meter.settle()
     progress = run.progress
-    speed = progress.sums.get('images', 0.) / progress.epoch_seconds
+    speed = progress.sums['images'] / progress.epoch_seconds
     values = {**{f'train/{k}': v for k, v in meter.last.items()}, 'lr': lr, 'images_per_second': speed}
     run.accelerator.log(values, step=progress.updates)
-    text = f'loss {meter.last.get("loss", float("nan")):.4f}, lr {lr:.3g}, {speed:.0f} images/s'
+    text = f'loss {meter.last["loss"]:.4f}, lr {lr:.3g}, {speed:.0f} images/s'
     bar.set_postfix_str(text)
     if bar.disable and run.accelerator.is_main_process:
         print(f'epoch {progress.epoch + 1}/{run.last_epoch}, update {progress.updates}: {text}', flush=True)

@@ -76,9 +76,13 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
     if config.torchcompile:
         kwargs['dynamo_plugin'] = TorchDynamoPlugin(backend=config.torchcompile, mode=config.torchcompile_mode)
     try:
-        accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=config.log_with or None, **kwargs)
+        # the folder of the trackers is not known yet, and nothing is written before it is
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision, log_with=config.log_with or None, project_dir='.', **kwargs)
     except (ValueError, ImportError) as e:
         raise UserError(f'accelerate: {" ".join(str(e).split())}') from e
+    if missing := set(config.log_with) - {str(tracker) for tracker in accelerator.log_with} - {'all'}:
+        raise UserError(f'--log-with {" ".join(sorted(missing))}: its package is not installed; install it')
     sharded = accelerator.distributed_type in _SHARDED
     for asked, flag in (
         (config.model_ema, '--model-ema'),
@@ -171,7 +175,8 @@ def _open_folder(run: Run) -> None:
 
     _agree(run.accelerator, open_folder)
     if run.config.log_with:
-        run.accelerator.project_configuration.set_directories(str(run.folder))
+        run.accelerator.project_configuration.project_dir = str(run.folder)
+        run.accelerator.project_configuration.logging_dir = str(run.folder)
         scalars = {k: v for k, v in asdict(run.config).items() if isinstance(v, (int, float, str, bool))}
         run.accelerator.init_trackers('timm_spinal', config=scalars)
 
@@ -199,6 +204,8 @@ def resume(run: Run, checkpoint: Path) -> None:
         run.progress.batch = done - done % accelerator.gradient_accumulation_steps
         accelerator.print(f'resuming with {accelerator.num_processes} processes instead of {state["processes"]}: '
                           'the result will not be bit-identical')
+    # rows of epochs that will be done again go
+    _agree(accelerator, lambda: report.write_table(run.folder / 'summary.csv', run.progress.history))
     accelerator.print(f'resuming from {checkpoint}: epoch {run.progress.epoch + 1}, update {run.progress.updates}')
 
 

@@ -1,0 +1,136 @@
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+import timm_spinal
+from timm_spinal.training.config import parse_config
+from timm_spinal.training.export import export_model
+from timm_spinal.training.report import epoch_line, final_lines, write_curves, write_table
+from timm_spinal.training.run import train
+
+from .runs import resumed, small_config
+
+HISTORY = [
+    dict(epoch=0, train_loss=2., lr=0.1, images_per_second=10.),
+    dict(epoch=1, train_loss=1., lr=0.05, images_per_second=20., eval_loss=1.5, eval_top1=60., eval_top5=90.),
+]
+
+
+def test_table_leaves_missing_values_empty(tmp_path):
+    write_table(tmp_path / 'summary.csv', HISTORY)
+    first, second = csv.DictReader((tmp_path / 'summary.csv').open())
+    assert first['eval_top1'] == '' and float(first['train_loss']) == 2.
+    assert float(second['eval_top1']) == 60. and second['epoch'] == '1'
+
+
+@pytest.mark.parametrize('history', [HISTORY, HISTORY[:1], []])
+def test_curves_is_an_image(tmp_path, history):
+    write_curves(tmp_path / 'curves.png', history)
+    assert Image.open(tmp_path / 'curves.png').size == (1200, 350)
+
+
+def test_epoch_line():
+    assert epoch_line(HISTORY[0], 2) == 'epoch 1/2: train loss 2.0000, lr 0.1, 10 images/s'
+    assert epoch_line(dict(HISTORY[1], ema_top1=61.), 2) == (
+        'epoch 2/2: train loss 1.0000, top-1 60.00 %, loss 1.5000, ema top-1 61.00 %, lr 0.05, 20 images/s')
+
+
+def test_final_lines(tmp_path):
+    result = dict(top1=61.5, top5=90., loss=1.25, best_epoch=1, best_weights='ema', skipped=2, seconds=12.34,
+                  images_per_second=100.4, model='vgg5', test_top1=60., test_loss=1.3)
+    lines = final_lines(result, tmp_path, 'convnext_nano_mlp')
+    assert lines[0] == 'top-1 61.50 %, top-5 90.00 %, loss 1.2500 of epoch 2 (ema)'
+    assert lines[1] == 'test top-1 60.00 %, loss 1.3000 (once, best weights)'
+    assert lines[2] == '2 unreadable images skipped'
+    assert lines[3] == f'12.3 s, 100 images/s, results in {tmp_path}'
+    assert lines[4] == ("load it: import timm, timm_spinal; timm_spinal.ensure_registered('convnext_nano_mlp'); "
+                        f"model = timm.create_model('local-dir:{tmp_path}', pretrained=True)")
+
+
+def test_export_is_what_timm_reads(tmp_path):
+    """Options of the head, class names, a format entry, contiguous copies of tensors in another layout."""
+    timm_spinal.ensure_registered('test_efficientnet_spinal')
+    torch.manual_seed(0)
+    model = timm.create_model('test_efficientnet_spinal', num_classes=3, head_width=24, drop_rate=0.1).eval()
+    model.to(memory_format=torch.channels_last)
+    data_config = dict(input_size=(3, 48, 48), mean=(0.1, 0.2, 0.3), std=(1., 1., 1.), interpolation='bicubic',
+                       crop_pct=0.9)
+    export_model(tmp_path, model, model.state_dict(), ['ant', 'bee', 'cat'], data_config)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    assert config['label_names'] == ['ant', 'bee', 'cat'] and config['model_args']['head_width'] == 24
+    assert 'drop_rate' not in config['model_args']
+    with safe_open(tmp_path / 'model.safetensors', 'pt') as f:
+        assert f.metadata() == {'format': 'pt'}
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(loaded(x), model(x))
+    resolved = timm.data.resolve_data_config(model=loaded)
+    assert resolved['input_size'] == (3, 48, 48) and resolved['crop_pct'] == 0.9
+    assert tuple(resolved['mean']) == (0.1, 0.2, 0.3)
+
+
+def test_run_folder(tmp_path, capsys):
+    """Everything that a run leaves, and that its last line loads the model back with the accuracy that it names."""
+    config = small_config(tmp_path, epochs=2, model='test_efficientnet_pspinal', model_kwargs=dict(head_width=16))
+    result = train(config)
+    folder = tmp_path / 'run'
+    assert sorted(p.name for p in folder.iterdir()) == [
+        'args.yaml', 'config.json', 'curves.png', 'last', 'model.safetensors', 'result.json', 'summary.csv']
+    assert json.loads((folder / 'result.json').read_text()) == result
+    assert parse_config(['--config', str(folder / 'args.yaml')]) == replace(config, num_classes=2)
+    assert {'top1', 'top5', 'loss', 'epoch', 'seconds', 'images_per_second', 'params'} <= result.keys()
+    assert result['epoch'] == 2 and result['train_size'] == 22 and result['seed'] == 3 and result['skipped'] == 0
+    assert 0 < result['images_per_second'] == pytest.approx(40 / result['seconds'], rel=0.9)
+    table = list(csv.DictReader((folder / 'summary.csv').open()))
+    assert float(table[result['best_epoch']]['eval_top1']) == result['top1']
+
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith('load it: ')
+    names = {}
+    exec(line.removeprefix('load it: '), names)
+    model = names['model']
+    assert sum(p.numel() for p in model.parameters()) == result['params'] == result['trained_params']
+    assert model.attached_head.fc.in_features == 3 * 16 or model.num_classes == 2
+    # the same accuracy, by hand
+    data = timm.data.resolve_data_config(model=model)
+    transform = timm.data.create_transform(**data)
+    dataset = timm.data.create_dataset('', root=config.data_dir, split='validation', transform=transform)
+    images = torch.stack([dataset[i][0] for i in range(len(dataset))])
+    targets = torch.tensor([dataset[i][1] for i in range(len(dataset))])
+    with torch.no_grad():
+        right = (model.eval()(images).argmax(1) == targets).float().mean().item()
+    assert 100 * right == pytest.approx(result['top1'])
+
+
+def test_rows_beyond_the_resumed_epoch_are_dropped(tmp_path):
+    config = small_config(tmp_path, epochs=3, checkpoint_hist=9)
+    train(config)
+    second = tmp_path / 'run' / 'last' / 'step-00000010'
+    result = train(replace(config, resume=str(second), stop_epoch=2))
+    assert result['epoch'] == 2
+    assert [row['epoch'] for row in csv.DictReader((tmp_path / 'run' / 'summary.csv').open())] == ['0', '1']
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    config = small_config(tmp_path, epochs=2, log_with=['tensorboard'], log_interval=2)
+    train(config)
+    events = EventAccumulator(str(tmp_path / 'run' / 'timm_spinal'))
+    events.Reload()
+    assert [e.step for e in events.Scalars('eval_top1')] == [5, 10]
+    assert [e.step for e in events.Scalars('train/loss')] == [2, 4, 6, 8, 10]
+    table = list(csv.DictReader((tmp_path / 'run' / 'summary.csv').open()))
+    assert [e.value for e in events.Scalars('eval_top1')] == pytest.approx([float(r['eval_top1']) for r in table])
+
+
+def test_finished_run_resumes_to_the_same_result(tmp_path):
+    config = small_config(tmp_path, epochs=1)
+    first = train(config)
+    assert train(resumed(config)) == first
