@@ -54,7 +54,7 @@ def test_unreadable_image_in_one_of_two_processes(tmp_path, launch):
     bad = tmp_path / 'images' / 'train' / 'ant' / '3.png'
     bad.write_bytes(b'no image')
     done = launch(2, '-m', 'timm_spinal.train', *flags(config), '-b', '2', check=False)
-    assert done.returncode != 0 and done.stderr.count(f'{bad}') == 1
+    assert done.returncode != 0 and done.stderr.count(f'error: image {bad}') == 1
 
 
 @pytest.mark.parametrize('signum, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -68,6 +68,21 @@ def test_signal_to_the_process(tmp_path, signum, code):
     err = process.communicate(timeout=60)[1]
     assert process.returncode == code
     assert f'stopped by {signal.Signals(signum).name}: go on with --resume' in err and 'Traceback' not in err
+    assert damage(find_checkpoints(tmp_path / 'run' / 'last')[0]) is None
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc'), reason='needs /proc')
+def test_sigterm_to_the_launcher_of_one_process(tmp_path):
+    """accelerate dies of it and tells its child nothing; the run must not go on alone."""
+    config = small_config(tmp_path, epochs=500, checkpoint_steps=1)
+    module = command(config)[1:]
+    process = subprocess.Popen(launch_command(1, *module), env=launch_env(), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not find_checkpoints(tmp_path / 'run' / 'last') and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert 'stopped by SIGTERM: go on with --resume' in process.communicate(timeout=60)[1]
     assert damage(find_checkpoints(tmp_path / 'run' / 'last')[0]) is None
 
 
