@@ -133,11 +133,21 @@ def extract(
 
 
 def run_backbone(model: nn.Module, images: torch.Tensor, maps: bool = False) -> dict[str, torch.Tensor]:
-    """Pooled vectors (B, F), and the feature maps that they are made of where asked for."""
+    """Pooled vectors (B, F), and the feature maps (B, C, H, W) that they are made of where asked for.
+
+    Raises:
+        UserError: The backbone has no feature map.
+    """
     if not maps:
         return dict(pooled=model(images).float())
     features = model.forward_features(images)  # type: ignore[operator]
-    return dict(pooled=model.forward_head(features).float(), map=features.float())  # type: ignore[operator]
+    pooled = model.forward_head(features)  # type: ignore[operator]
+    if features.ndim != 4:
+        raise UserError('--heads: a head that takes feature maps is among them, and the backbone has none, but tokens; '
+                        'choose another backbone')
+    if getattr(model, 'output_fmt', 'NCHW') == 'NHWC':
+        features = features.permute(0, 3, 1, 2)
+    return dict(pooled=pooled.float(), map=features.float())
 
 
 def _parts(config: FrozenConfig, data_config: dict[str, Any], splits: Splits) -> Iterator[Part]:

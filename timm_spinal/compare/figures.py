@@ -36,7 +36,8 @@ def draw_accuracy(path: Path, values: dict[str, Values], params: dict[str, int],
     axes.set(xscale='log', xlabel='parameters', ylabel=_METRICS[metric],
              title='points: seeds; bars: mean and 95 % interval over seeds')
     axes.grid(alpha=0.3)
-    axes.legend()
+    if values:
+        axes.legend()
     _save(figure, path)
 
 

@@ -115,7 +115,7 @@ def _failures(rows: list[Row]) -> list[str]:
 
 def _points(gap: Estimate, sign: int = 1) -> str:
     low, high = sorted((sign * gap.low, sign * gap.high))  # type: ignore[operator]
-    return f'{sign * gap.mean:.2f} points (interval {low:.2f} to {high:.2f}, {gap.seeds} seeds)'
+    return f'{round(sign * gap.mean, 2) + 0.:.2f} points (interval {low:.2f} to {high:.2f}, {gap.seeds} seeds)'
 
 
 def _signed(value: float) -> str:

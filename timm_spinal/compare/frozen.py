@@ -17,7 +17,7 @@ from torch import nn
 from timm_spinal.errors import UserError
 from timm_spinal.training.files import write_atomically
 from timm_spinal.training.model import create_model
-from timm_spinal.training.report import hardware, versions, write_summary
+from timm_spinal.training.report import hardware, versions, write_table, write_text
 
 from .controls import Variant, count_params, new_head, new_heads, parse_variants, size_controls, slug, takes_map
 from .cost import head_cost, latency_ms, macs
@@ -163,9 +163,9 @@ class HeadBench:
         folder.mkdir(parents=True, exist_ok=True)
         for name in (RESULT, ERROR, PREDICTIONS):
             (folder / name).unlink(missing_ok=True)
-        write_summary(folder / SUMMARY, trained.history)
+        write_table(folder / SUMMARY, trained.history)
         if trained.failure:
-            write_atomically(folder / ERROR, lambda p: p.write_text(trained.failure, encoding='utf-8'))
+            write_text(folder / ERROR, trained.failure)
             return
         head = new_head(self.variant, self.in_features, self.num_classes)
         test = self.data['test']

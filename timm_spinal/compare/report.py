@@ -1,6 +1,6 @@
 """The report of a comparison: results.csv, table.md, table.html, accuracy.png, curves.png, report.md."""
-import csv
 import html
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,11 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.files import write_atomically
+from timm_spinal.training.report import write_table, write_text
 
 from .figures import draw_accuracy, draw_calibration, draw_curves
 from .findings import count_text, findings
-from .runs import Comparison, Row, metric_of, read_comparison, read_rows, values_by_variant, write_results
+from .runs import Comparison, Row, metric_of, read_comparison, read_rows, values_by_variant
 from .statistics import Difference, Values, differences, estimate
 
 PREDICTIONS = 'predictions.safetensors'
@@ -49,9 +49,9 @@ def write_report(
     sentences = findings(comparison, rows, values, gaps, metric)
     table = table_rows(comparison, rows, values, gaps, metric)
 
-    write_results(output / 'results.csv', rows)
-    _write(output / 'table.md', markdown_table(table))
-    _write(output / 'table.html', html_table(table))
+    write_table(output / 'results.csv', [asdict(row) for row in rows])
+    write_text(output / 'table.md', markdown_table(table))
+    write_text(output / 'table.html', html_table(table))
     draw_accuracy(output / 'accuracy.png', values, _params(comparison, rows), metric)
     draw_curves(output / 'curves.png', rows)
     extra = []
@@ -65,7 +65,7 @@ def write_report(
             errors = draw_calibration(output / 'calibration.png', joined)
             extra.append('Expected calibration error (15 bins): ' + ', '.join(
                 f'`{v}` {e:.2f} %' for v, e in errors.items()) + ' (`calibration.png`).')
-    _write(output / 'report.md', report_text(comparison, [*sentences, *extra], markdown_table(table)))
+    write_text(output / 'report.md', report_text(comparison, [*sentences, *extra], markdown_table(table)))
     return sentences
 
 
@@ -180,18 +180,15 @@ def report_text(comparison: Comparison, sentences: list[str], table: str) -> str
 def _tuning(tuned: dict[str, list[dict[str, Any]]]) -> list[str]:
     if not tuned:
         return []
+    names = [name for name in next(iter(tuned.values()))[0] if name not in ('val_top1', 'chosen')]
     lines = ['', '## Tuning', '', 'Every variant had the same grid; the best mean validation accuracy was taken.', '',
-             '| variant | lr | weight decay | validation top-1, % | |', '|---|---:|---:|---:|---|']
+             f'| variant | {" | ".join(names)} | validation top-1, % | |', f'|---|{"---:|" * len(names)}---:|---|']
     for variant, points in tuned.items():
-        for p in points:
-            top1 = 'failed' if p['val_top1'] is None else f'{p["val_top1"]:.2f}'
-            lines.append(f'| {variant} | {p["lr"]:g} | {p["weight_decay"]:g} | {top1} | '
-                         f'{"taken" if p["chosen"] else ""} |')
+        for point in points:
+            values = [str(point[name]) for name in names]
+            top1 = 'failed' if point['val_top1'] is None else f'{point["val_top1"]:.2f}'
+            lines.append(f'| {" | ".join([variant, *values, top1, "taken" if point["chosen"] else ""])} |')
     return lines
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda p: p.write_text(text, encoding='utf-8'))
 
 
 # ---- predictions ------------------------------------------------------------------------------------------------
@@ -220,14 +217,11 @@ def write_per_class(
         class_names: list[str] | None,
 ) -> None:
     """Test accuracy in percent of each class and variant, mean over seeds."""
-    def write(temp: Path) -> None:
-        with open(temp, 'w', newline='', encoding='utf-8') as f:
-            table = csv.writer(f)
-            table.writerow(['class', *predictions])
-            classes = np.unique(np.concatenate([p['target'] for p in predictions.values()]))
-            for c in classes:
-                hits = [(p['prediction'][p['target'] == c] == c).mean() for p in predictions.values()]
-                name = class_names[c] if class_names and c < len(class_names) else str(c)
-                table.writerow([name, *(f'{100 * h:.2f}' for h in hits)])
-
-    write_atomically(path, write)
+    classes = np.unique(np.concatenate([p['target'] for p in predictions.values()]))
+    rows = []
+    for c in classes:
+        row = {'class': class_names[c] if class_names and c < len(class_names) else str(c)}
+        for variant, p in predictions.items():
+            row[variant] = f'{100 * (p["prediction"][p["target"] == c] == c).mean():.2f}'
+        rows.append(row)
+    write_table(path, rows)

@@ -6,12 +6,12 @@
 """
 import csv
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.files import write_atomically
+from timm_spinal.training.report import write_text
 
 from .controls import slug
 from .statistics import Values
@@ -81,7 +81,7 @@ def run_folder(output: Path, variant: str, seed: int) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file in one step."""
-    write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8'))
+    write_text(path, json.dumps(value, indent=2) + '\n')
 
 
 def read_json(path: Path) -> Any:
@@ -158,17 +158,6 @@ def read_history(folder: Path) -> list[dict[str, float]]:
         return []
     except (OSError, ValueError) as e:
         raise UserError(f'{folder / SUMMARY}: cannot be read ({e}); remove the run folder and run again') from e
-
-
-def write_results(path: Path, rows: list[Row]) -> None:
-    """Write ``results.csv``."""
-    def write(temp: Path) -> None:
-        with open(temp, 'w', newline='', encoding='utf-8') as f:
-            table = csv.DictWriter(f, [column.name for column in fields(Row)])
-            table.writeheader()
-            table.writerows(asdict(row) for row in rows)
-
-    write_atomically(path, write)
 
 
 def metric_of(rows: list[Row]) -> str:

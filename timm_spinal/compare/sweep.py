@@ -15,9 +15,9 @@ from accelerate import PartialState
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig, load_yaml
-from timm_spinal.training.files import write_atomically
 from timm_spinal.training.identity import changed_settings
 from timm_spinal.training.model import create_model
+from timm_spinal.training.report import write_text
 from timm_spinal.training.transforms import resolve_data
 
 from .controls import slug
@@ -173,7 +173,7 @@ def _run(task: Task, slots: 'queue.Queue[int]', jobs: int, running: set) -> tupl
     error = ''
     if code or not (task.folder / RESULT).exists():
         error = f'failed: {_last_error(log) or f"exit code {code}"} (see {log})'
-        write_atomically(task.folder / ERROR, lambda p: p.write_text(error, encoding='utf-8'))
+        write_text(task.folder / ERROR, error)
     return error, time.perf_counter() - start
 
 

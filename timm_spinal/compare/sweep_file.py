@@ -30,8 +30,8 @@ import timm_spinal
 from timm_spinal.errors import UserError
 from timm_spinal.layers import HEADS, equal_size_mlp_width
 from timm_spinal.training.config import TrainConfig, load_yaml
-from timm_spinal.training.files import write_atomically
 from timm_spinal.training.model import check_model_name
+from timm_spinal.training.report import write_text
 
 from .controls import CONTROL, count_params, slug
 from .options import parse_seeds
@@ -185,4 +185,4 @@ def write_config(path: Path, config: TrainConfig) -> None:
     """Write a config for a run, only what differs from the defaults."""
     default = TrainConfig()
     values = {k: v for k, v in dataclasses.asdict(config).items() if v != getattr(default, k)}
-    write_atomically(path, lambda p: p.write_text(yaml.safe_dump(values, sort_keys=False), encoding='utf-8'))
+    write_text(path, yaml.safe_dump(values, sort_keys=False))

@@ -1,0 +1,89 @@
+from timm_spinal.compare.findings import count_text, findings
+from timm_spinal.compare.runs import Comparison, Row, values_by_variant
+from timm_spinal.compare.statistics import differences
+
+
+def found(tops, kind='frozen', metric='test_top1', sized_as=None, params=None, failed=(), **kwargs):
+    """Sentences on made accuracies: {variant: [one for each seed]}."""
+    seeds = list(range(max(map(len, tops.values()))))
+    comparison = Comparison(
+        kind, 'cmd', list(tops), 'linear', seeds, sized_as=sized_as or {}, data=dict(test_size=10_000), **kwargs)
+    rows = [Row(v, s, 'done', test_top1=top, val_top1=top, params=(params or {}).get(v))
+            for v, by_seed in tops.items() for s, top in enumerate(by_seed)]
+    rows += [Row(v, s, 'failed', error=e) for v, s, e in failed]
+    values = values_by_variant(rows, metric)
+    return findings(comparison, rows, values, differences(comparison.pairs(), values), metric)
+
+
+LINEAR = [90.0, 90.2, 90.1, 89.9, 90.0]
+
+
+def test_no_head_beats_the_control():
+    sentences = found({'linear': LINEAR, 'spinal': [90.1, 90.0, 90.3, 89.7, 90.1]})
+    assert sentences[0] == 'No head beats `linear` by more than its interval.'
+    assert sentences[1].startswith('Undecided against `linear`: `spinal` (0.00 points (interval -0.')
+
+
+def test_a_head_that_beats_the_control_is_named_with_its_interval():
+    sentences = found({'linear': LINEAR, 'spinal': [91.0, 91.3, 91.1, 90.8, 91.1]})
+    assert sentences[0].startswith('`spinal` beats `linear` by 1.02 points (interval 0.')
+    assert not any('No head' in s for s in sentences)
+
+
+def test_a_head_that_is_worse_is_named():
+    sentences = found({'linear': LINEAR, 'pspinal': [88.0, 88.3, 88.0, 87.8, 88.1]})
+    assert sentences[0] == 'No head beats `linear` by more than its interval.'
+    assert sentences[1].startswith('`pspinal` is worse than `linear` by 2.00 points (interval 1.')
+
+
+def test_equal_size_controls_are_compared_with_their_head():
+    sentences = found(
+        {'linear': LINEAR, 'spinal': [91.0, 91.3, 91.1, 90.8, 91.1], 'mlp=spinal': [92.0, 92.4, 92.1, 91.8, 92.2]},
+        sized_as={'mlp=spinal': 'spinal'})
+    assert any(s.startswith('`spinal` is worse than `mlp=spinal`, an MLP of its size, by 1.04 points (interval 0.')
+               for s in sentences)
+
+
+def test_cost_in_parameters():
+    sentences = found(
+        {'linear': LINEAR, 'pspinal': LINEAR[::-1], 'spinal': LINEAR[::-1]},
+        params={'linear': 12_810, 'pspinal': 153_720, 'spinal': 15_372})
+    assert 'Against `linear` (12.8 k parameters of the head) the cost in parameters is: `pspinal` 12x, `spinal` ' \
+           '1.20x.' in sentences
+
+
+def test_network_time():
+    costs = {'linear': dict(params=1, network_ms=10.), 'pspinal': dict(params=2, network_ms=10.5)}
+    sentences = found({'linear': LINEAR, 'pspinal': LINEAR[::-1]}, costs=costs)
+    assert 'One image through the whole network takes 10.0 ms with `linear`; with the others: `pspinal` 1.05x.' \
+        in sentences
+
+
+def test_one_seed_says_that_there_is_no_interval():
+    sentences = found({'linear': [90.], 'spinal': [95.]})
+    assert sentences[0] == 'One seed each, so there is no interval and no verdict: the differences may be chance.'
+    assert sentences[1] == '`spinal` is +5.00 points against `linear`.'
+    assert not any('beats' in s for s in sentences)
+
+
+def test_failures_are_told_and_left_out():
+    sentences = found({'linear': LINEAR, 'spinal': LINEAR[::-1]}, failed=[('spinal', 9, 'loss is nan')])
+    assert sentences[-1] == '1 of 11 runs are not in these numbers: `spinal` seed 9 failed (loss is nan).'
+
+
+def test_runs_without_test_split_are_told():
+    sentences = found({'linear': LINEAR, 'spinal': LINEAR[::-1]}, metric='val_top1')
+    assert any('have read no test split' in s for s in sentences)
+
+
+def test_sampling_error_of_the_test_split():
+    assert any('10,000 images' in s and 'about 0.30 points' in s for s in found({'linear': LINEAR, 'a': LINEAR[::-1]}))
+
+
+def test_nothing_finished():
+    sentences = found({'linear': []}, failed=[('linear', 0, 'disk full')])
+    assert sentences[0].startswith('No run has finished')
+
+
+def test_counts_as_people_write_them():
+    assert [count_text(n) for n in (12, 12_810, 1_310_000, 2e9)] == ['12', '12.8 k', '1.31 M', '2 G']

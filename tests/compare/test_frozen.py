@@ -1,0 +1,157 @@
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.numpy import load_file
+from torch import nn
+
+from timm_spinal.compare import frozen
+from timm_spinal.compare.cli import main
+from timm_spinal.compare.frozen import compare_frozen
+from timm_spinal.compare.options import FrozenConfig
+from timm_spinal.errors import UserError
+from timm_spinal.layers import HEADS
+
+
+def config(folder, **kwargs):
+    return FrozenConfig(**{**dict(
+        backbone='test_resnet', dataset='digits', img_size=32, workers=0, train_size=300,
+        heads='linear,mlp,spinal:width=8', seeds='2', epochs=3, head_batch_size=50, output=str(folder), lr=0.01),
+        **kwargs})
+
+
+@pytest.fixture(scope='module')
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('compare')
+    torch.manual_seed(0)
+    assert main(['--backbone', 'test_resnet', '--dataset', 'digits', '--img-size', '32', '-j', '0', '--train-size',
+                 '300', '--heads', 'linear,mlp,spinal:width=8', '--seeds', '2', '--epochs', '3', '--head-batch-size',
+                 '50', '--lr', '0.01', '--output', str(folder), '--per-class', '--calibration', '--tune', '--tune-lr',
+                 '0.01', '1e-9', '--tune-weight-decay', '0.01', '--tune-seeds', '1']) == 0
+    return folder
+
+
+def read_csv(path):
+    with open(path, newline='') as f:
+        return list(csv.DictReader(f))
+
+
+def test_a_row_for_each_run(done):
+    rows = read_csv(done / 'results.csv')
+    names = ['linear', 'mlp=spinal:width=8', 'spinal:width=8']
+    assert [(r['variant'], r['seed']) for r in rows] == [(n, s) for n in names for s in '01']
+    assert all(r['status'] == 'done' and 10 < float(r['test_top1']) <= 100 for r in rows)
+
+
+def test_test_accuracy_is_that_of_the_kept_predictions(done):
+    for row in read_csv(done / 'results.csv'):
+        kept = load_file(Path(row['folder']) / 'predictions.safetensors')
+        assert len(kept['target']) == 359
+        assert 100 * (kept['prediction'] == kept['target']).mean() == pytest.approx(float(row['test_top1']))
+
+
+def test_the_best_epoch_is_chosen_on_validation(done):
+    for row in read_csv(done / 'results.csv'):
+        history = read_csv(Path(row['folder']) / 'summary.csv')
+        tops = [float(h['eval_top1']) for h in history]
+        assert len(tops) == 3 and tops.index(max(tops)) + 1 == int(row['best_epoch'])
+
+
+def test_report_is_whole(done):
+    text = (done / 'report.md').read_text()
+    for part in ('## Found', '`linear`', 'timm-spinal compare --backbone test_resnet', '## Tuning', 'random',
+                 '300 training', '359 test', 'Expected calibration error'):
+        assert part in text
+    for name in ('table.md', 'table.html', 'accuracy.png', 'curves.png', 'calibration.png', 'per_class.csv'):
+        assert (done / name).stat().st_size > 100
+    assert [r['class'] for r in read_csv(done / 'per_class.csv')] == [str(i) for i in range(10)]
+
+
+def test_tuning_takes_the_learning_rate_that_learns(done):
+    tuned = json.loads((done / 'compare.json').read_text())['tuned']
+    for points in tuned.values():
+        assert [p['lr'] for p in points] == [0.01, 1e-9] and [p['chosen'] for p in points] == [True, False]
+
+
+def test_control_has_the_size_of_its_head(done):
+    costs = json.loads((done / 'compare.json').read_text())['costs']
+    ours, head = costs['mlp=spinal:width=8']['params'], costs['spinal:width=8']['params']
+    assert abs(ours - head) / head < 0.2 and costs['linear']['params'] < head
+    assert costs['linear']['params'] == 10 * (costs['linear']['macs'] // 10) + 10
+
+
+def test_report_is_remade_from_the_folders(done):
+    before = (done / 'table.md').read_text()
+    (done / 'table.md').unlink()
+    (done / 'report.md').unlink()
+    assert main(['--report', str(done), '--control', 'spinal:width=8']) == 0
+    assert 'difference to spinal:width=8' in (done / 'table.md').read_text()
+    assert main(['--report', str(done)]) == 0
+    assert (done / 'table.md').read_text() == before
+
+
+def train_counter(monkeypatch):
+    trained = []
+    original = frozen.train_heads
+
+    def count(new_heads, seeds, *args, **kwargs):
+        trained.extend(seeds)
+        return original(new_heads, seeds, *args, **kwargs)
+
+    monkeypatch.setattr(frozen, 'train_heads', count)
+    return trained
+
+
+def test_finished_runs_are_kept_until_a_setting_changes(tmp_path, monkeypatch):
+    trained = train_counter(monkeypatch)
+    torch.manual_seed(0)
+    compare_frozen(config(tmp_path, heads='linear', seeds='2'), 'cmd')
+    torch.manual_seed(0)
+    compare_frozen(config(tmp_path, heads='linear', seeds='3'), 'cmd')
+    assert trained == [0, 1, 2]
+    torch.manual_seed(0)
+    compare_frozen(config(tmp_path, heads='linear', seeds='3', lr=0.02), 'cmd')
+    assert trained == [0, 1, 2, 0, 1, 2]
+
+
+class MapHead(nn.Module):
+    """A head that takes the feature map, as those of capsules."""
+    takes_map = True
+
+    def __init__(self, in_features, num_classes, input_fmt='NCHW', device=None, dtype=None):
+        super().__init__()
+        self.fc = nn.Linear(4 * in_features, num_classes, device=device, dtype=dtype)
+
+    def forward(self, x):
+        return self.fc(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
+
+
+def test_a_head_that_takes_maps_needs_no_word_here(tmp_path, monkeypatch):
+    monkeypatch.setitem(HEADS, 'mapped', MapHead)
+    compare_frozen(config(tmp_path, heads='linear,mapped', img_size=64), 'cmd')
+    rows = read_csv(tmp_path / 'results.csv')
+    assert [r['status'] for r in rows] == ['done'] * 4
+    assert int(rows[2]['params']) == 4 * (int(rows[0]['params']) - 10) + 10
+
+
+def test_a_diverging_head_is_reported(tmp_path):
+    compare_frozen(config(tmp_path, heads='linear,spinal:width=4', seeds='1', opt='sgd', lr=1e30, warmup_epochs=0), 'c')
+    text = (tmp_path / 'report.md').read_text()
+    assert 'runs are not in these numbers' in text and 'use a lower learning rate' in text
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(control='spinal'), '--control spinal: is not compared'),
+    (dict(heads='linear,spinal:splits=9'), 'head spinal:splits=9'),
+    (dict(backbone='resnet999'), 'unknown model'),
+    (dict(seeds='0'), 'empty list of seeds'),
+    (dict(tune=True, tune_lr=[]), 'the grid is empty'),
+    (dict(head_batch_size=999), 'use --head-batch-size 300 or less'),
+    (dict(dataset='', data_dir='/nowhere'), 'does not exist'),
+])
+def test_bad_input(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        compare_frozen(config(tmp_path, **changes), 'cmd')
+    assert not (tmp_path / 'results.csv').exists()

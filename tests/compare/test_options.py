@@ -1,0 +1,48 @@
+import pytest
+
+from timm_spinal.compare.options import NO_EFFECT, FrozenConfig, as_train_config, check_frozen, parse_seeds
+from timm_spinal.errors import UserError
+from timm_spinal.training.config import TrainConfig, parse_config
+
+
+def test_seeds():
+    assert parse_seeds('3') == [0, 1, 2]
+    assert parse_seeds('3,7,11') == [3, 7, 11]
+    assert parse_seeds([5, 6]) == [5, 6]
+    assert parse_seeds('4,') == [4]
+
+
+@pytest.mark.parametrize('text, message', [
+    ('0', 'an empty list of seeds'), ('', 'an empty list of seeds'), ([], 'an empty list of seeds'),
+    ('-1,2', 'negative'), ('1,1', 'comes twice'), ('many', 'not a number of seeds'),
+])
+def test_bad_seeds(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_seeds(text)
+
+
+def test_flags_of_the_trainer_reach_the_data():
+    config = parse_config(['--backbone', 'resnet18', '--dataset', 'digits', '--img-size', '32', '--lr', '0.01',
+                           '--heads', 'linear,mlp', '--hflip', '0'], FrozenConfig)
+    train = as_train_config(config)
+    assert (train.model, train.dataset, train.img_size, train.hflip) == ('resnet18', 'digits', 32, 0.)
+    assert config.lr == 0.01 and train.lr is None
+    assert as_train_config(config, seed=7).seed == 7
+
+
+def test_a_backbone_is_needed():
+    with pytest.raises(UserError, match='no backbone'):
+        check_frozen(FrozenConfig())
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(mixup=0.2), '--mixup: has no effect'), (dict(freeze='bn'), '--freeze: has no effect'),
+    (dict(model='resnet18'), '--model: .*the model is the --backbone'), (dict(drop=0.1), '--drop'),
+])
+def test_options_without_effect_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        check_frozen(FrozenConfig(backbone='resnet18', **changes))
+
+
+def test_refused_options_are_options():
+    assert set(NO_EFFECT) <= set(vars(TrainConfig())) and set(NO_EFFECT) <= set(vars(FrozenConfig()))
