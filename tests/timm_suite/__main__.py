@@ -43,7 +43,6 @@ def run_suite(models: List[str], pytest_args: List[str]) -> int:
     env['TIMM_SUITE_MODELS'] = ' '.join(models)  # read by the plugin
     env['PYTHONPATH'] = os.pathsep.join(filter(None, [str(HERE), env.get('PYTHONPATH', '')]))
     env.setdefault('HF_HUB_OFFLINE', '1')
-    env.setdefault('TIMEOUT', '900')  # seconds for one test, read by timm's file
     command = [sys.executable, '-m', 'pytest', '-q', '-p', 'timm_suite_plugin', '-p', 'no:cacheprovider']
     return subprocess.run([*command, 'tests/test_models.py', *pytest_args], cwd=source, env=env).returncode
 

@@ -15,6 +15,7 @@ import timm
 import timm_spinal
 
 NEEDS_NETWORK = ('test_model_inference', 'test_model_load_pretrained', 'test_model_features_pretrained')
+SECONDS_PER_TEST = 900  # timm's own 120 are for a machine that does nothing else
 MODELS_VARIABLE = 'TIMM_SUITE_MODELS'  # names, separated by spaces; all of ours if unset
 
 models = set(os.environ.get(MODELS_VARIABLE, '').split()) or set(timm_spinal.list_models())
@@ -47,6 +48,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item
         elif not any(_is_ours(value) for value in params):
             deselected['that name another model'] += 1
         else:
+            item.add_marker(pytest.mark.timeout(SECONDS_PER_TEST), append=False)
             kept.append(item)
             continue
         left_out.append(item)

@@ -16,9 +16,10 @@ import sys
 import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from functools import partial
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import timm
 import torch
@@ -159,17 +160,15 @@ def _check_timm_refuses(model: TimmModel, pool: str) -> None:
 
 def cover_model(name: str, head: str) -> Coverage:
     """Check one name of timm's."""
-    _quiet()
-    family = model_entrypoint(name).__module__.rpartition('.')[2]
-    model = timm.create_model(name, device='meta')
-    kind = classifier_kind(model)
-    try:
-        check_head(model, head)
-    except ValueError as e:
-        refused = e.__traceback__ is not None and _raised_by_attach_head(e)
-        return Coverage(name, family, kind, 'refused' if refused else 'broken', _one_line(e))
-    except Exception as e:
-        return Coverage(name, family, kind, 'broken', _one_line(e))
+    with _quiet():
+        family = model_entrypoint(name).__module__.rpartition('.')[2]
+        model = timm.create_model(name, device='meta')
+        kind = classifier_kind(model)
+        try:
+            check_head(model, head)
+        except Exception as e:
+            refused = isinstance(e, ValueError) and _raised_by_attach_head(e)
+            return Coverage(name, family, kind, 'refused' if refused else 'broken', _one_line(e))
     return Coverage(name, family, kind, 'accepted')
 
 
@@ -177,7 +176,8 @@ def _raised_by_attach_head(error: BaseException) -> bool:
     tb = error.__traceback__
     while tb is not None and tb.tb_next is not None:
         tb = tb.tb_next
-    return tb is not None and tb.tb_frame.f_globals['__name__'] == attach_head.__module__
+    ours = ('timm_spinal.models.', 'timm_spinal.layers.')
+    return tb is not None and tb.tb_frame.f_globals['__name__'].startswith(ours)
 
 
 def _one_line(error: BaseException) -> str:
@@ -185,10 +185,17 @@ def _one_line(error: BaseException) -> str:
     return f'{type(error).__name__}: {lines[0] if lines else ""}'[:300]
 
 
-def _quiet() -> None:
-    warnings.simplefilter('ignore')
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without timm's warnings of deprecated layers and of models that have no weights."""
+    disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def timm_names(filter: str = '') -> List[str]:
