@@ -16,6 +16,10 @@ def test_defaults_are_those_of_the_papers():
     assert head_options('pspinal') == dict(
         layers=4, width=200, skip_dropout=0.2, dropout=0., norm_layer='', act_layer='relu', preset='')
     assert head_options('linear') == {}
+    for head in ('caps', 'xnodr', 'xnidr'):
+        assert head_options(head) == dict(
+            primary='depthwise', capsules=0, capsule_dim=8, class_dim=16, iterations=3, dropout=0., pool_first=True,
+            logit_scale=False, norm_momentum=0.01, memory='auto')
 
 
 @pytest.mark.parametrize('head, preset, in_features, num_classes, count', [
@@ -60,7 +64,7 @@ def test_options_can_be_written_to_json():
     for head in HEADS:
         for value in head_options(head).values():
             assert isinstance(value, (str, int, float, bool))
-        assert 'width' in head_options(head) or head == 'linear'
+        assert 'width' in head_options(head) or head == 'linear' or HEADS[head].takes_map
         assert inspect.isclass(HEADS[head])
 
 

@@ -10,7 +10,7 @@ from timm.models import get_pretrained_cfg, is_model, model_entrypoint, save_for
 
 import timm_spinal
 from timm_spinal import ensure_registered, list_models, register_head_variant
-from timm_spinal.models.head_variants import BACKBONES, VARIANT_HEADS
+from timm_spinal.models.head_variants import BACKBONES, CAPSULE_BACKBONES, CAPSULE_HEADS, VARIANT_HEADS
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -30,7 +30,8 @@ def saved(trained, tmp_path_factory):
 
 def test_every_row_of_the_table_is_registered():
     names = {f'{backbone}_{head}' for backbone in BACKBONES for head in VARIANT_HEADS}
-    assert len(names) == 42
+    names |= {f'{backbone}_{head}' for backbone in CAPSULE_BACKBONES for head in CAPSULE_HEADS}
+    assert len(names) == 42 + 18
     assert names <= set(list_models())
     assert all(is_model(name) and model_entrypoint(name).__name__ == name for name in names)
     assert list_models('resnet50_*spinal') == ['resnet50_pspinal', 'resnet50_spinal']
@@ -46,6 +47,18 @@ def test_tags_point_at_timms_own_weights(backbone):
     assert ours.input_size == timms.input_size and ours.mean == timms.mean
     assert ours.classifier == 'attached_head.fc'
     assert f'{backbone}_spinal.{ours.tag}' in list_models(pretrained=True)
+
+
+@pytest.mark.parametrize('head', CAPSULE_HEADS)
+@pytest.mark.parametrize('backbone, count', [
+    ('mobilenetv2_100', 3_714_864), ('resnet50', 28_301_424), ('efficientnet_b0', 4_007_548 + 1_490_992),
+    ('mobilenetv3_large_100', 4_202_032 + 1_490_992), ('resnet18', 11_176_512 + 362_800),
+    ('convnext_tiny', 27_820_128 + 960_560),
+])
+def test_capsule_models_have_the_papers_counts(backbone, count, head):
+    """Spec capsule_xnor_heads 9, without the learned scale and shift."""
+    model = timm.create_model(f'{backbone}_{head}', num_classes=10, device='meta')
+    assert sum(p.numel() for p in model.parameters()) == count
 
 
 def test_options_classes_and_channels():

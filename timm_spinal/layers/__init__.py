@@ -1,5 +1,14 @@
 """The papers' mathematics as plain modules."""
 
+from .capsule import sign_ste as sign_ste
+from .capsule import squash as squash
+from .capsule import xnorize as xnorize
+from .capsule_head import CapsuleHead as CapsuleHead
+from .capsule_head import CapsuleScores as CapsuleScores
+from .capsule_head import XnidrHead as XnidrHead
+from .capsule_head import XnodrHead as XnodrHead
+from .capsule_routing import CapsuleRouting as CapsuleRouting
+from .capsule_routing import dynamic_routing as dynamic_routing
 from .classifier_head import ClassifierHead as ClassifierHead
 from .control_heads import LinearHead as LinearHead
 from .control_heads import MlpHead as MlpHead
@@ -9,6 +18,8 @@ from .create_head import HEAD_PRESETS as HEAD_PRESETS
 from .create_head import HEADS as HEADS
 from .create_head import create_head as create_head
 from .create_head import head_options as head_options
+from .create_head import head_takes_map as head_takes_map
+from .primary_capsules import PrimaryCapsules as PrimaryCapsules
 from .progressive_spinal_head import ProgressiveLayers as ProgressiveLayers
 from .progressive_spinal_head import ProgressiveSpinalHead as ProgressiveSpinalHead
 from .spinal_head import SpinalHead as SpinalHead

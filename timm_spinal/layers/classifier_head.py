@@ -1,6 +1,6 @@
 """What every vector head shares: hidden layers, then one linear classifier."""
 
-from typing import Callable, Optional
+from typing import Callable, Optional, Tuple
 
 import torch
 from timm.layers import get_act_layer, get_norm_layer
@@ -76,6 +76,9 @@ class ClassifierHead(nn.Module):
         dropout: Dropout rate in front of the last linear.
     """
 
+    takes_map = False  # whether the input is the feature map and not the pooled vector
+    class_parts: Tuple[str, ...] = ('fc',)  # submodules that are made for a number of classes
+
     def __init__(
             self,
             in_features: int,
@@ -87,8 +90,7 @@ class ClassifierHead(nn.Module):
     ):
         super().__init__()
         check_positive(in_features=in_features)
-        if num_classes < 0:
-            raise ValueError(f'num_classes must not be negative, got {num_classes}.')
+        self.check_classes(num_classes)
         self._create_hidden = create_hidden
         self.in_features = in_features
         self.num_classes = num_classes
@@ -102,6 +104,16 @@ class ClassifierHead(nn.Module):
         if not self.num_classes:
             return nn.Identity()
         return nn.Linear(self.hidden_size, self.num_classes, device=device, dtype=dtype)
+
+    @torch.jit.ignore
+    def check_classes(self, num_classes: int, reset_other: bool = False) -> None:
+        """Refuse a number of classes that :meth:`reset` with the same arguments could not take.
+
+        Raises:
+            ValueError: If it is negative.
+        """
+        if num_classes < 0:
+            raise ValueError(f'num_classes must not be negative, got {num_classes}.')
 
     @torch.jit.ignore
     def postpone_hidden(self) -> None:

@@ -4,8 +4,10 @@ import difflib
 import inspect
 from typing import Any, Dict, List, Type
 
+from .capsule_head import CapsuleHead, XnidrHead, XnodrHead
 from .classifier_head import ClassifierHead
 from .control_heads import LinearHead, MlpHead
+from .primary_capsules import VECTOR
 from .progressive_spinal_head import ProgressiveSpinalHead
 from .spinal_head import SpinalHead
 
@@ -14,6 +16,9 @@ HEADS: Dict[str, Type[ClassifierHead]] = {
     'mlp': MlpHead,
     'spinal': SpinalHead,
     'pspinal': ProgressiveSpinalHead,
+    'caps': CapsuleHead,
+    'xnodr': XnodrHead,
+    'xnidr': XnidrHead,
 }
 
 _PLAIN = dict(dropout=0., norm_layer='')  # the papers' 'ResNet style'
@@ -70,9 +75,19 @@ def head_options(head: str) -> Dict[str, Any]:
     """
     _check_head(head)
     params = inspect.signature(HEADS[head].__init__).parameters
-    fixed = ('self', 'in_features', 'num_classes', 'device', 'dtype')
+    fixed = ('self', 'in_features', 'num_classes', 'input_fmt', 'device', 'dtype')
     options = {name: param.default for name, param in params.items() if name not in fixed}
     return dict(options, preset='') if head in HEAD_PRESETS else options
+
+
+def head_takes_map(head: str, primary: str = '', **options: Any) -> bool:
+    """Whether a head with these options reads the feature map and not the pooled vector.
+
+    Raises:
+        ValueError: If the head is unknown.
+    """
+    _check_head(head)
+    return HEADS[head].takes_map and primary != VECTOR
 
 
 def create_head(
@@ -80,6 +95,7 @@ def create_head(
         in_features: int,
         num_classes: int,
         preset: str = '',
+        input_fmt: str = 'NCHW',
         device=None,
         dtype=None,
         **options: Any,
@@ -87,10 +103,11 @@ def create_head(
     """Create a head by name.
 
     Args:
-        head: 'spinal', 'pspinal', or a control, 'linear' or 'mlp'.
-        in_features: Width F of the pooled vector.
+        head: 'spinal', 'pspinal', a capsule head, 'caps', 'xnodr' or 'xnidr', or a control, 'linear' or 'mlp'.
+        in_features: Width F of the pooled vector, or channels of the map.
         num_classes: Number of classes C, 0 for none.
         preset: Name of a row of ``HEAD_PRESETS[head]``; explicit options win over it.
+        input_fmt: Format of the map, 'NCHW' or 'NHWC'; heads that read a vector do not look at it.
         **options: The head's own options, see :func:`head_options`.
 
     Raises:
@@ -111,4 +128,6 @@ def create_head(
                 f"Head '{head}' has no preset '{preset}'; its presets are {', '.join(presets) or 'none'}."
                 f'{_nearest(preset, list(presets))}')
         options = dict(presets[preset], **options)
+    if HEADS[head].takes_map:
+        options['input_fmt'] = input_fmt
     return HEADS[head](in_features, num_classes, device=device, dtype=dtype, **options)

@@ -3,6 +3,7 @@
 Every timm classification model can give up its classifier by ``reset_classifier(0)`` and then answers with its pooled
 embedding. That is the whole mechanism: the model's class is replaced by a subclass of it which sends that embedding
 through a head, the submodule ``attached_head``. Backbone parameter names do not change, the head's come last.
+A head that reads the feature map (its ``takes_map``) gets what the model gives by ``reset_classifier(0, '')``.
 """
 
 import functools
@@ -15,17 +16,18 @@ from timm.layers.helpers import get_device_dtype
 from timm.models import get_model_args
 from torch import nn
 
-from ..layers import HEADS, ClassifierHead, create_head, head_options
+from ..layers import HEADS, ClassifierHead, create_head, head_options, head_takes_map
+from ._feature_map import TimmModel, check_map_pool, find_feature_map, map_head_defaults
 
 HEAD_NAME = 'attached_head'
 CLASSIFIER_NAME = f'{HEAD_NAME}.fc'
-TimmModel = Any  # an nn.Module with timm's attributes, for which timm has no type
 
 
 class HeadedModel:
     """What :func:`attach_head` mixes into a timm class, in front of it in the method resolution order.
 
-    ``pooled`` is the timm class's own ``forward_head``: features to pooled embedding, since its classifier is gone.
+    ``pooled`` is the timm class's own ``forward_head``: features to pooled embedding, since its classifier is gone;
+    to the feature map, if that is what the head reads.
     A model of several classifiers would average the input of each, so its ``pooled`` is asked for its pre-logits.
     With pooling off (``global_pool=''``) the head is passed by and the model gives its feature map, as in timm.
     """
@@ -63,11 +65,21 @@ class HeadedModel:
         Args:
             num_classes: Number of classes, 0 for none: the model then answers with the pre-logits.
             global_pool: Pooling type, the current one is kept if None. With '' the model answers with its feature map.
+                A head that reads the map averages it by itself and takes 'avg' or ''.
             reset_other: Drop the head's hidden layers, and what timm drops of its own pre-classifier layers.
+
+        Raises:
+            ValueError: A number of classes or a pooling that the head cannot take.
         """
         dd = get_device_dtype(self)
-        _reset_backbone(self, global_pool, reset_other)
-        in_features = None if self.unpooled else self.head_hidden_size
+        takes_map = self.attached_head.takes_map
+        unpooled = self.unpooled if global_pool is None else not global_pool
+        if takes_map:
+            check_map_pool(global_pool)
+        self.attached_head.check_classes(num_classes, reset_other)
+        _reset_backbone(self, '' if takes_map else global_pool, reset_other)
+        self.unpooled = unpooled
+        in_features = None if unpooled or (takes_map and not reset_other) else self.head_hidden_size
         self.attached_head.reset(num_classes, reset_other=reset_other, in_features=in_features, **dd)
         self.num_classes = num_classes
         if not self.unpooled:
@@ -118,9 +130,10 @@ def attach_head(model: nn.Module, head: str, num_classes: Optional[int] = None, 
     Args:
         model: A model from ``timm.create_model``. Where timm averages several classifiers (distilled models), the head
             takes what timm calls the pre-logits: the average of their inputs, or their concatenation.
-        head: 'spinal', 'pspinal', 'mlp' or 'linear'.
+        head: 'spinal', 'pspinal', 'mlp' or 'linear'; 'caps', 'xnodr' or 'xnidr' on a model that gives a feature map.
         num_classes: Number of classes, the model's own if None.
         **options: The head's options, prefixed ``head_``, such as ``head_width=256`` or ``head_preset='caltech101'``.
+            ``head_primary`` of a capsule head is 'bottleneck' on timm's ResNets, as in the paper.
 
     Returns:
         The same model.
@@ -142,13 +155,21 @@ def _attach(model: TimmModel, head: str, num_classes: Optional[int], options: Di
         num_classes = model.num_classes
     was_attached = hasattr(model, HEAD_NAME)
     in_features = model.attached_head.in_features if was_attached else model.head_hidden_size
+    takes_map = head_takes_map(head, **head_kwargs)
+    if takes_map:
+        in_features, input_fmt = find_feature_map(model, lambda twin: _reset_backbone(twin, '', reset_other=False))
+        head_kwargs = dict(map_head_defaults(model), input_fmt=input_fmt, **head_kwargs)
     new_head = create_head(head, in_features, num_classes, **head_kwargs, **get_device_dtype(model))
 
     if not was_attached:
-        model.unpooled = get_model_args(model).get('global_pool') == ''
+        # a model saved with a head that reads the map has no pooling of its own
+        model.unpooled = get_model_args(model).get('global_pool') == '' and not (takes_map and num_classes)
         model.several_classifiers = _has_several_classifiers(model)
-    _reset_backbone(model, None, reset_other=False)
-    if not model.unpooled and model.head_hidden_size != in_features:
+    unpooled = model.unpooled
+    was_map = was_attached and model.attached_head.takes_map
+    _reset_backbone(model, '' if takes_map else 'avg' if was_map and not unpooled else None, reset_other=False)
+    model.unpooled = unpooled
+    if not takes_map and not unpooled and model.head_hidden_size != in_features:
         new_head.reset(num_classes, in_features=model.head_hidden_size)
     model.attached_head = new_head.train(model.training)
     if not was_attached:

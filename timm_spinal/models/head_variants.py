@@ -42,6 +42,14 @@ BACKBONES = (
     'vit_small_patch16_224', 'vit_large_patch16_224', 'swin_tiny_patch4_window7_224',
 )
 VARIANT_HEADS = ('spinal', 'pspinal')
+CAPSULE_BACKBONES = (
+    'mobilenetv2_100', 'resnet50', 'efficientnet_b0', 'mobilenetv3_large_100', 'resnet18', 'convnext_tiny',
+)
+CAPSULE_HEADS = ('caps', 'xnodr', 'xnidr')
+VARIANTS = (
+    *((backbone, head) for backbone in BACKBONES for head in VARIANT_HEADS),
+    *((backbone, head) for backbone in CAPSULE_BACKBONES for head in CAPSULE_HEADS),
+)
 
 default_cfgs: Dict[str, DefaultCfg] = {}
 
@@ -70,7 +78,7 @@ def _read_state_dict(cfg: Dict[str, Any], cache_dir: Any) -> Dict[str, torch.Ten
 
 
 def _load_head(model: TimmModel, state_dict: Dict[str, torch.Tensor], num_classes: int) -> None:
-    """Load a whole model's head; for other classes than the weights' all but its last linear."""
+    """Load a whole model's head; for other classes than the weights' all but what is made for the classes."""
     prefix = f'{HEAD_NAME}.'
     missing = {name for name in model.state_dict() if not name.startswith(prefix)} - set(state_dict)
     if missing:
@@ -78,8 +86,9 @@ def _load_head(model: TimmModel, state_dict: Dict[str, torch.Tensor], num_classe
     head = {name[len(prefix):]: value for name, value in state_dict.items() if name.startswith(prefix)}
     same_classes = model.num_classes == num_classes
     if not same_classes:
-        head = {name: value for name, value in head.items() if not name.startswith('fc.')}
-        _logger.info(f'The last linear is new: the model has {model.num_classes} classes, the weights {num_classes}.')
+        new = tuple(f'{part}.' for part in model.attached_head.class_parts)
+        head = {name: value for name, value in head.items() if not name.startswith(new)}
+        _logger.info(f'The classifier is new: the model has {model.num_classes} classes, the weights {num_classes}.')
     model.attached_head.load_state_dict(head, strict=same_classes)
 
 
@@ -136,7 +145,7 @@ def register_head_variant(backbone: str, head: str) -> str:
 
     Args:
         backbone: A timm model name without tag.
-        head: 'spinal', 'pspinal', 'mlp' or 'linear'.
+        head: 'spinal', 'pspinal', 'caps', 'xnodr', 'xnidr', 'mlp' or 'linear'.
 
     Returns:
         The registered name. Registering it again changes nothing.
@@ -181,7 +190,7 @@ def ensure_registered(model_name: str) -> bool:
 
 
 def _register_table() -> Tuple[str, ...]:
-    return tuple(register_head_variant(backbone, head) for backbone in BACKBONES for head in VARIANT_HEADS)
+    return tuple(register_head_variant(backbone, head) for backbone, head in VARIANTS)
 
 
 _register_table()

@@ -1,0 +1,195 @@
+"""Capsule heads: CapsFC, XnODR and XnIDR.
+
+Paper: "XnODR and XnIDR: Two Accurate and Fast Fully Connected Layers for Convolutional Neural Networks", Sun et al.,
+https://arxiv.org/abs/2111.10854 (spec capsule_xnor_heads 0 to 4).
+"""
+
+from functools import partial
+from typing import Optional
+
+import torch
+from torch import nn
+
+from .capsule import length
+from .capsule_routing import CapsuleRouting, check_routed_classes
+from .classifier_head import ClassifierHead
+from .primary_capsules import BN_EPS, BN_MOMENTUM, VECTOR, PrimaryCapsules
+
+torch.fx.wrap('length')  # looks at the type of its input
+
+
+class CapsuleScores(nn.Module):
+    """Class capsules (B, J, D) -> scores (B, J): BN over D, ReLU, length.
+
+    Lengths are not negative and not bounded above. ``scale`` and ``shift``, two learned numbers that start at 1 and 0,
+    make logits of them.
+
+    Args:
+        dim: Capsule dimension D.
+        logit_scale: Learn scale and shift.
+        momentum: BN momentum.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            logit_scale: bool = False,
+            momentum: float = BN_MOMENTUM,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.logit_scale = logit_scale
+        self.scale = nn.Parameter(torch.ones(1, **dd)) if logit_scale else None
+        self.shift = nn.Parameter(torch.zeros(1, **dd)) if logit_scale else None
+        self.norm = nn.BatchNorm1d(dim, BN_EPS, momentum, **dd)
+
+    def forward(self, v: torch.Tensor) -> torch.Tensor:
+        classes = v.shape[1]
+        lengths = length(self.norm(v.flatten(0, 1)).relu().unflatten(0, (-1, classes)))
+        if self.scale is not None and self.shift is not None:
+            lengths = lengths * self.scale + self.shift
+        return lengths
+
+
+class CapsuleHead(ClassifierHead):
+    """CapsFC: feature map (B, C, H, W) -> primary capsules -> routing -> lengths of the class capsules (B, J).
+
+    The pre-logits are the primary capsules, flat: (B, N d). The scores are plain lengths by default, as in the paper:
+    its losses (``margin``, ``squared_hinge``) are defined on them. Lengths are not logits, being >= 0; for
+    cross-entropy, mixup and distillation ``logit_scale=True`` adds a learned scale and shift.
+
+    Args:
+        in_features: Channels C.
+        num_classes: Number of classes J, 0 for none, else at least 2.
+        primary: Block in front of the capsules: 'depthwise' (MobileNetV2), 'bottleneck' (ResNet), or 'vector': the head
+            reads a pooled vector (B, C), which is cut into capsules as it is.
+        capsules: Number N of primary capsules; 0 for 128 with 'depthwise' and C / d with the others.
+        capsule_dim: Their dimension d.
+        class_dim: Dimension D of the class capsules.
+        iterations: Routing iterations r.
+        dropout: Dropout rate behind the routing.
+        pool_first: Order of pooling in the primary block; False for the authors' order, which costs more.
+        logit_scale: Learn a scale and a shift of the lengths.
+        norm_momentum: Momentum of the head's BNs. The authors' 0.01 wants some hundred steps before evaluation.
+        memory: 'auto', 'whole' or 'lean', see :class:`CapsuleRouting`.
+        input_fmt: 'NCHW' or 'NHWC', the format of the map.
+
+    Raises:
+        ValueError: A value out of range, or capsules that do not divide the channels.
+    """
+
+    takes_map = True
+    class_parts = ('scores', 'fc')
+    xnor_projector = False
+    xnor_agreement = False
+
+    def __init__(
+            self,
+            in_features: int,
+            num_classes: int,
+            primary: str = 'depthwise',
+            capsules: int = 0,
+            capsule_dim: int = 8,
+            class_dim: int = 16,
+            iterations: int = 3,
+            dropout: float = 0.,
+            pool_first: bool = True,
+            logit_scale: bool = False,
+            norm_momentum: float = BN_MOMENTUM,
+            memory: str = 'auto',
+            input_fmt: str = 'NCHW',
+            device=None,
+            dtype=None,
+    ):
+        # what _create_fc reads, which the base class calls
+        self.takes_map = primary != VECTOR
+        self.channels_last = input_fmt == 'NHWC'
+        self.plain = False
+        self.capsule_dim = capsule_dim
+        self._create_scores = partial(CapsuleScores, class_dim, logit_scale, norm_momentum)
+        self._create_routing = partial(
+            CapsuleRouting,
+            in_dim=capsule_dim,
+            class_dim=class_dim,
+            iterations=iterations,
+            xnor_projector=self.xnor_projector,
+            xnor_agreement=self.xnor_agreement,
+            memory=memory,
+        )
+        create_hidden = partial(
+            PrimaryCapsules,
+            block=primary,
+            capsules=capsules,
+            dim=capsule_dim,
+            pool_first=pool_first,
+            momentum=norm_momentum,
+        )
+        super().__init__(in_features, num_classes, create_hidden, dropout, device=device, dtype=dtype)
+
+    def _create_fc(self, device=None, dtype=None) -> nn.Module:
+        dd = {'device': device, 'dtype': dtype}
+        has_capsules = self.num_classes > 0 and not self.plain
+        # registered in front of fc, whose weight has to be the last parameter
+        scores: nn.Module = self._create_scores(**dd) if has_capsules else nn.Identity()
+        self.scores = scores
+        if not has_capsules:
+            return super()._create_fc(**dd)
+        return self._create_routing(self.hidden_size // self.capsule_dim, num_classes=self.num_classes, **dd)
+
+    @torch.jit.ignore
+    def check_classes(self, num_classes: int, reset_other: bool = False) -> None:
+        """Refuse a number of classes that :meth:`reset` with the same arguments could not take.
+
+        Raises:
+            ValueError: If it is negative, or 1.
+        """
+        super().check_classes(num_classes, reset_other)
+        if num_classes == 1 and not (self.plain or reset_other):
+            check_routed_classes(num_classes)
+
+    @torch.jit.ignore
+    def reset(
+            self,
+            num_classes: int,
+            reset_other: bool = False,
+            in_features: Optional[int] = None,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """Replace the routing weights and the norm behind them; the primary capsules stay, unless the width changes.
+
+        Args:
+            num_classes: Number of classes, 0 for none.
+            reset_other: Drop the capsules too, leaving a linear classifier on the averaged map.
+            in_features: New channels. The primary block is made anew where they differ.
+        """
+        self.check_classes(num_classes, reset_other)
+        self.plain = self.plain or reset_other
+        super().reset(num_classes, reset_other, in_features, device, dtype)
+
+    def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        if self.channels_last and self.takes_map:
+            x = x.permute(0, 3, 1, 2)
+        if self.plain and self.takes_map:
+            x = x.mean((2, 3))
+        x = self.hidden(x)
+        if pre_logits or self.num_classes == 0:
+            return x
+        if self.plain:
+            return self.fc(x)
+        v = self.fc(x.unflatten(1, (-1, self.capsule_dim)))
+        return self.scores(self.drop(v))
+
+
+class XnodrHead(CapsuleHead):
+    """XnODR, xnorized projector outside dynamic routing: u_hat = (sgn x)(sgn W) K_x alpha_W; else as CapsuleHead."""
+
+    xnor_projector = True
+
+
+class XnidrHead(CapsuleHead):
+    """XnIDR, xnorized agreement inside dynamic routing: l += <sgn u_hat, sgn v> K_u K_v; else as CapsuleHead."""
+
+    xnor_agreement = True

@@ -1,0 +1,240 @@
+"""Dynamic routing between capsules, with float or xnorized projector and agreement.
+
+Papers: https://arxiv.org/abs/1710.09829 and https://arxiv.org/abs/2111.10854 (spec capsule_xnor_heads 1 to 3).
+"""
+
+import math
+from contextlib import nullcontext
+from typing import ContextManager, List
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .capsule import float32_or_wider, mean_abs, sign_ste, squash, xnorize
+from .classifier_head import check_positive
+
+MEMORY_MODES = ('auto', 'whole', 'lean')
+# elements of the prediction tensor (float32: 4 bytes each)
+WHOLE_LIMIT = 2 ** 24  # 64 MiB; 'auto' is lean above
+CHUNK_LIMIT = 2 ** 22  # 16 MiB; what lean routing makes at a time
+COMPILED_BATCH = 32  # stands for the batch where it is free, as in an exported model
+
+
+def route_whole(x: torch.Tensor, weight: torch.Tensor, iterations: int, xnor_agreement: bool) -> torch.Tensor:
+    """Routing that keeps all predictions u_hat (B, N, J, D); arguments as :func:`route_lean`."""
+    u_hat = torch.einsum('bik,ijkd->bijd', x, weight)
+    coupling = torch.full_like(u_hat[..., 0], 1. / weight.shape[1])  # softmax of zeros
+    logits = torch.zeros_like(coupling)
+    v = squash(torch.einsum('bij,bijd->bjd', coupling, u_hat))
+    for _ in range(iterations - 1):
+        logits = logits + _agreement(u_hat, v, xnor_agreement)
+        v = squash(torch.einsum('bij,bijd->bjd', logits.softmax(2), u_hat))
+    return v
+
+
+def route_lean(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        iterations: int,
+        xnor_agreement: bool,
+        chunk: int,
+) -> torch.Tensor:
+    """Routing that makes predictions for ``chunk`` classes at a time, in every iteration anew, and keeps none.
+
+    Given the coupling coefficients, the classes do not depend on one another. What is kept is logits and coupling,
+    (B, N, J) each; the backward pass makes each chunk's predictions once more.
+
+    Args:
+        x: Input capsules (B, N, d).
+        weight: W (N, J, d, D).
+        iterations: Number r of routing iterations.
+        xnor_agreement: Xnorize the agreement (XnIDR).
+        chunk: Classes at a time.
+
+    Returns:
+        Class capsules v (B, J, D).
+    """
+    weights = weight.split(chunk, 1)
+    uniform = torch.full_like(x[..., :1], 1. / weight.shape[1]).expand(-1, -1, weight.shape[1])
+    couplings = uniform.split(chunk, 2)
+    logits: List[torch.Tensor] = []
+    for t in range(iterations - 1):
+        agreements = [_lean_agreement(x, w, c, xnor_agreement) for w, c in zip(weights, couplings)]
+        logits = [b + a for b, a in zip(logits, agreements)] if t > 0 else agreements
+        couplings = torch.cat(logits, 2).softmax(2).split(chunk, 2)
+    return torch.cat([_lean_capsules(x, w, c) for w, c in zip(weights, couplings)], 1)
+
+
+def _agreement(u_hat: torch.Tensor, v: torch.Tensor, xnor: bool) -> torch.Tensor:
+    """<u_hat, v> over D; xnorized <sgn u_hat, sgn v> K_u K_v: (B, N, J, D), (B, J, D) -> (B, N, J)."""
+    if not xnor:
+        return torch.einsum('bijd,bjd->bij', u_hat, v)
+    same = torch.einsum('bijd,bjd->bij', sign_ste(u_hat), sign_ste(v))
+    return same * mean_abs(u_hat, 3).squeeze(3) * mean_abs(v, 2).squeeze(2).unsqueeze(1)
+
+
+def _capsules_chunk(x: torch.Tensor, weight: torch.Tensor, coupling: torch.Tensor) -> torch.Tensor:
+    u_hat = torch.einsum('bik,ijkd->bijd', x, weight)
+    return squash(torch.einsum('bij,bijd->bjd', coupling, u_hat))
+
+
+def _agreement_chunk(x: torch.Tensor, weight: torch.Tensor, coupling: torch.Tensor, xnor: bool) -> torch.Tensor:
+    u_hat = torch.einsum('bik,ijkd->bijd', x, weight)
+    return _agreement(u_hat, squash(torch.einsum('bij,bijd->bjd', coupling, u_hat)), xnor)
+
+
+def _lean_capsules(x: torch.Tensor, weight: torch.Tensor, coupling: torch.Tensor) -> torch.Tensor:
+    if not torch.jit.is_scripting() and torch.is_grad_enabled():
+        return checkpoint(_capsules_chunk, x, weight, coupling, use_reentrant=False, preserve_rng_state=False)
+    return _capsules_chunk(x, weight, coupling)
+
+
+def _lean_agreement(x: torch.Tensor, weight: torch.Tensor, coupling: torch.Tensor, xnor: bool) -> torch.Tensor:
+    if not torch.jit.is_scripting() and torch.is_grad_enabled():
+        return checkpoint(_agreement_chunk, x, weight, coupling, xnor, use_reentrant=False, preserve_rng_state=False)
+    return _agreement_chunk(x, weight, coupling, xnor)
+
+
+def classes_per_chunk(
+        batch: int,
+        capsules: int,
+        classes: int,
+        dim: int,
+        memory: str,
+        whole_limit: int = WHOLE_LIMIT,
+        chunk_limit: int = CHUNK_LIMIT,
+) -> int:
+    """Classes that routing handles at a time; 0 for routing that keeps all predictions."""
+    if memory == 'whole' or (memory == 'auto' and batch * capsules * classes * dim <= whole_limit):
+        return 0
+    return max(1, min(classes, chunk_limit // (batch * capsules * dim)))
+
+
+def _without_autocast(x: torch.Tensor) -> ContextManager:
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def _route(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        iterations: int,
+        xnor_projector: bool,
+        xnor_agreement: bool,
+        chunk: int,
+) -> torch.Tensor:
+    capsules, weight = float32_or_wider(x), float32_or_wider(weight)
+    if xnor_projector:
+        capsules, weight = xnorize(capsules, 2), xnorize(weight, 2)
+    if chunk == 0:
+        return route_whole(capsules, weight, iterations, xnor_agreement).to(x.dtype)
+    return route_lean(capsules, weight, iterations, xnor_agreement, chunk).to(x.dtype)
+
+
+def dynamic_routing(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        iterations: int = 3,
+        xnor_projector: bool = False,
+        xnor_agreement: bool = False,
+        memory: str = 'auto',
+) -> torch.Tensor:
+    """Input capsules (B, N, d), W (N, J, d, D) -> class capsules v (B, J, D), in float32 or wider whatever the types.
+
+    See :class:`CapsuleRouting` for the arguments and the equations.
+    """
+    batch = x.shape[0]
+    if not torch.jit.is_scripting() and torch.compiler.is_compiling():
+        batch = COMPILED_BATCH
+    chunk = classes_per_chunk(batch, weight.shape[0], weight.shape[1], weight.shape[3], memory)
+    if torch.jit.is_scripting():
+        return _route(x, weight, iterations, xnor_projector, xnor_agreement, chunk)
+    else:
+        with _without_autocast(x):
+            return _route(x, weight, iterations, xnor_projector, xnor_agreement, chunk)
+
+
+torch.fx.wrap('dynamic_routing')  # chosen by size, so no part of a traced graph
+
+
+def check_routed_classes(num_classes: int) -> None:
+    """Raise ValueError for a single class."""
+    if num_classes == 1:
+        raise ValueError(
+            'A capsule layer routes between classes and needs at least 2, got num_classes 1; '
+            "use 2 classes, or the head 'linear' for one score.")
+
+
+class CapsuleRouting(nn.Module):
+    """Fully connected capsule layer: (B, N, d) -> (B, J, D), no bias (spec 1 and 3)::
+
+        u_hat[b,i,j] = x[b,i] W[i,j]                         XnODR: (sgn x)(sgn W) K_x[b,i] alpha_W[i,j]
+        l[b,i,j] = 0
+        r times:
+            c[b,i] = softmax over j of l[b,i]
+            v[b,j] = squash(sum_i c[b,i,j] u_hat[b,i,j])
+            l[b,i,j] += <u_hat[b,i,j], v[b,j]>               XnIDR: <sgn u_hat, sgn v> K_u[b,i,j] K_v[b,j]
+
+    K_x and alpha_W are means of |.| over d, K_u and K_v over D, all without gradient. The last update of l is left
+    out, since nothing reads it. The gradient goes through all iterations. W starts Glorot-uniform by Keras' rule for
+    four axes, which counts N J as the receptive field: limit sqrt(6 / (N J (d + D))).
+
+    Args:
+        in_capsules: Number N of input capsules.
+        in_dim: Their dimension d.
+        num_classes: Number J of class capsules, at least 2.
+        class_dim: Their dimension D.
+        iterations: Number r of routing iterations.
+        xnor_projector: Xnorize x and W (XnODR).
+        xnor_agreement: Xnorize u_hat and v in the agreement (XnIDR).
+        memory: 'whole' keeps the predictions (B, N, J, D); 'lean' makes them in chunks of classes, again in the
+            backward pass, and keeps (B, N, J); 'auto' is lean above 2 ** 24 predictions. Both give the same.
+            In compiled and exported models 'auto' decides as for a batch of 32.
+
+    Raises:
+        ValueError: A size out of range, or an unknown ``memory``.
+    """
+
+    def __init__(
+            self,
+            in_capsules: int,
+            in_dim: int,
+            num_classes: int,
+            class_dim: int = 16,
+            iterations: int = 3,
+            xnor_projector: bool = False,
+            xnor_agreement: bool = False,
+            memory: str = 'auto',
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        check_positive(
+            capsules=in_capsules, capsule_dim=in_dim, num_classes=num_classes, class_dim=class_dim,
+            iterations=iterations)
+        check_routed_classes(num_classes)
+        if memory not in MEMORY_MODES:
+            raise ValueError(f"Unknown memory '{memory}'; use {', '.join(MEMORY_MODES)}.")
+        self.in_capsules, self.in_dim = in_capsules, in_dim
+        self.out_features, self.class_dim = num_classes, class_dim
+        self.iterations = iterations
+        self.xnor_projector, self.xnor_agreement = xnor_projector, xnor_agreement
+        self.memory = memory
+        self.weight = nn.Parameter(torch.empty(in_capsules, num_classes, in_dim, class_dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        limit = math.sqrt(6. / (self.in_capsules * self.out_features * (self.in_dim + self.class_dim)))
+        nn.init.uniform_(self.weight, -limit, limit)
+
+    def extra_repr(self) -> str:
+        return (f'{self.in_capsules} x {self.in_dim} -> {self.out_features} x {self.class_dim}, '
+                f'iterations={self.iterations}, xnor_projector={self.xnor_projector}, '
+                f'xnor_agreement={self.xnor_agreement}, memory={self.memory}')
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return dynamic_routing(
+            x, self.weight, self.iterations, self.xnor_projector, self.xnor_agreement, self.memory)

@@ -1,0 +1,77 @@
+"""What a head that reads the feature map has to know of a timm model."""
+
+import copy
+from typing import Any, Callable, Dict, NamedTuple, Optional
+
+import torch
+from timm.models import ResNet, get_model_args
+from torch import nn
+
+TimmModel = Any  # an nn.Module with timm's attributes, for which timm has no type
+MAP_POOLS = ('avg', 'fast', 'fastavg')  # what a head that pools by itself agrees with
+
+
+class FeatureMap(NamedTuple):
+    """Channels of a model's last feature map and its format, 'NCHW' or 'NHWC'."""
+
+    channels: int
+    input_fmt: str
+
+
+def find_feature_map(model: TimmModel, unpool: Callable[[TimmModel], None]) -> FeatureMap:
+    """Look at the map that a model gives without pooling, on a twin without weights.
+
+    Args:
+        model: Stays as it is.
+        unpool: Makes a model answer with its map.
+
+    Raises:
+        ValueError: If the model gives no map, or pools in another way than by the average.
+    """
+    name = model.pretrained_cfg.get('architecture') or type(model).__name__
+    advice = ("use a head that reads the pooled vector, such as 'pspinal', or head_primary='vector', which cuts that "
+              'vector into capsules.')
+    args = get_model_args(model)
+    size = args.get('img_size') or model.pretrained_cfg['input_size'][-2:]
+    height, width = (size, size) if isinstance(size, int) else size
+    try:
+        twin = _meta_twin(model)
+        unpool(twin)
+        dtype = next(twin.parameters()).dtype
+        with torch.no_grad():
+            features = twin(torch.zeros(1, model.in_chans, height, width, device='meta', dtype=dtype))
+    except Exception as e:  # whatever a family of timm's does when it cannot
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise ValueError(f'{name} gives no feature map without pooling ({reason}); {advice}') from e
+    if not isinstance(features, torch.Tensor) or features.ndim != 4:
+        kind = 'tokens' if isinstance(features, torch.Tensor) and features.ndim == 3 else 'no map'
+        raise ValueError(f'{name} gives {kind}, but a capsule head reads a feature map; {advice}')
+    check_map_pool(args.get('global_pool'))
+    output_fmt = getattr(model, 'output_fmt', 'NCHW')
+    return FeatureMap(features.shape[3 if output_fmt == 'NHWC' else 1], output_fmt)
+
+
+def _meta_twin(model: TimmModel) -> TimmModel:
+    memo: Dict[int, Any] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(p.detach().to('meta'), requires_grad=False)
+    for b in model.buffers():
+        memo[id(b)] = b.to('meta')
+    return copy.deepcopy(model, memo).eval()
+
+
+def check_map_pool(global_pool: Optional[str]) -> None:
+    """Refuse a pooling that a head that averages the map by itself cannot do.
+
+    Raises:
+        ValueError: If it is neither the average, nor none, nor left open.
+    """
+    if global_pool and global_pool not in MAP_POOLS:
+        raise ValueError(
+            f"A capsule head averages the feature map by itself, so global_pool cannot be '{global_pool}'; use 'avg', "
+            "'' for the map without a head, or head_primary='vector', which reads the model's own pooling.")
+
+
+def map_head_defaults(model: TimmModel) -> Dict[str, Any]:
+    """Head options that depend on the backbone: the papers' block for ResNets (spec capsule_xnor_heads 4)."""
+    return dict(primary='bottleneck') if isinstance(model, ResNet) else {}
