@@ -28,6 +28,7 @@ class CapsuleScores(nn.Module):
         dim: Capsule dimension D.
         logit_scale: Learn scale and shift.
         momentum: BN momentum.
+        eps: BN epsilon.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class CapsuleScores(nn.Module):
             dim: int,
             logit_scale: bool = False,
             momentum: float = BN_MOMENTUM,
+            eps: float = BN_EPS,
             device=None,
             dtype=None,
     ):
@@ -43,7 +45,7 @@ class CapsuleScores(nn.Module):
         self.logit_scale = logit_scale
         self.scale = nn.Parameter(torch.ones(1, **dd)) if logit_scale else None
         self.shift = nn.Parameter(torch.zeros(1, **dd)) if logit_scale else None
-        self.norm = nn.BatchNorm1d(dim, BN_EPS, momentum, **dd)
+        self.norm = nn.BatchNorm1d(dim, eps, momentum, **dd)
 
     def forward(self, v: torch.Tensor) -> torch.Tensor:
         classes = v.shape[1]
@@ -73,6 +75,7 @@ class CapsuleHead(ClassifierHead):
         pool_first: Order of pooling in the primary block; False for the authors' order, which costs more.
         logit_scale: Learn a scale and a shift of the lengths.
         norm_momentum: Momentum of the head's BNs. The authors' 0.01 wants some hundred steps before evaluation.
+        norm_eps: Epsilon of the head's BNs.
         memory: 'auto', 'whole' or 'lean', see :class:`CapsuleRouting`.
         input_fmt: 'NCHW' or 'NHWC', the format of the map.
 
@@ -98,6 +101,7 @@ class CapsuleHead(ClassifierHead):
             pool_first: bool = True,
             logit_scale: bool = False,
             norm_momentum: float = BN_MOMENTUM,
+            norm_eps: float = BN_EPS,
             memory: str = 'auto',
             input_fmt: str = 'NCHW',
             device=None,
@@ -108,7 +112,7 @@ class CapsuleHead(ClassifierHead):
         self.channels_last = input_fmt == 'NHWC'
         self.plain = False
         self.capsule_dim = capsule_dim
-        self._create_scores = partial(CapsuleScores, class_dim, logit_scale, norm_momentum)
+        self._create_scores = partial(CapsuleScores, class_dim, logit_scale, norm_momentum, norm_eps)
         self._create_routing = partial(
             CapsuleRouting,
             in_dim=capsule_dim,
@@ -125,6 +129,7 @@ class CapsuleHead(ClassifierHead):
             dim=capsule_dim,
             pool_first=pool_first,
             momentum=norm_momentum,
+            eps=norm_eps,
         )
         super().__init__(in_features, num_classes, create_hidden, dropout, device=device, dtype=dtype)
 

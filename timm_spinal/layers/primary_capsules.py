@@ -25,6 +25,7 @@ class DepthwisePrimary(nn.Module):
         out_features: Width F.
         pool_first: Pool in front of the 1x1 conv; False for the authors' order.
         momentum: BN momentum.
+        eps: BN epsilon.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class DepthwisePrimary(nn.Module):
             out_features: int,
             pool_first: bool = True,
             momentum: float = BN_MOMENTUM,
+            eps: float = BN_EPS,
             device=None,
             dtype=None,
     ):
@@ -40,7 +42,7 @@ class DepthwisePrimary(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         self.pool_first = pool_first
         self.conv_dw = nn.Conv2d(in_features, in_features, 3, padding=1, groups=in_features, **dd)
-        self.norm = nn.BatchNorm2d(in_features, BN_EPS, momentum, **dd)
+        self.norm = nn.BatchNorm2d(in_features, eps, momentum, **dd)
         self.conv_pw = nn.Conv2d(in_features, out_features, 1, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -61,6 +63,7 @@ class BottleneckPrimary(nn.Module):
         out_features: Must be C.
         pool_first: Pool in front of the last 1x1 conv; False for the authors' order.
         momentum: BN momentum.
+        eps: BN epsilon.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class BottleneckPrimary(nn.Module):
             out_features: int,
             pool_first: bool = True,
             momentum: float = BN_MOMENTUM,
+            eps: float = BN_EPS,
             device=None,
             dtype=None,
     ):
@@ -77,11 +81,11 @@ class BottleneckPrimary(nn.Module):
         width = max(1, in_features // 4)
         self.pool_first = pool_first
         self.conv1 = nn.Conv2d(in_features, width, 1, **dd)
-        self.norm1 = nn.BatchNorm2d(width, BN_EPS, momentum, **dd)
+        self.norm1 = nn.BatchNorm2d(width, eps, momentum, **dd)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, **dd)
-        self.norm2 = nn.BatchNorm2d(width, BN_EPS, momentum, **dd)
+        self.norm2 = nn.BatchNorm2d(width, eps, momentum, **dd)
         self.conv3 = nn.Conv2d(width, out_features, 1, **dd)
-        self.norm3 = nn.BatchNorm2d(out_features, BN_EPS, momentum, **dd)
+        self.norm3 = nn.BatchNorm2d(out_features, eps, momentum, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x
@@ -110,6 +114,7 @@ class PrimaryCapsules(nn.Module):
         dim: Capsule dimension d.
         pool_first: Order of pooling in the block; both give the same.
         momentum: BN momentum.
+        eps: BN epsilon.
 
     Raises:
         ValueError: An unknown block, or capsules that do not divide the channels.
@@ -123,6 +128,7 @@ class PrimaryCapsules(nn.Module):
             dim: int = 8,
             pool_first: bool = True,
             momentum: float = BN_MOMENTUM,
+            eps: float = BN_EPS,
             device=None,
             dtype=None,
     ):
@@ -142,12 +148,12 @@ class PrimaryCapsules(nn.Module):
         self.capsules, self.dim = capsules, dim
         self.out_features = capsules * dim
         self.block = nn.Identity() if block == VECTOR else BLOCKS[block](
-            in_features, self.out_features, pool_first, momentum, **dd)
+            in_features, self.out_features, pool_first, momentum, eps, **dd)
         for module in self.block.modules():
             if isinstance(module, nn.Conv2d) and module.bias is not None:
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        self.norm = nn.BatchNorm1d(dim, BN_EPS, momentum, **dd)
+        self.norm = nn.BatchNorm1d(dim, eps, momentum, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = squash(self.block(x).unflatten(1, (self.capsules, self.dim)))

@@ -9,7 +9,8 @@ from timm.models import build_model_with_cfg, checkpoint
 from timm.models._features import feature_take_indices
 from torch import nn
 
-from ..layers import ClassifierHead, create_head
+from ..layers import HEADS, ClassifierHead, create_head, head_takes_map
+from ._feature_map import check_map_pool
 from ._small_heads import GridPool, PlainHead
 
 MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)
@@ -38,7 +39,7 @@ class SmallNet(nn.Module):
         stages: The stages in order; the output of each is one level of features.
         channels: Output channels of each stage.
         reductions: Output stride of each stage.
-        head: 'linear', 'mlp', 'spinal', 'pspinal', or a name in ``heads``.
+        head: A name in ``timm_spinal.HEADS`` or in ``heads``. A capsule head averages the map by itself.
         head_options: Options of the head, without prefix.
         num_classes: Number of classes, 0 for none: the model then answers with the head's hidden layer.
         in_chans: Input channels.
@@ -86,14 +87,20 @@ class SmallNet(nn.Module):
         self.global_pool = GridPool(global_pool, grid, position_major)
         self.pool_drop = nn.Dropout(drop_rate)
         create = self.heads.get(head, partial(create_head, head))
+        self.takes_map = head in HEADS and head_takes_map(head, **head_options)
+        if self.takes_map:
+            check_map_pool(global_pool)
         self.head = create(
-            self.num_features * self.global_pool.features_per_channel,
+            self._head_in_features(),
             num_classes,
             device=device,
             dtype=dtype,
             **head_options,
         )
         self._update_head_hidden_size()
+
+    def _head_in_features(self) -> int:
+        return self.num_features * (1 if self.takes_map else self.global_pool.features_per_channel)
 
     def _update_head_hidden_size(self) -> None:
         self.head_hidden_size = self.head.hidden_size if self.global_pool.pool_type else self.num_features
@@ -130,8 +137,11 @@ class SmallNet(nn.Module):
             self.grid, self.position_major = 1, False
         if global_pool is None:
             global_pool = self.global_pool.pool_type
+        if self.takes_map:
+            check_map_pool(global_pool)
+        self.head.check_classes(num_classes, reset_other)
         self.global_pool = GridPool(global_pool, self.grid, self.position_major).train(self.training)
-        in_features: Optional[int] = self.num_features * self.global_pool.features_per_channel
+        in_features: Optional[int] = self._head_in_features()
         if not global_pool and not reset_other:
             in_features = None  # nothing is pooled, the hidden layers wait for the next reset
         self.head.reset(num_classes, reset_other=reset_other, in_features=in_features, **dd)
@@ -219,9 +229,10 @@ class SmallNet(nn.Module):
         return self.join(x, self.forward_stages(x, self.num_stages - 1))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        x = self.global_pool(x)
         if not self.global_pool.pool_type:
             return x
+        if not self.takes_map:
+            x = self.global_pool(x)
         return self.head(self.pool_drop(x), pre_logits)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

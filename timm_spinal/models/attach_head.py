@@ -169,6 +169,8 @@ def _attach(model: TimmModel, head: str, num_classes: Optional[int], options: Di
     was_map = was_attached and model.attached_head.takes_map
     _reset_backbone(model, '' if takes_map else 'avg' if was_map and not unpooled else None, reset_other=False)
     model.unpooled = unpooled
+    if takes_map and isinstance(getattr(model, 'head', None), ClassifierHead):
+        model.head.reset(0, reset_other=True)  # a small net's hidden layers, which the map goes past
     if not takes_map and not unpooled and model.head_hidden_size != in_features:
         new_head.reset(num_classes, in_features=model.head_hidden_size)
     model.attached_head = new_head.train(model.training)
