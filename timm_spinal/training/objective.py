@@ -20,6 +20,7 @@ from timm.task import (
 from timm_spinal.errors import UserError
 
 from .config import TrainConfig
+from .losses import CAPSULE_LOSSES
 
 Builder = Callable[[TrainConfig, nn.Module, dict[str, Any]], TrainingTask]
 Penalty = Callable[[], torch.Tensor]
@@ -36,6 +37,20 @@ def criterion_kwargs(config: TrainConfig, mixup_active: bool) -> dict[str, Any]:
     if loss == 'poly':
         kwargs.update(poly_epsilon=config.poly_epsilon)
     return kwargs
+
+
+def criterion_options(config: TrainConfig, model: nn.Module, mixup_active: bool) -> dict[str, Any]:
+    """The loss of a config as arguments of timm's tasks.
+
+    Raises:
+        UserError: A loss of capsule lengths on a model that makes logits of them.
+    """
+    if config.loss not in CAPSULE_LOSSES:
+        return dict(criterion_kwargs=criterion_kwargs(config, mixup_active))
+    if any(getattr(module, 'logit_scale', None) is True for module in model.modules()):
+        raise UserError(f'--loss {config.loss}: it is defined on capsule lengths, and this model makes logits of them; '
+                        'leave out head_logit_scale, or use --loss ce')
+    return dict(criterion=CAPSULE_LOSSES[config.loss](0. if mixup_active else config.smoothing))
 
 
 def _classification(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
@@ -99,7 +114,7 @@ def build_task(
         UserError: Loss options that exclude each other, an unknown teacher, a student that cannot be distilled so.
     """
     name = config.kd_distill_type if config.kd_model_name else 'classification'
-    common = dict(criterion_kwargs=criterion_kwargs(config, mixup_active), device=device, verbose=False)
+    common = dict(criterion_options(config, model, mixup_active), device=device, verbose=False)
     try:
         task = OBJECTIVES[name](config, model, common)
     except (ValueError, RuntimeError, OSError) as e:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SCHEDULERS = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'constant', 'wsd', 'rsqrt', 'plateau', 'none')
-LOSSES = ('ce', 'bce', 'asl', 'poly')
+LOSSES = ('ce', 'bce', 'asl', 'poly', 'margin', 'squared_hinge')
 
 
 def option(
@@ -194,7 +194,9 @@ class AugmentOptions:
 @dataclass
 class ObjectiveOptions:
     """Loss and distillation"""
-    loss: str | None = option(None, 'loss, as in timm.loss.create_classification_loss; not given: ce', choices=LOSSES)
+    loss: str | None = option(
+        None, 'loss, as in timm.loss.create_classification_loss; margin and squared_hinge are those of capsule lengths '
+        '(timm_spinal/training/losses.py); not given: ce', choices=LOSSES)
     smoothing: float = option(0.1, 'label smoothing', low=0., high=1.)
     bce_loss: bool = option(False, 'the same as --loss bce')
     bce_sum: bool = option(False, 'sum the bce loss over the classes')
