@@ -44,6 +44,13 @@ def test_backbone_of_a_model_with_a_head():
     assert not {id(m) for m in kept} & {id(m) for m in model.attached_head.modules()}
 
 
+def test_backbone_of_a_small_net():
+    model = timm.create_model('vgg5_spinal')
+    apply_freeze(model, 'backbone')
+    assert trained_names(model) == {n for n, _ in model.named_parameters() if n.startswith('head.')}
+    assert any('hidden' in n for n in trained_names(model))
+
+
 def test_bn_leaves_the_norm_of_the_head():
     model = headed()
     head_norms = {n for n in norm_names(model) if n.startswith('attached_head.')}

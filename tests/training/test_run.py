@@ -19,8 +19,9 @@ from .runs import small_config
     (dict(model='resnet50_pspinl'), "unknown model 'resnet50_pspinl'; the nearest are .*resnet50_pspinal.*"
                                     r'register_head_variant'),
     (dict(model='local-dir:/nowhere'), 'model local-dir:/nowhere: '),
-    (dict(model='test_efficientnet_spinal', model_kwargs=dict(head_widht=8)), "head_widht"),
-    (dict(model_kwargs=dict(nonsense=1)), "unexpected keyword argument 'nonsense'"),
+    (dict(model='test_efficientnet_spinal', model_kwargs=dict(head_widht=8)),
+     "model test_efficientnet_spinal: unknown option 'head_widht'; its head takes head_layers, .*head_width"),
+    (dict(model_kwargs=dict(nonsense=1)), "model test_efficientnet: unknown option 'nonsense'; see --model-kwargs"),
     (dict(model='test_vit', model_kwargs=dict(img_size=17)), 'model test_vit: '),
     (dict(initial_checkpoint='/nowhere.safetensors'), 'initial_checkpoint /nowhere.safetensors: no such file'),
     (dict(pretrained_path='/nowhere.safetensors'), 'pretrained_path /nowhere.safetensors: no such file'),

@@ -10,6 +10,7 @@ ratios (our images per second / timm's; 1 = as fast).
 """
 import argparse
 import logging
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -66,7 +67,7 @@ def timm_epoch(config: TrainConfig) -> Callable[[], None]:
         input_size=data['input_size'],
         batch_size=config.batch_size,
         is_training=True,
-        color_jitter=config.color_jitter,
+        color_jitter=config.color_jitter or 0.,
         interpolation=config.train_interpolation,
         mean=data['mean'],
         std=data['std'],
@@ -123,11 +124,11 @@ def measure(
         config = TrainConfig(
             data_dir=f'{folder}/images', model=model, img_size=img_size, batch_size=batch_size, workers=workers,
             lr=0.01, epochs=10 ** 6, output=folder, experiment='run', log_interval=10 ** 9, sched_on_updates=True)
-        ours, theirs = our_epoch(config), timm_epoch(config)
-        our_times, their_times = paired_times(ours, theirs, rounds=rounds, warmup=2, progress=progress)
+        our_times, their_times = paired_times(
+            our_epoch(config), timm_epoch(config), rounds=rounds, warmup=2, progress=progress)
     trained = images // batch_size * batch_size
-    speeds = [trained / sorted(times)[len(times) // 2] for times in (our_times, their_times)]
-    return paired_ratio(their_times, our_times), *speeds
+    ours, theirs = (trained / statistics.median(times) for times in (our_times, their_times))
+    return paired_ratio(their_times, our_times), ours, theirs
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -37,4 +37,4 @@ def export_model(
     # readers other than timm look for the format entry
     write_atomically(folder / WEIGHTS, lambda p: save_file(tensors, p, metadata={'format': 'pt'}))
     write_atomically(folder / CONFIG, lambda p: save_config_for_hf(
-        model, p, model_config=model_config, data_config=data_config))
+        model, str(p), model_config=model_config, data_config=data_config))

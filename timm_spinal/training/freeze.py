@@ -1,10 +1,10 @@
 """Which parts of a model are not trained.
 
-The head is the submodule `attached_head` of models made by `timm_spinal.attach_head`, else what timm's
-`get_classifier()` returns. Everything else is the backbone.
+The head is the submodule `attached_head` of models made by `timm_spinal.attach_head`, or `head` where it has hidden
+layers as the small nets' have, else what timm's `get_classifier()` returns. Everything else is the backbone.
 """
 from dataclasses import dataclass
-from typing import Iterable
+from typing import Any, Iterable
 
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -57,8 +57,10 @@ def apply_freeze(model: nn.Module, name: str) -> list[nn.Module]:
     return frozen_norms
 
 
-def _heads(model: nn.Module) -> Iterable[nn.Module]:
+def _heads(model: Any) -> Iterable[nn.Module]:
     if hasattr(model, 'attached_head'):
         return [model.attached_head]
+    if hasattr(getattr(model, 'head', None), 'hidden'):
+        return [model.head]
     classifier = model.get_classifier()
     return classifier if isinstance(classifier, (tuple, list)) else [classifier]

@@ -56,6 +56,20 @@ class Run:
         return min(self.epochs, self.config.stop_epoch or self.epochs)
 
 
+def trainable(task: TrainingTask) -> nn.Module:
+    """The module that the optimizer trains, prepared."""
+    module = task.get_trainable_module()
+    assert module is not None
+    return module
+
+
+def eval_model(task: TrainingTask, ema: bool = False) -> nn.Module:
+    """The model that a task evaluates; with ``ema`` its average, which must have been set up."""
+    model = task.get_eval_model(ema=ema)
+    assert model is not None
+    return model
+
+
 def fit(run: Run) -> None:
     """Train to the last epoch, or until the metric has not improved for ``early_stop_patience`` evaluations.
 
@@ -151,7 +165,7 @@ def _micro_step(
         images = images.contiguous(memory_format=torch.channels_last)
     if run.data.mixup is not None:
         images, target = run.data.mixup(images, target)
-    with accelerator.accumulate(task.trainable_module):
+    with accelerator.accumulate(trainable(task)):
         with accelerator.autocast():
             parts = task(images, target)
         meter.add({k: v for k, v in parts.items() if k != 'output'}, len(images))
@@ -184,7 +198,7 @@ def _end_training_part(run: Run) -> None:
         run.optimizer.optimizer.sync_lookahead()
     world = run.accelerator.num_processes
     if world > 1 and run.config.dist_bn:
-        distribute_bn(run.task.trainable_module, world, reduce=run.config.dist_bn == 'reduce')
+        distribute_bn(trainable(run.task), world, reduce=run.config.dist_bn == 'reduce')
         if run.task.has_ema():
             # the average of the main process is the one that checkpoints hold
             distribute_bn(run.task.get_trainable_module(ema=True), world, reduce=False)
@@ -197,7 +211,7 @@ def _evaluate_epoch(run: Run) -> dict[str, float]:
         names.append('ema')
     row = {}
     for name in names:
-        model = run.task.get_eval_model(ema=name == 'ema')
+        model = eval_model(run.task, name == 'ema')
         metrics = evaluate(run.accelerator, model, run.eval_loader, run.config.channels_last, name)
         run.progress.eval_seconds += metrics['seconds']
         row.update({f'{name}_{k}': metrics[k] for k in ('loss', 'top1', 'top5')})
@@ -224,8 +238,8 @@ def save(run: Run, meter: Meter | None = None) -> None:
 
 
 def _check_weights(run: Run) -> None:
-    weights = run.task.trainable_module.parameters()
-    bad = torch.stack([~p.detach().isfinite().all() for p in weights if p.numel()]).sum()
+    weights = [p.detach() for p in trainable(run.task).parameters() if p.numel()]
+    bad = torch.stack([~weight.isfinite().all() for weight in weights]).sum()
     if run.accelerator.reduce(bad).item():
         raise NotFinite(f'a weight is NaN or infinite after update {run.progress.updates}')
 

@@ -1,6 +1,7 @@
 """A timm model from a config, with one-line errors for what a user can get wrong."""
 import difflib
 import os
+import re
 from typing import Any
 
 import timm
@@ -51,6 +52,8 @@ def create_model(config: TrainConfig | ValidateConfig, num_classes: int | None) 
         model = timm.create_model(**resolved, checkpoint_path=config.initial_checkpoint or None)
         _apply_settings(model, config)
     except (TypeError, ValueError, AssertionError, AttributeError) as e:
+        if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(e)):
+            raise UserError(_unknown_option(config.model, unknown[1])) from e
         raise UserError(f'model {config.model}: {_one_line(e)}; check --model-kwargs and the image size') from e
     except (RuntimeError, OSError, KeyError) as e:
         raise UserError(f'model {config.model}: {_one_line(e)}') from e
@@ -76,6 +79,13 @@ def check_model_name(name: str) -> None:
                     f'(heads: {", ".join(timm_spinal.HEADS)}; timm_spinal.register_head_variant)')
 
 
+def _unknown_option(model: str, option: str) -> str:
+    head = split_model_name_tag(model)[0].rpartition('_')[2]
+    known = [f'head_{name}' for name in timm_spinal.head_options(head)] if head in timm_spinal.HEADS else []
+    hint = f"; its head takes {', '.join(known)}" if known and option.startswith('head_') else '; see --model-kwargs'
+    return f'model {model}: unknown option {option!r}{hint}'
+
+
 def needs_registration(arch: str) -> bool:
     """Whether a fresh process has to register an architecture of ours beyond importing timm_spinal."""
     return arch in timm_spinal.list_models() and arch not in _REGISTERED_ON_IMPORT
@@ -92,7 +102,7 @@ def _check_source(source: str, name: str) -> None:
         raise UserError(f'model {source}:{name}: {_one_line(e)}') from e
 
 
-def _apply_settings(model: nn.Module, config: TrainConfig | ValidateConfig) -> None:
+def _apply_settings(model: Any, config: TrainConfig | ValidateConfig) -> None:
     """The options of timm's train.py that change a model after it is made."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):

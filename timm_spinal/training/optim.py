@@ -46,8 +46,9 @@ def create_optimizer(config: TrainConfig, module: nn.Module, lr: float) -> torch
     try:
         return create_optimizer_v2(module, **kwargs)
     except (TypeError, ValueError, AssertionError, ImportError) as e:
-        if config.opt.lower().removeprefix('lookahead_') not in list_optimizers(exclude_filters=''):
-            near = difflib.get_close_matches(config.opt.lower(), list_optimizers(exclude_filters=''), n=3)
+        known = [str(name) for name in list_optimizers()]
+        if config.opt.lower().removeprefix('lookahead_') not in known:
+            near = difflib.get_close_matches(config.opt.lower(), known, n=3)
             raise UserError(f'unknown optimizer {config.opt!r}; the nearest are {", ".join(near or ["sgd", "adamw"])}'
                             ) from e
         raise UserError(f'optimizer {config.opt}: {" ".join(str(e).split())}; see --opt-kwargs') from e

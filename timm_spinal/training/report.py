@@ -15,7 +15,10 @@ from .files import write_atomically
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one step."""
-    write_atomically(path, lambda p: p.write_text(text, encoding='utf-8'))
+    def write(temp: Path) -> None:
+        temp.write_text(text, encoding='utf-8')
+
+    write_atomically(path, write)
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -1,42 +1,31 @@
 """One training run from a config: data, model, objective, optimizer, Accelerate, loop, report."""
 import hashlib
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    DistributedType,
-    GradientAccumulationPlugin,
-    TorchDynamoPlugin,
-    broadcast_object_list,
-    set_seed,
-)
-from safetensors.torch import load_file
+from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin, set_seed
 from timm.layers import convert_sync_batchnorm
-from timm.utils import unwrap_model
 
 from timm_spinal.errors import UserError
 
 from . import report
+from .agree import agree
 from .checkpoint import choose_checkpoint, load_checkpoint, read_state
 from .config import TrainConfig, to_yaml
 from .data import Datasets, TrainData, create_data, create_datasets
-from .evaluate import evaluate
-from .export import WEIGHTS, export_model
 from .folder import run_folder
 from .freeze import apply_freeze
 from .identity import SCHEDULE, SILENT, check_same_run
-from .loop import Run, fit
-from .model import check_batch_of_one, check_model_name, create_model, needs_registration
+from .loop import Run, fit, trainable
+from .model import check_batch_of_one, check_model_name, create_model
 from .objective import build_penalties, build_task
 from .optim import apply_settings, create_optimizer, create_scheduler, load_scheduler_state, resolve_lr
+from .outcome import SHARDED, export_best, finish, write_reports
 from .progress import Progress
-
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -45,7 +34,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Every process of a launch calls it. Random states, thread and process settings stay as the run leaves them.
 
     Returns:
-        The content of ``result.json``; see `summarise`.
+        The content of ``result.json``; see `outcome.summarise`.
 
     Raises:
         UserError: Anything a user can mend; one line.
@@ -83,7 +72,7 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
         raise UserError(f'accelerate: {" ".join(str(e).split())}') from e
     if missing := set(config.log_with) - {str(tracker) for tracker in accelerator.log_with} - {'all'}:
         raise UserError(f'--log-with {" ".join(sorted(missing))}: its package is not installed; install it')
-    sharded = accelerator.distributed_type in _SHARDED
+    sharded = accelerator.distributed_type in SHARDED
     for asked, flag in (
         (config.model_ema, '--model-ema'),
         (config.clip_grad is not None and config.clip_mode != 'norm', f'--clip-mode {config.clip_mode}'),
@@ -110,7 +99,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
     kept_in_eval = apply_freeze(model, config.freeze)
     if config.batch_size == 1:
         check_batch_of_one(model, data.data_config['input_size'], kept_in_eval)
-    folder, checkpoint = _agree(accelerator, lambda: _folder_and_checkpoint(config, data))
+    folder, checkpoint = agree(accelerator, lambda: _folder_and_checkpoint(config, data))
 
     if config.sync_bn and accelerator.num_processes > 1:
         model = convert_sync_batchnorm(model)
@@ -118,7 +107,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
     task = build_task(config, model, data.mixup is not None, accelerator.device)
     penalties = build_penalties(config, model)
     images = config.batch_size * accelerator.num_processes * accelerator.gradient_accumulation_steps
-    optimizer = create_optimizer(config, task.trainable_module, resolve_lr(config, images))
+    optimizer = create_optimizer(config, trainable(task), resolve_lr(config, images))
     if config.model_ema:
         device = torch.device('cpu') if config.model_ema_force_cpu else None
         task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup, device=device)
@@ -141,21 +130,6 @@ def _folder_and_checkpoint(config: TrainConfig, data: TrainData) -> tuple[Path, 
     return folder, choose_checkpoint(config.resume, folder, print) if config.resume else None
 
 
-def _agree(accelerator: Accelerator, choose: Callable[[], Any]) -> Any:
-    """Let the main process choose; every process gets the same answer or the same error."""
-    answer: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            answer[0] = choose()
-        except UserError as e:
-            answer[1] = str(e)
-    if accelerator.num_processes > 1:
-        broadcast_object_list(answer)
-    if answer[1]:
-        raise UserError(answer[1])
-    return answer[0]
-
-
 def describe(config: TrainConfig, datasets: Datasets, data: TrainData) -> dict[str, Any]:
     """What a checkpoint remembers of config and data, to refuse a resumption with others."""
     names = hashlib.sha256(repr(data.class_names).encode()).hexdigest()[:12]
@@ -173,7 +147,7 @@ def _open_folder(run: Run) -> None:
         report.write_text(run.folder / 'args.yaml', to_yaml(run.config))
         print(f'run folder: {run.folder}', flush=True)
 
-    _agree(run.accelerator, open_folder)
+    agree(run.accelerator, open_folder)
     if run.config.log_with:
         run.accelerator.project_configuration.project_dir = str(run.folder)
         run.accelerator.project_configuration.logging_dir = str(run.folder)
@@ -205,97 +179,5 @@ def resume(run: Run, checkpoint: Path) -> None:
         accelerator.print(f'resuming with {accelerator.num_processes} processes instead of {state["processes"]}: '
                           'the result will not be bit-identical')
     # rows of epochs that will be done again go
-    _agree(accelerator, lambda: report.write_table(run.folder / 'summary.csv', run.progress.history))
+    agree(accelerator, lambda: report.write_table(run.folder / 'summary.csv', run.progress.history))
     accelerator.print(f'resuming from {checkpoint}: epoch {run.progress.epoch + 1}, update {run.progress.updates}')
-
-
-# ---- reports ----------------------------------------------------------------------------------------------------
-
-
-def export_best(run: Run, weights: str) -> None:
-    """Write the current weights (``model`` or ``ema``) as the best ones."""
-    wrapped = run.task.get_eval_model(ema=weights == 'ema')
-    module = unwrap_model(wrapped)
-    if run.accelerator.distributed_type in _SHARDED:
-        state_dict = run.accelerator.get_state_dict(wrapped)
-    else:
-        state_dict = module.state_dict()
-    _agree(run.accelerator, lambda: export_model(
-        run.folder, module, state_dict, run.data.class_names, run.data.data_config))
-
-
-def write_reports(run: Run) -> None:
-    """Rewrite summary.csv and, now and then, curves.png; print the line of the epoch and feed the trackers."""
-    history = run.progress.history
-    row = history[-1]
-    run.accelerator.log({k: v for k, v in row.items() if k != 'epoch'}, step=run.progress.updates)
-
-    def write() -> None:
-        report.write_table(run.folder / 'summary.csv', history)
-        if time.monotonic() - run.drawn_at > 30:  # drawing takes as long as some epochs
-            report.write_curves(run.folder / 'curves.png', history)
-            run.drawn_at = time.monotonic()
-        print(report.epoch_line(row, run.last_epoch), flush=True)
-
-    _agree(run.accelerator, write)
-
-
-def finish(run: Run) -> dict[str, Any]:
-    """Evaluate the test split when there is one, write curves.png and result.json and print the last lines."""
-    result = summarise(run)
-    if run.data.test_loader is not None and run.progress.best:
-        result.update(_test(run))
-
-    def write() -> None:
-        report.write_curves(run.folder / 'curves.png', run.progress.history)
-        report.write_result(run.folder / 'result.json', result)
-        name = unwrap_model(run.task.get_eval_model()).pretrained_cfg['architecture']
-        for line in report.final_lines(result, run.folder, name if needs_registration(name) else ''):
-            print(line, flush=True)
-
-    _agree(run.accelerator, write)
-    return result
-
-
-def summarise(run: Run) -> dict[str, Any]:
-    """``result.json``: accuracies in percent and losses in nats of the best epoch, counts, speed, origin.
-
-    ``epoch`` is the number of epochs done, ``best_epoch`` counts from zero as summary.csv does; ``seconds`` and
-    ``images_per_second`` are of training and evaluation, and of training alone.
-    """
-    progress, best, config = run.progress, run.progress.best, run.config
-    module = unwrap_model(run.task.get_eval_model())
-    skipped = torch.tensor(run.data.skipped(), device=run.accelerator.device)
-    return dict(
-        model=config.model,
-        top1=best.get('top1'),
-        top5=best.get('top5'),
-        loss=best.get('loss'),
-        epoch=progress.epoch,
-        best_epoch=best.get('epoch'),
-        best_metric=best.get('metric'),
-        best_weights=best.get('weights'),
-        seconds=progress.seconds,
-        images_per_second=progress.images_per_second,
-        updates=progress.updates,
-        params=sum(p.numel() for p in module.parameters()),
-        trained_params=sum(p.numel() for p in module.parameters() if p.requires_grad),
-        num_classes=run.data.num_classes,
-        train_size=run.data.train_size,
-        eval_size=run.data.eval_size,
-        skipped=int(run.accelerator.reduce(skipped)),
-        stopped_early=progress.stopped_early,
-        dataset=config.dataset or config.data_dir,
-        seed=config.seed,
-        hardware=report.hardware(run.accelerator.device, run.accelerator.num_processes),
-        versions=report.versions(),
-    )
-
-
-def _test(run: Run) -> dict[str, Any]:
-    """The test split, once, with the best weights."""
-    model = run.task.get_eval_model()
-    unwrap_model(model).load_state_dict(load_file(run.folder / WEIGHTS))
-    loader = run.accelerator.prepare(run.data.test_loader)
-    metrics = evaluate(run.accelerator, model, loader, run.config.channels_last, 'test')
-    return {f'test_{k}': metrics[k] for k in ('loss', 'top1', 'top5', 'images')}

@@ -7,7 +7,6 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn as nn
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
@@ -145,7 +144,7 @@ def validate_one(accelerator: Accelerator, candidate: Candidate) -> dict[str, An
     model.to(accelerator.device)
     params = sum(p.numel() for p in model.parameters())
     if config.torchcompile:
-        model = torch.compile(model, backend=config.torchcompile, mode=config.torchcompile_mode)
+        model.compile(backend=config.torchcompile, mode=config.torchcompile_mode)
     metrics = evaluate(accelerator, model, accelerator.prepare(loader), config.channels_last, candidate.name)
     skipped = accelerator.reduce(torch.tensor(count_skipped(loader), device=accelerator.device))
     return dict(
@@ -166,7 +165,7 @@ def validate_one(accelerator: Accelerator, candidate: Candidate) -> dict[str, An
     )
 
 
-def _check_class_names(model: nn.Module, found: list[str] | None, name: str) -> None:
+def _check_class_names(model: Any, found: list[str] | None, name: str) -> None:
     """Refuse data whose folders are other classes, or in another order, than the model was trained for."""
     known = model.pretrained_cfg.get('label_names')
     if known and found and list(known) != list(found) and len(known) == len(found):

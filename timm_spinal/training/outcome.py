@@ -1,0 +1,106 @@
+"""What a run makes of itself: best weights, reports after each epoch, and the result at the end."""
+import time
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
+from timm.utils import unwrap_model
+
+from . import report
+from .agree import agree
+from .evaluate import evaluate
+from .export import WEIGHTS, export_model
+from .loop import Run, eval_model
+from .model import needs_registration
+
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+def export_best(run: Run, weights: str) -> None:
+    """Write the current weights (``model`` or ``ema``) as the best ones."""
+    wrapped = eval_model(run.task, weights == 'ema')
+    module = unwrap_model(wrapped)
+    if run.accelerator.distributed_type in SHARDED:
+        state_dict = run.accelerator.get_state_dict(wrapped)
+    else:
+        state_dict = module.state_dict()
+    agree(run.accelerator, lambda: export_model(
+        run.folder, module, state_dict, run.data.class_names, run.data.data_config))
+
+
+def write_reports(run: Run) -> None:
+    """Rewrite summary.csv and, now and then, curves.png; print the line of the epoch and feed the trackers."""
+    history = run.progress.history
+    row = history[-1]
+    run.accelerator.log({k: v for k, v in row.items() if k != 'epoch'}, step=run.progress.updates)
+
+    def write() -> None:
+        report.write_table(run.folder / 'summary.csv', history)
+        if time.monotonic() - run.drawn_at > 30:  # drawing takes as long as some epochs
+            report.write_curves(run.folder / 'curves.png', history)
+            run.drawn_at = time.monotonic()
+        print(report.epoch_line(row, run.last_epoch), flush=True)
+
+    agree(run.accelerator, write)
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Evaluate the test split when there is one, write curves.png and result.json and print the last lines."""
+    result = summarise(run)
+    if run.data.test_loader is not None and run.progress.best:
+        result.update(_test(run))
+
+    def write() -> None:
+        report.write_curves(run.folder / 'curves.png', run.progress.history)
+        report.write_result(run.folder / 'result.json', result)
+        name = unwrap_model(eval_model(run.task)).pretrained_cfg['architecture']
+        for line in report.final_lines(result, run.folder, name if needs_registration(name) else ''):
+            print(line, flush=True)
+
+    agree(run.accelerator, write)
+    return result
+
+
+def summarise(run: Run) -> dict[str, Any]:
+    """``result.json``: accuracies in percent and losses in nats of the best epoch, counts, speed, origin.
+
+    ``epoch`` is the number of epochs done, ``best_epoch`` counts from zero as summary.csv does; ``seconds`` and
+    ``images_per_second`` are of training and evaluation, and of training alone.
+    """
+    progress, best, config = run.progress, run.progress.best, run.config
+    module = unwrap_model(eval_model(run.task))
+    skipped = torch.tensor(run.data.skipped(), device=run.accelerator.device)
+    return dict(
+        model=config.model,
+        top1=best.get('top1'),
+        top5=best.get('top5'),
+        loss=best.get('loss'),
+        epoch=progress.epoch,
+        best_epoch=best.get('epoch'),
+        best_metric=best.get('metric'),
+        best_weights=best.get('weights'),
+        seconds=progress.seconds,
+        images_per_second=progress.images_per_second,
+        updates=progress.updates,
+        params=sum(p.numel() for p in module.parameters()),
+        trained_params=sum(p.numel() for p in module.parameters() if p.requires_grad),
+        num_classes=run.data.num_classes,
+        train_size=run.data.train_size,
+        eval_size=run.data.eval_size,
+        skipped=int(run.accelerator.reduce(skipped)),
+        stopped_early=progress.stopped_early,
+        dataset=config.dataset or config.data_dir,
+        seed=config.seed,
+        hardware=report.hardware(run.accelerator.device, run.accelerator.num_processes),
+        versions=report.versions(),
+    )
+
+
+def _test(run: Run) -> dict[str, Any]:
+    """The test split, once, with the best weights."""
+    model = eval_model(run.task)
+    unwrap_model(model).load_state_dict(load_file(run.folder / WEIGHTS))
+    loader = run.accelerator.prepare(run.data.test_loader)
+    metrics = evaluate(run.accelerator, model, loader, run.config.channels_last, 'test')
+    return {f'test_{k}': metrics[k] for k in ('loss', 'top1', 'top5', 'images')}
