@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from timm_spinal.errors import UserError
-from timm_spinal.layers import HEADS, create_head, equal_size_mlp_width, head_options
+from timm_spinal.layers import HEADS, create_head, equal_size_mlp_width, head_options, head_takes_map
 
 CONTROL = 'mlp'
 
@@ -80,11 +80,11 @@ def size_controls(
     for variant in variants:
         if variant.sized_as:
             like = by_name[variant.sized_as]
-            width = map_channels if takes_map(like.head) else in_features
+            width = map_channels if takes_map(like) else in_features
             size = count_params(new_head(like, width, num_classes, device='meta'))
             width = equal_size_mlp_width(size, in_features, num_classes)
             variant = replace(variant, options=dict(variant.options, width=width))
-        new_head(variant, map_channels if takes_map(variant.head) else in_features, num_classes, device='meta')
+        new_head(variant, map_channels if takes_map(variant) else in_features, num_classes, device='meta')
         sized.append(variant)
     return sized
 
@@ -101,9 +101,9 @@ def new_head(variant: Variant, in_features: int, num_classes: int, device: Any =
         raise UserError(f'head {variant.name}: {e}') from e
 
 
-def takes_map(head: str) -> bool:
-    """Whether a head reads the feature map (its class says ``takes_map = True``) and not the pooled vector."""
-    return bool(getattr(HEADS[head], 'takes_map', False))
+def takes_map(variant: Variant) -> bool:
+    """Whether a variant reads the feature map and not the pooled vector."""
+    return head_takes_map(variant.head, **variant.options)
 
 
 def count_params(module: nn.Module) -> int:

@@ -203,7 +203,8 @@ def _run_part(
         bar: tqdm,
 ) -> None:
     """Make some shards of one pass; batches never cross a shard."""
-    seeds, batches, ends = _seeds(part), [], []
+    seeds, batches = _seeds(part), []
+    ends: list[int | None] = []  # the shard that a batch completes
     for index in indices:
         rows = range(index * SHARD_SIZE, index * SHARD_SIZE + _rows(part, index))
         for start in range(0, len(rows), config.batch_size):

@@ -67,10 +67,11 @@ def compare_frozen(config: FrozenConfig, command: str) -> Path | None:
     train_config = as_train_config(config)
     with accelerator.main_process_first():
         splits = open_splits(train_config, config.test_split_fraction, config.train_size)
+        torch.manual_seed(config.seed)  # a backbone without weights is the same in every process and run
         model = create_model(train_config, 0)
     output = Path(config.output or f'output/compare/{safe_model_name(config.backbone)}')
     folder = Path(config.features) if config.features else output / 'features'
-    maps = any(takes_map(variant.head) for variant in variants)
+    maps = any(takes_map(variant) for variant in variants)
     found = extract(config, model, splits, folder, accelerator, maps)
     if not accelerator.is_main_process:
         return None
@@ -86,7 +87,7 @@ def compare_frozen(config: FrozenConfig, command: str) -> Path | None:
     write_comparison(output, comparison)
     torch.set_float32_matmul_precision(config.matmul_precision)
     for variant in variants:
-        data = {split: found.features[f'{split}.map' if takes_map(variant.head) else split].to(accelerator.device)
+        data = {split: found.features[f'{split}.map' if takes_map(variant) else split].to(accelerator.device)
                 for split in ('train', 'validation', 'test')}
         bench = HeadBench(config, variant, splits.num_classes, data, found.identity, output)
         recipe, points = bench.tune(recipes) if recipes else (_recipe(config), [])

@@ -65,7 +65,7 @@ def _from_runs(folders: list[Path], control: str, command: str) -> Comparison:
             raise UserError(f'{folder}: has the settings and the seed of {seeds[str(values["seed"])]}; leave one out')
         seeds[str(values['seed'])] = str(folder)
     variants = list(by_variant)
-    first = next((r for r in (read_json(folder / RESULT) for folder in folders) if r), {})
+    first: dict[str, Any] = next((r for r in (read_json(folder / RESULT) for folder in folders) if r), {})
     return Comparison(
         'runs', command, variants, _known_control(control or variants[0], variants),
         sorted({int(s) for seeds in by_variant.values() for s in seeds}),

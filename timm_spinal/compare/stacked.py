@@ -180,8 +180,8 @@ def _one_step(group: StackedHeads | SeparateHeads, x: torch.Tensor) -> list[torc
     else:
         named = [dict(head.named_parameters()) for head in group.heads]
         gradients = [torch.stack([_gradient(params[n]) for params in named]) for n in named[0]]
-        named = [dict(head.named_buffers()) for head in group.heads]
-        buffers = [torch.stack([b[n] for b in named]) for n in named[0]]
+        kept = [dict(head.named_buffers()) for head in group.heads]
+        buffers = [torch.stack([b[n] for b in kept]) for n in kept[0]]
     found = [output.detach()], gradients, buffers
     return [torch.cat([t.flatten().double() for t in tensors]) for tensors in found if tensors]
 

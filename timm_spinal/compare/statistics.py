@@ -75,7 +75,7 @@ def differences(pairs: Sequence[tuple[str, str]], values: dict[str, Values]) -> 
         if not seeds:
             continue
         ours, theirs = ([values[name][seed] for seed in seeds] for name in (variant, control))
-        gap = estimate(np.subtract(ours, theirs), level)
+        gap = estimate(np.subtract(ours, theirs).tolist(), level)
         p = None if gap.low is None else float(stats.ttest_rel(ours, theirs).pvalue)
         found.append((variant, control, gap, p))
     known = [p for *_, p in found if p is not None]

@@ -113,7 +113,7 @@ def size_control(sweep: Sweep, name: str, num_classes: int) -> TrainConfig:
     like = sweep.configs[sweep.sized_as[name]]
     try:
         with torch.device('meta'):
-            head = timm.create_model(like.model, num_classes=num_classes, **like.model_kwargs).attached_head
+            head: Any = timm.create_model(like.model, num_classes=num_classes, **like.model_kwargs).attached_head
     except (TypeError, ValueError, AttributeError, RuntimeError) as e:
         raise UserError(f'variant {name}: {like.model} cannot be sized ({" ".join(str(e).split())})') from e
     width = equal_size_mlp_width(count_params(head), head.in_features, num_classes)

@@ -194,13 +194,13 @@ def _order(sampler: TrainSampler, epoch: int, passes: int) -> tuple[torch.Tensor
 @torch.no_grad()
 def evaluate(group: StackedHeads | SeparateHeads, split: Features) -> dict[str, torch.Tensor]:
     """Mean ``loss`` in nats and ``top1`` in percent of each head over features (1, N, ...)."""
-    loss, hits = 0., 0.
+    loss, hits = torch.zeros((), dtype=torch.float64), torch.zeros(())
     for x, y in zip(split.x[0].split(_EVAL_BATCH), split.y.split(_EVAL_BATCH)):
         output = group.forward_eval(x)
         target = y.expand(len(output), -1)
-        loss = loss + F.cross_entropy(output.transpose(1, 2), target, reduction='none').double().sum(dim=1)
-        hits = hits + (output.argmax(dim=2) == target).sum(dim=1)
-    return dict(loss=loss / len(split.y), top1=100. * hits / len(split.y))  # type: ignore[dict-item, operator]
+        loss = loss + F.cross_entropy(output.transpose(1, 2), target, reduction='none').double().sum(dim=1).cpu()
+        hits = hits + (output.argmax(dim=2) == target).sum(dim=1).cpu()
+    return dict(loss=loss / len(split.y), top1=100. * hits / len(split.y))
 
 
 def _create_optimizer(
