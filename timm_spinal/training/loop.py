@@ -102,6 +102,12 @@ def fit(run: Run) -> None:
 
 
 def train_epoch(run: Run, flag: SignalFlag) -> dict[str, float]:
+    """Train the rest of the current epoch; returns ``train_*`` means, learning rate and speed for the summary.
+
+    Raises:
+        NotFinite: A loss was NaN or infinite.
+        StopRequested: A signal came; a checkpoint has been written.
+    """
     accelerator, progress, batches = run.accelerator, run.progress, len(run.train_loader)
     steps = run.config.checkpoint_steps
     meter = Meter(accelerator, flag, progress.sums)
