@@ -32,6 +32,7 @@ VERBS = {
     'compare': Verb('timm_spinal.compare.cli', 'main', 'which head, or any other choice, helps on some data'),
     'bench train': Verb('timm_spinal.bench.train', 'main', "speed of this trainer's loop against timm's"),
     'bench heads': Verb('timm_spinal.bench.heads', 'main', 'speed of models with and without a head'),
+    'bench routing': Verb('timm_spinal.bench.routing', 'main', 'memory and speed of capsule routing, whole and lean'),
 }
 
 

@@ -108,7 +108,7 @@ def test_lean_equals_whole(kind, chunk):
 
 def test_memory_is_chosen_by_size():
     assert classes_per_chunk(64, 256, 10, 16, 'auto') == 0
-    assert classes_per_chunk(64, 256, 1000, 16, 'auto') == 16
+    assert classes_per_chunk(64, 256, 1000, 16, 'auto') == 8
     assert classes_per_chunk(64, 256, 1000, 16, 'whole') == 0
     assert classes_per_chunk(1, 4, 10, 16, 'lean') == 10
     assert classes_per_chunk(10 ** 6, 256, 10, 16, 'auto') == 1

@@ -61,7 +61,8 @@ def test_trainer_uses_them(name, loss, mixup):
 
 
 def test_lengths_made_logits_are_refused():
-    model = timm_spinal.attach_head(timm.create_model('test_efficientnet'), 'caps', num_classes=4, head_logit_scale=True)
+    model = timm.create_model('test_efficientnet', num_classes=4)
+    timm_spinal.attach_head(model, 'caps', head_logit_scale=True)
     with pytest.raises(UserError, match='--loss margin: .*leave out head_logit_scale, or use --loss ce'):
         build_task(TrainConfig(loss='margin'), model, False, CPU)
     task = build_task(TrainConfig(loss='ce', smoothing=0.), model, False, CPU)

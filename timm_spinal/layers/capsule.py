@@ -37,7 +37,9 @@ def sign_ste(x: torch.Tensor) -> torch.Tensor:
     The bound is inclusive. Inputs of a capsule layer come out of a ReLU and about half of them are exactly 0, so that
     sgn(0) = +1 would make every input bit +1 (spec 0, trap 1).
     """
-    sign = (x > 0).to(x.dtype) * 2. - 1.
+    sign = (x > 0).to(x.dtype).mul_(2.).sub_(1.)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return sign
     # zero in value; not by clamp, whose gradient at the bounds changes with torch's version
     return sign + torch.where(x.abs() <= 1., x - x.detach(), torch.zeros_like(x))
 

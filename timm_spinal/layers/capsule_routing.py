@@ -17,13 +17,19 @@ from .classifier_head import check_positive
 MEMORY_MODES = ('auto', 'whole', 'lean')
 # elements of the prediction tensor (float32: 4 bytes each)
 WHOLE_LIMIT = 2 ** 24  # 64 MiB; 'auto' is lean above
-CHUNK_LIMIT = 2 ** 22  # 16 MiB; what lean routing makes at a time
+CHUNK_LIMIT = 2 ** 21  # 8 MiB; what lean routing makes at a time
 COMPILED_BATCH = 32  # stands for the batch where it is free, as in an exported model
 
 
-def route_whole(x: torch.Tensor, weight: torch.Tensor, iterations: int, xnor_agreement: bool) -> torch.Tensor:
+def route_whole(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        iterations: int,
+        xnor_projector: bool,
+        xnor_agreement: bool,
+) -> torch.Tensor:
     """Routing that keeps all predictions u_hat (B, N, J, D); arguments as :func:`route_lean`."""
-    u_hat = torch.einsum('bik,ijkd->bijd', x, weight)
+    u_hat = _predictions(x, weight, xnor_projector)
     coupling = torch.full_like(u_hat[..., 0], 1. / weight.shape[1])  # softmax of zeros
     logits = torch.zeros_like(coupling)
     v = squash(torch.einsum('bij,bijd->bjd', coupling, u_hat))
@@ -37,6 +43,7 @@ def route_lean(
         x: torch.Tensor,
         weight: torch.Tensor,
         iterations: int,
+        xnor_projector: bool,
         xnor_agreement: bool,
         chunk: int,
 ) -> torch.Tensor:
@@ -46,9 +53,10 @@ def route_lean(
     (B, N, J) each; the backward pass makes each chunk's predictions once more.
 
     Args:
-        x: Input capsules (B, N, d).
+        x: Input capsules (B, N, d), already xnorized in XnODR.
         weight: W (N, J, d, D).
         iterations: Number r of routing iterations.
+        xnor_projector: Xnorize W (XnODR).
         xnor_agreement: Xnorize the agreement (XnIDR).
         chunk: Classes at a time.
 
@@ -60,10 +68,10 @@ def route_lean(
     couplings = uniform.split(chunk, 2)
     logits: List[torch.Tensor] = []
     for t in range(iterations - 1):
-        agreements = [_lean_agreement(x, w, c, xnor_agreement) for w, c in zip(weights, couplings)]
+        agreements = [_lean_agreement(x, w, c, xnor_projector, xnor_agreement) for w, c in zip(weights, couplings)]
         logits = [b + a for b, a in zip(logits, agreements)] if t > 0 else agreements
         couplings = torch.cat(logits, 2).softmax(2).split(chunk, 2)
-    return torch.cat([_lean_capsules(x, w, c) for w, c in zip(weights, couplings)], 1)
+    return torch.cat([_lean_capsules(x, w, c, xnor_projector) for w, c in zip(weights, couplings)], 1)
 
 
 def _agreement(u_hat: torch.Tensor, v: torch.Tensor, xnor: bool) -> torch.Tensor:
@@ -74,26 +82,44 @@ def _agreement(u_hat: torch.Tensor, v: torch.Tensor, xnor: bool) -> torch.Tensor
     return same * mean_abs(u_hat, 3).squeeze(3) * mean_abs(v, 2).squeeze(2).unsqueeze(1)
 
 
-def _capsules_chunk(x: torch.Tensor, weight: torch.Tensor, coupling: torch.Tensor) -> torch.Tensor:
-    u_hat = torch.einsum('bik,ijkd->bijd', x, weight)
-    return squash(torch.einsum('bij,bijd->bjd', coupling, u_hat))
+def _predictions(x: torch.Tensor, weight: torch.Tensor, xnor: bool) -> torch.Tensor:
+    """u_hat: (B, N, d), (N, J, d, D) -> (B, N, J, D)."""
+    return torch.einsum('bik,ijkd->bijd', x, xnorize(weight, 2) if xnor else weight)
 
 
-def _agreement_chunk(x: torch.Tensor, weight: torch.Tensor, coupling: torch.Tensor, xnor: bool) -> torch.Tensor:
-    u_hat = torch.einsum('bik,ijkd->bijd', x, weight)
-    return _agreement(u_hat, squash(torch.einsum('bij,bijd->bjd', coupling, u_hat)), xnor)
+def _capsules_chunk(x: torch.Tensor, weight: torch.Tensor, coupling: torch.Tensor, xnor: bool) -> torch.Tensor:
+    return squash(torch.einsum('bij,bijd->bjd', coupling, _predictions(x, weight, xnor)))
 
 
-def _lean_capsules(x: torch.Tensor, weight: torch.Tensor, coupling: torch.Tensor) -> torch.Tensor:
+def _agreement_chunk(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        coupling: torch.Tensor,
+        xnor_projector: bool,
+        xnor_agreement: bool,
+) -> torch.Tensor:
+    u_hat = _predictions(x, weight, xnor_projector)
+    return _agreement(u_hat, squash(torch.einsum('bij,bijd->bjd', coupling, u_hat)), xnor_agreement)
+
+
+def _lean_capsules(x: torch.Tensor, weight: torch.Tensor, coupling: torch.Tensor, xnor: bool) -> torch.Tensor:
     if not torch.jit.is_scripting() and torch.is_grad_enabled():
-        return checkpoint(_capsules_chunk, x, weight, coupling, use_reentrant=False, preserve_rng_state=False)
-    return _capsules_chunk(x, weight, coupling)
+        return checkpoint(_capsules_chunk, x, weight, coupling, xnor, use_reentrant=False, preserve_rng_state=False)
+    return _capsules_chunk(x, weight, coupling, xnor)
 
 
-def _lean_agreement(x: torch.Tensor, weight: torch.Tensor, coupling: torch.Tensor, xnor: bool) -> torch.Tensor:
+def _lean_agreement(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        coupling: torch.Tensor,
+        xnor_projector: bool,
+        xnor_agreement: bool,
+) -> torch.Tensor:
     if not torch.jit.is_scripting() and torch.is_grad_enabled():
-        return checkpoint(_agreement_chunk, x, weight, coupling, xnor, use_reentrant=False, preserve_rng_state=False)
-    return _agreement_chunk(x, weight, coupling, xnor)
+        return checkpoint(
+            _agreement_chunk, x, weight, coupling, xnor_projector, xnor_agreement,
+            use_reentrant=False, preserve_rng_state=False)
+    return _agreement_chunk(x, weight, coupling, xnor_projector, xnor_agreement)
 
 
 def classes_per_chunk(
@@ -108,7 +134,8 @@ def classes_per_chunk(
     """Classes that routing handles at a time; 0 for routing that keeps all predictions."""
     if memory == 'whole' or (memory == 'auto' and batch * capsules * classes * dim <= whole_limit):
         return 0
-    return max(1, min(classes, chunk_limit // (batch * capsules * dim)))
+    rows = max(batch, 8)  # a chunk's part of W counts too
+    return max(1, min(classes, chunk_limit // (rows * capsules * dim)))
 
 
 def _without_autocast(x: torch.Tensor) -> ContextManager:
@@ -128,10 +155,10 @@ def _route(
 ) -> torch.Tensor:
     capsules, weight = float32_or_wider(x), float32_or_wider(weight)
     if xnor_projector:
-        capsules, weight = xnorize(capsules, 2), xnorize(weight, 2)
+        capsules = xnorize(capsules, 2)
     if chunk == 0:
-        return route_whole(capsules, weight, iterations, xnor_agreement).to(x.dtype)
-    return route_lean(capsules, weight, iterations, xnor_agreement, chunk).to(x.dtype)
+        return route_whole(capsules, weight, iterations, xnor_projector, xnor_agreement).to(x.dtype)
+    return route_lean(capsules, weight, iterations, xnor_projector, xnor_agreement, chunk).to(x.dtype)
 
 
 def dynamic_routing(

@@ -1,0 +1,143 @@
+"""Memory and time of dynamic routing: whole, which keeps the predictions, against lean, which makes them in chunks.
+
+    timm-spinal bench routing                                      # 10, 100, 1,000 and 10,000 classes
+    timm-spinal bench routing --layer xnidr -b 64 --classes 1000
+
+One line per number of classes: peak memory above that of the inputs and weights, for inference and for a training step
+(forward and backward), each in a process of its own; time of both in turns in one process. Then the largest difference
+of values and gradients, relative to the largest value.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import List, Optional, Tuple
+
+import torch
+
+from ..errors import UserError
+from ..layers import dynamic_routing
+from .timing import machine_load, paired_times
+
+LAYERS = {'caps': (False, False), 'xnodr': (True, False), 'xnidr': (False, True)}
+MODES = ('whole', 'lean')
+ITERATIONS, IN_DIM, CLASS_DIM = 3, 8, 16
+MIB = 2 ** 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: layer, batch B, capsules N, classes J."""
+
+    layer: str
+    batch: int
+    capsules: int
+    classes: int
+
+    def inputs(self) -> Tuple[torch.Tensor, torch.Tensor]:
+        g = torch.Generator().manual_seed(0)
+        x = torch.randn(self.batch, self.capsules, IN_DIM, generator=g).relu()
+        weight = 0.1 * torch.randn(self.capsules, self.classes, IN_DIM, CLASS_DIM, generator=g)
+        return x.requires_grad_(), weight.requires_grad_()
+
+    def route(self, x: torch.Tensor, weight: torch.Tensor, memory: str) -> torch.Tensor:
+        return dynamic_routing(x, weight, ITERATIONS, *LAYERS[self.layer], memory)
+
+
+def _step(case: Case, x: torch.Tensor, weight: torch.Tensor, memory: str) -> torch.Tensor:
+    x.grad = weight.grad = None
+    v = case.route(x, weight, memory)
+    v.square().sum().backward()
+    return v.detach()
+
+
+def _memory(key: str) -> float:
+    """VmRSS or VmHWM of this process in MiB; where there is no /proc, the peak stands for both."""
+    status = Path('/proc/self/status')
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith(key))
+        return int(line.split()[1]) * 1024 / MIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / MIB if sys.platform == 'darwin' else peak * 1024 / MIB
+
+
+def peak_memory(case: Case, memory: str, threads: int = 1) -> Tuple[float, float]:
+    """MiB above inputs and weights, of inference and of a training step; to be called in a process of its own."""
+    torch.set_num_threads(threads)
+    small = Case(case.layer, 1, 2, 3)
+    _step(small, *small.inputs(), memory)  # what torch allocates once
+    x, weight = case.inputs()
+    before = _memory('VmRSS')
+    with torch.no_grad():
+        case.route(x, weight, memory)
+    inference = _memory('VmHWM') - before
+    _step(case, x, weight, memory)
+    return max(inference, 0.), max(_memory('VmHWM') - before, 0.)
+
+
+def largest_difference(case: Case) -> float:
+    """Between whole and lean, over values and both gradients, each relative to its largest magnitude."""
+    results = []
+    for memory in MODES:
+        x, weight = case.inputs()
+        v = _step(case, x, weight, memory)
+        assert x.grad is not None and weight.grad is not None
+        results.append((v, x.grad, weight.grad))
+    return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(*results))
+
+
+def times(case: Case, rounds: int) -> List[float]:
+    """Median milliseconds: inference whole and lean, training step whole and lean."""
+    x, weight = case.inputs()
+    with torch.no_grad():
+        inference = paired_times(*(partial(case.route, x, weight, m) for m in MODES), rounds=rounds, warmup=1)
+    training = paired_times(*(partial(_step, case, x, weight, m) for m in MODES), rounds=rounds, warmup=1)
+    return [1000 * statistics.median(side) for side in (*inference, *training)]
+
+
+def measure(case: Case, rounds: int) -> None:
+    """Print the line of one case."""
+    context = multiprocessing.get_context('spawn')
+    peaks = []
+    for mode in MODES:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            peaks.append(pool.submit(peak_memory, case, mode, torch.get_num_threads()).result())
+    (whole_inference, whole_training), (lean_inference, lean_training) = peaks
+    ms = times(case, rounds)
+    memory = f'{whole_inference:9,.0f} {lean_inference:6,.0f} {whole_training:9,.0f} {lean_training:6,.0f}'
+    time = f'{ms[0]:11,.1f} {ms[1]:8,.1f} {ms[2]:11,.1f} {ms[3]:8,.1f}'
+    print(f'{case.classes:8,d} {memory} {time}   {largest_difference(case):.1e}', flush=True)
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """``timm-spinal bench routing``."""
+    parser = argparse.ArgumentParser(prog='timm-spinal bench routing', description=__doc__.splitlines()[0])
+    parser.add_argument('--classes', type=int, nargs='+', default=[10, 100, 1000, 10_000], metavar='J')
+    parser.add_argument('--layer', default='xnodr', choices=list(LAYERS))
+    parser.add_argument('-b', '--batch-size', type=int, default=16)
+    parser.add_argument('--capsules', type=int, default=128, help='input capsules (default: %(default)s)')
+    parser.add_argument('--rounds', type=int, default=2, help='pairs of calls (default: %(default)s)')
+    args = parser.parse_args(argv)
+    for name in ('batch_size', 'capsules', 'rounds'):
+        if getattr(args, name) < 1:
+            raise UserError(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}')
+    if min(args.classes) < 2:
+        raise UserError(f'--classes: routing needs at least 2 classes, got {min(args.classes)}')
+
+    print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, {args.layer}, batch {args.batch_size}, '
+          f'{args.capsules} x {IN_DIM} capsules to J x {CLASS_DIM}, {machine_load()}')
+    print('         peak MiB, inference  peak MiB, training   ms, inference        ms, training         largest')
+    print(' classes     whole   lean     whole   lean       whole     lean       whole     lean   difference')
+    for classes in args.classes:
+        measure(Case(args.layer, args.batch_size, args.capsules, classes), args.rounds)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
