@@ -16,6 +16,9 @@ HEADED = (
     'regnety_016_pspinal',
     'vit_small_patch16_224_pspinal',
     'swin_tiny_patch4_window7_224_spinal',
+    'mobilenetv2_100_xnodr',
+    'mobilenetv3_large_100_caps',
+    'resnet18_xnidr',
 )
 
 

@@ -83,3 +83,34 @@ def test_frozen_statistics_stay():
 def test_nothing_left_to_train(name):
     with pytest.raises(UserError, match='nothing is left to train'):
         apply_freeze(timm.create_model('test_efficientnet', num_classes=0), name)
+
+
+@pytest.mark.parametrize('name, modules, count', [
+    ('mobilenetv2_100_xnodr', ['blocks.6.0.conv_pwl', 'blocks.6.0.bn3', 'conv_head', 'bn2'], 2_994_864),
+    ('mobilenetv2_100_xnidr', ['blocks.6.0.conv_pwl', 'blocks.6.0.bn3', 'conv_head', 'bn2'], 2_994_864),
+    ('resnet50_xnodr', ['layer4.2'], 23_838_832),
+])
+def test_modules_by_name_give_the_capsule_papers_trainable_counts(name, modules, count):
+    """Spec capsule_xnor_heads 4 and 9."""
+    model = timm.create_model(name, num_classes=10, device='meta')
+    kept = apply_freeze(model, 'none', modules)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+    norms = {n for n, m in model.named_modules() if any(m is k for k in kept)}
+    inside = {'layer4.2': ['layer4.2.bn1', 'layer4.2.bn2', 'layer4.2.bn3']}
+    assert norms == {n for module in modules for n in inside.get(module, [module]) if 'bn' in n}
+
+
+def test_modules_by_name_add_to_the_rest():
+    model = plain()
+    kept = apply_freeze(model, 'bn', ['conv_stem', 'bn1'])
+    assert not trained_names(model) & ({'conv_stem.weight'} | norm_names(model))
+    assert len(kept) == len({id(m) for m in kept}) == len(norm_names(model)) // 2
+
+
+@pytest.mark.parametrize('modules, message', [
+    (['conv_stm'], "no module 'conv_stm'; did you mean conv_stem"),
+    ([''], 'freeze-modules : nothing is left to train; name fewer'),
+])
+def test_modules_by_name_that_cannot_be(modules, message):
+    with pytest.raises(UserError, match=message):
+        apply_freeze(plain(), 'none', modules)

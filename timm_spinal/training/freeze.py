@@ -3,8 +3,9 @@
 The head is the submodule `attached_head` of models made by `timm_spinal.attach_head`, or `head` where it has hidden
 layers as the small nets' have, else what timm's `get_classifier()` returns. Everything else is the backbone.
 """
+import difflib
 from dataclasses import dataclass
-from typing import Any, Iterable
+from typing import Any, Iterable, Sequence
 
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -27,18 +28,19 @@ FREEZES = {
 }
 
 
-def apply_freeze(model: nn.Module, name: str) -> list[nn.Module]:
+def apply_freeze(model: nn.Module, name: str, modules: Sequence[str] = ()) -> list[nn.Module]:
     """Freeze parts of a model in place.
 
     Args:
         model: A timm model.
         name: One of `FREEZES`.
+        modules: Names of further modules to freeze with all that is in them, BatchNorm too.
 
     Returns:
         The BatchNorm layers that must be put back into eval mode after every ``model.train()``.
 
     Raises:
-        UserError: Nothing would be left to train.
+        UserError: A module that does not exist, or nothing would be left to train.
     """
     freeze = FREEZES[name]
     in_head = {id(m) for head in _heads(model) for m in head.modules()}
@@ -52,9 +54,24 @@ def apply_freeze(model: nn.Module, name: str) -> list[nn.Module]:
                 parameter.requires_grad_(False)
             if is_norm:
                 frozen_norms.append(module)
+    for part in _named_parts(model, modules):
+        part.requires_grad_(False)
+        frozen_norms += [m for m in part.modules() if isinstance(m, _BatchNorm) and m not in frozen_norms]
     if not any(p.requires_grad for p in model.parameters()):
+        if modules:
+            raise UserError(f'freeze-modules {" ".join(modules)}: nothing is left to train; name fewer')
         raise UserError(f'freeze {name}: the model has no classifier, so nothing is left to train; use --freeze none')
     return frozen_norms
+
+
+def _named_parts(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    known = dict(model.named_modules())
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f'did you mean {near[0]}?' if near else 'give a name of named_modules()'
+            raise UserError(f'freeze-modules: the model has no module {name!r}; {hint}')
+    return [known[name] for name in names]
 
 
 def _heads(model: Any) -> Iterable[nn.Module]:

@@ -10,6 +10,7 @@ from .options import OptimizerOptions, ScheduleOptions
 # what another value of would make another model, other data or another kind of optimizer state
 FIXED = (
     'model', 'num_classes', 'in_chans', 'img_size', 'input_size', 'gp', 'model_kwargs', 'freeze',
+    'freeze_modules',
     'dataset', 'data_dir', 'train_split', 'val_split', 'val_split_fraction', 'class_map', 'train_num_samples',
     'batch_size', 'grad_accum_steps', 'seed', 'opt', 'layer_decay', 'model_ema', 'kd_model_name', 'kd_distill_type',
 )

@@ -87,6 +87,9 @@ class ModelOptions:
     freeze: str = option(
         'none', 'what is not trained: backbone (all but the head), backbone-except-bn (all but the head and '
         'BatchNorm), bn (BatchNorm of the backbone)', choices=('none', 'backbone', 'backbone-except-bn', 'bn'))
+    freeze_modules: list[str] = option(
+        [], 'further parts that are not trained, by the names of named_modules(): weights, and BatchNorm with its '
+        'statistics; for instance layer4.2')
 
 
 @dataclass

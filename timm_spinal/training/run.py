@@ -96,7 +96,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
     with accelerator.main_process_first():
         model = create_model(config, datasets.num_classes)
     data = create_data(config, model, datasets, num_processes=accelerator.num_processes)
-    kept_in_eval = apply_freeze(model, config.freeze)
+    kept_in_eval = apply_freeze(model, config.freeze, config.freeze_modules)
     if config.batch_size == 1:
         check_batch_of_one(model, data.data_config['input_size'], kept_in_eval)
     folder, checkpoint = agree(accelerator, lambda: _folder_and_checkpoint(config, data))
