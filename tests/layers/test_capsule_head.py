@@ -201,3 +201,19 @@ def test_meta_device():
     assert all(t.device.type == 'meta' for t in [*head.parameters(), *head.buffers()])
     head.reset(4)
     assert head(torch.zeros(2, 16, 4, 4, device='meta')).shape == (2, 4)
+
+
+@pytest.mark.parametrize('name', CAPSULE_HEADS)
+def test_learns_many_classes(name):
+    """With the papers' epsilon behind the routing the loss stays at ln 200 = 5.3."""
+    head = make(name, in_features=64, num_classes=200, primary='vector', capsules=0, logit_scale=True).train()
+    assert head.scores.norm.eps == pytest.approx(1e-3 * 20. ** -6)
+    assert make(name, num_classes=10).scores.norm.eps == make(name, num_classes=3).scores.norm.eps == 1e-3
+    x, target = torch.randn(32, 64, generator=torch.Generator().manual_seed(2)), torch.arange(32)
+    optimizer = torch.optim.Adam(head.parameters(), lr=3e-3)
+    for _ in range(30):
+        loss = torch.nn.functional.cross_entropy(head(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 1.

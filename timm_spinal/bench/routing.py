@@ -96,8 +96,10 @@ def times(case: Case, rounds: int) -> List[float]:
     """Median milliseconds: inference whole and lean, training step whole and lean."""
     x, weight = case.inputs()
     with torch.no_grad():
-        inference = paired_times(*(partial(case.route, x, weight, m) for m in MODES), rounds=rounds, warmup=1)
-    training = paired_times(*(partial(_step, case, x, weight, m) for m in MODES), rounds=rounds, warmup=1)
+        whole, lean = (partial(case.route, x, weight, mode) for mode in MODES)
+        inference = paired_times(whole, lean, rounds=rounds, warmup=1)
+    whole, lean = (partial(_step, case, x, weight, mode) for mode in MODES)
+    training = paired_times(whole, lean, rounds=rounds, warmup=1)
     return [1000 * statistics.median(side) for side in (*inference, *training)]
 
 

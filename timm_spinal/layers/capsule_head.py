@@ -15,6 +15,8 @@ from .capsule_routing import CapsuleRouting, check_routed_classes
 from .classifier_head import ClassifierHead
 from .primary_capsules import BN_EPS, BN_MOMENTUM, VECTOR, PrimaryCapsules
 
+PAPER_CLASSES = 10
+
 torch.fx.wrap('length')  # looks at the type of its input
 
 
@@ -24,16 +26,22 @@ class CapsuleScores(nn.Module):
     Lengths are not negative and not bounded above. ``scale`` and ``shift``, two learned numbers that start at 1 and 0,
     make logits of them.
 
+    At the start v shrinks as J^-3 with the classes: the coupling is 1 / J, Glorot's W goes as J^-1/2, and squash
+    squares. With the paper's epsilon, 1e-3, which is made for ten classes, BN then passes nothing on and the head does
+    not learn. So above ten the epsilon shrinks as the variance of v does, by (10 / J)^6 (ours; unchanged up to ten).
+
     Args:
         dim: Capsule dimension D.
+        num_classes: Number of classes J.
         logit_scale: Learn scale and shift.
         momentum: BN momentum.
-        eps: BN epsilon.
+        eps: BN epsilon at ten classes.
     """
 
     def __init__(
             self,
             dim: int,
+            num_classes: int,
             logit_scale: bool = False,
             momentum: float = BN_MOMENTUM,
             eps: float = BN_EPS,
@@ -45,6 +53,7 @@ class CapsuleScores(nn.Module):
         self.logit_scale = logit_scale
         self.scale = nn.Parameter(torch.ones(1, **dd)) if logit_scale else None
         self.shift = nn.Parameter(torch.zeros(1, **dd)) if logit_scale else None
+        eps *= min(1., PAPER_CLASSES / num_classes) ** 6
         self.norm = nn.BatchNorm1d(dim, eps, momentum, **dd)
 
     def forward(self, v: torch.Tensor) -> torch.Tensor:
@@ -75,7 +84,7 @@ class CapsuleHead(ClassifierHead):
         pool_first: Order of pooling in the primary block; False for the authors' order, which costs more.
         logit_scale: Learn a scale and a shift of the lengths.
         norm_momentum: Momentum of the head's BNs. The authors' 0.01 wants some hundred steps before evaluation.
-        norm_eps: Epsilon of the head's BNs.
+        norm_eps: Epsilon of the head's BNs; that of the class capsules is smaller above ten classes.
         memory: 'auto', 'whole' or 'lean', see :class:`CapsuleRouting`.
         input_fmt: 'NCHW' or 'NHWC', the format of the map.
 
@@ -112,7 +121,8 @@ class CapsuleHead(ClassifierHead):
         self.channels_last = input_fmt == 'NHWC'
         self.plain = False
         self.capsule_dim = capsule_dim
-        self._create_scores = partial(CapsuleScores, class_dim, logit_scale, norm_momentum, norm_eps)
+        self._create_scores = partial(
+            CapsuleScores, class_dim, logit_scale=logit_scale, momentum=norm_momentum, eps=norm_eps)
         self._create_routing = partial(
             CapsuleRouting,
             in_dim=capsule_dim,
@@ -137,7 +147,9 @@ class CapsuleHead(ClassifierHead):
         dd = {'device': device, 'dtype': dtype}
         has_capsules = self.num_classes > 0 and not self.plain
         # registered in front of fc, whose weight has to be the last parameter
-        scores: nn.Module = self._create_scores(**dd) if has_capsules else nn.Identity()
+        scores: nn.Module = nn.Identity()
+        if has_capsules:
+            scores = self._create_scores(num_classes=self.num_classes, **dd)
         self.scores = scores
         if not has_capsules:
             return super()._create_fc(**dd)

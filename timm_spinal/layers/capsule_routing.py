@@ -153,12 +153,13 @@ def _route(
         xnor_agreement: bool,
         chunk: int,
 ) -> torch.Tensor:
+    out_dtype = weight.dtype  # not that of x, since under autocast v may be too small for float16
     capsules, weight = float32_or_wider(x), float32_or_wider(weight)
     if xnor_projector:
         capsules = xnorize(capsules, 2)
     if chunk == 0:
-        return route_whole(capsules, weight, iterations, xnor_projector, xnor_agreement).to(x.dtype)
-    return route_lean(capsules, weight, iterations, xnor_projector, xnor_agreement, chunk).to(x.dtype)
+        return route_whole(capsules, weight, iterations, xnor_projector, xnor_agreement).to(out_dtype)
+    return route_lean(capsules, weight, iterations, xnor_projector, xnor_agreement, chunk).to(out_dtype)
 
 
 def dynamic_routing(
@@ -169,9 +170,10 @@ def dynamic_routing(
         xnor_agreement: bool = False,
         memory: str = 'auto',
 ) -> torch.Tensor:
-    """Input capsules (B, N, d), W (N, J, d, D) -> class capsules v (B, J, D), in float32 or wider whatever the types.
+    """Input capsules (B, N, d), W (N, J, d, D) -> class capsules v (B, J, D).
 
-    See :class:`CapsuleRouting` for the arguments and the equations.
+    Computed in float32 or wider, also under autocast, and returned in the type of W. See :class:`CapsuleRouting`
+    for the arguments and the equations.
     """
     batch = x.shape[0]
     if not torch.jit.is_scripting() and torch.compiler.is_compiling():
