@@ -3,7 +3,7 @@
 from typing import List
 
 import timm_spinal
-from timm_spinal.models.head_variants import BACKBONES
+from timm_spinal.models.head_variants import VARIANTS
 
 # one row for each timm family among the backbones; heads take turns
 HEADED = (
@@ -24,5 +24,6 @@ HEADED = (
 
 def representatives() -> List[str]:
     """Names: the table above, and every net that is not a head on one of timm's backbones."""
-    small_nets = [name for name in timm_spinal.list_models() if name.rpartition('_')[0] not in BACKBONES]
+    headed = {f'{backbone}_{head}' for backbone, head in VARIANTS}
+    small_nets = [name for name in timm_spinal.list_models() if name not in headed]
     return [*HEADED, *small_nets]
