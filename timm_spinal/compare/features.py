@@ -8,15 +8,13 @@ import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
-from timm.data.transforms import MaybeToTensor
 from torch import nn
 from torch.utils.data import DataLoader
-from torchvision import transforms
 from tqdm import tqdm
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.dataset import SKIPPED_TARGET, ImageData, Source
-from timm_spinal.training.transforms import eval_transform, image_mode, resolve_data, train_transform
+from timm_spinal.training.transforms import eval_transform, image_mode, resolve_data, split_transform, train_transform
 
 from .cache import (
     SHARD_SIZE,
@@ -158,24 +156,6 @@ def _parts(config: FrozenConfig, data_config: dict[str, Any], splits: Splits) ->
         yield Part('train', number, splits.train, transform, end, config.seed)
     yield Part('validation', 0, splits.validation, plain, finish, None)
     yield Part('test', 0, splits.test, plain, finish, None)
-
-
-def split_transform(transform: transforms.Compose) -> tuple[Callable, Finish]:
-    """A transform in two: bytes from the loader, and scaling on the device, for whole batches.
-
-    Conversion to floats is most of what loading costs next to decoding, and four times the memory to pass on. The
-    result is the same to the bit. A transform that does more with floats than to normalise them stays in one piece.
-    """
-    steps = list(transform.transforms)
-    if not (len(steps) > 1 and isinstance(steps[-1], transforms.Normalize)
-            and isinstance(steps[-2], (MaybeToTensor, transforms.ToTensor))):
-        return transform, lambda images: images
-    mean, std = (torch.as_tensor(v).view(-1, 1, 1) for v in (steps[-1].mean, steps[-1].std))
-
-    def finish(images: torch.Tensor) -> torch.Tensor:
-        return images.float().div_(255).sub_(mean.to(images.device)).div_(std.to(images.device))
-
-    return transforms.Compose([*steps[:-2], transforms.PILToTensor()]), finish
 
 
 def _rows(part: Part, index: int) -> int:

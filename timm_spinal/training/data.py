@@ -285,6 +285,7 @@ def _loader(
         num_workers=config.workers,
         pin_memory=config.pin_mem,
         drop_last=drop_last,
+        collate_fn=getattr(dataset, 'collate', None),
         persistent_workers=config.workers > 0,
         # its own, so that starting an epoch draws nothing from the global stream
         generator=torch.Generator().manual_seed(config.seed),

@@ -15,6 +15,8 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from timm_spinal.errors import UserError
 
+from .transforms import split_transform
+
 SKIPPED_TARGET = -1  # label of an evaluation image that could not be read
 _UNREADABLE = (
     OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error, tarfile.TarError,
@@ -100,7 +102,7 @@ class ImageData(Dataset):
 
     def __init__(self, source: Source, transform: Callable, img_mode: str = 'RGB', on_unreadable: str = 'raise'):
         self.source = source
-        self.transform = transform
+        self.transform, self.finish = split_transform(transform)
         self.img_mode = img_mode
         self.on_unreadable = on_unreadable
         # shared with the workers: which images were found to be unreadable
@@ -110,7 +112,13 @@ class ImageData(Dataset):
         return len(self.source)
 
     def __getitem__(self, item: tuple[int, int | None]) -> tuple[torch.Tensor, int]:
-        return self.__getitems__([item])[0]
+        images, targets = self.collate(self.__getitems__([item]))
+        return images[0], int(targets[0])
+
+    def collate(self, samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (B, C, H, W) and classes (B,) of what `__getitems__` gives; the loader's ``collate_fn``."""
+        images, targets = zip(*samples)
+        return self.finish(torch.stack(images)), torch.tensor(targets)
 
     def __getitems__(self, items: list[tuple[int, int | None]]) -> list[tuple[torch.Tensor, int]]:
         seed = items[0][1]

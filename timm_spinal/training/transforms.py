@@ -1,7 +1,9 @@
 """Images to tensors: timm's transforms, with torchvision's rotation and perspective in front of them."""
 from typing import Any, Callable
 
+import torch
 from timm.data import create_transform, resolve_data_config
+from timm.data.transforms import MaybeToTensor
 from torch import nn
 from torchvision import transforms
 
@@ -106,3 +108,29 @@ def eval_transform(data: dict[str, Any]) -> Callable:
         crop_pct=data['crop_pct'],
         crop_mode=data['crop_mode'],
     )
+
+
+class BatchNormalize:
+    """Bytes (B, C, H, W) to normalised floats, the same to the bit as ToTensor and Normalize of each image."""
+
+    def __init__(self, mean: Any, std: Any):
+        self.mean = torch.as_tensor(mean).view(-1, 1, 1)
+        self.std = torch.as_tensor(std).view(-1, 1, 1)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        device = images.device
+        return images.float().div_(255).sub_(self.mean.to(device)).div_(self.std.to(device))
+
+
+def split_transform(transform: Callable) -> tuple[Callable, Callable[[torch.Tensor], torch.Tensor]]:
+    """A transform in two: an image to bytes, and whole batches of bytes to floats.
+
+    Conversion to floats is most of what loading costs next to decoding. A transform that does more with floats than to
+    normalise them stays in one piece, with an identity behind it.
+    """
+    steps = list(getattr(transform, 'transforms', []))
+    if not (len(steps) > 1 and isinstance(steps[-1], transforms.Normalize)
+            and isinstance(steps[-2], (MaybeToTensor, transforms.ToTensor))):
+        return transform, nn.Identity()
+    begin = transforms.Compose([*steps[:-2], transforms.PILToTensor()])
+    return begin, BatchNormalize(steps[-1].mean, steps[-1].std)
