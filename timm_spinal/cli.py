@@ -84,6 +84,16 @@ def guard(function: Callable[[list[str]], int], argv: list[str]) -> int:
     except BrokenPipeError:  # the reader of our output went away, as in `timm-spinal list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    finally:
+        _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    """End the threads of the process group: left to the interpreter's exit, they now and then abort the process."""
+    if 'torch' in sys.modules:  # verbs that need no torch do not wait for its import
+        from torch import distributed
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def list_models(argv: list[str]) -> int:

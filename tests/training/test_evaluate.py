@@ -103,6 +103,7 @@ for count in (11, 1, 8):
     assert metrics['images'] == count, metrics
     assert abs(metrics['loss'] - exact) < 1e-6 and abs(metrics['top1'] - right) < 1e-4, (metrics, exact, right)
 accelerator.print('exact')
+accelerator.end_training()
 """
 
 

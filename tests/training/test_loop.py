@@ -276,6 +276,7 @@ for update in (3, 2):
         assert e.signum == signal.SIGTERM
 objective.PENALTIES.clear()
 train(replace(broken, resume='auto'))
+torch.distributed.destroy_process_group()
 """
 
 
