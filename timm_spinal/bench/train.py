@@ -37,8 +37,8 @@ from timm_spinal.training.signals import SignalFlag
 
 from .timing import Ratio, machine_load, paired_ratio, paired_times
 
-# model, image side, batch size, images of an epoch
-CASES = (('resnet18', 224, 16, 64), ('vgg5_pspinal', 28, 128, 1024))
+# model, image side, batch size, images of an epoch: enough that its start does not count
+CASES = (('resnet18', 224, 16, 128), ('vgg5_pspinal', 28, 128, 1024))
 CLASSES = 4
 
 
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--model', help='this model instead of the two cases')
     parser.add_argument('--img-size', type=int, default=224)
     parser.add_argument('-b', '--batch-size', type=int, default=16)
-    parser.add_argument('--images', type=int, default=64, help='images of an epoch')
+    parser.add_argument('--images', type=int, default=128, help='images of an epoch')
     parser.add_argument('-j', '--workers', type=int, default=1)
     parser.add_argument('--rounds', type=int, default=9, help='pairs of epochs')
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
