@@ -7,7 +7,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from timm_spinal.compare.controls import new_head, new_heads, parse_variants
-from timm_spinal.compare.train_heads import Features, Recipe, predict, train_heads
+from timm_spinal.compare.train_group import Features, Recipe
+from timm_spinal.compare.train_heads import predict, train_heads
 from timm_spinal.errors import UserError
 
 
@@ -36,6 +37,43 @@ def test_a_seed_has_the_same_result_alone_and_stacked(text):
     assert together[1].history[-1]['train_loss'] == pytest.approx(alone.history[-1]['train_loss'], rel=1e-3)
     assert together[1].history[-1]['eval_loss'] == pytest.approx(alone.history[-1]['eval_loss'], rel=1e-3)
     assert together[0].history[-1]['train_loss'] != pytest.approx(alone.history[-1]['train_loss'], rel=1e-4)
+
+
+@pytest.mark.parametrize('text', ['spinal:width=12', 'pspinal:width=8'])
+def test_seeds_side_by_side_are_those_that_train_alone(text):
+    train, validation, _ = digits()
+    recipe = Recipe(epochs=2, batch_size=50, lr=0.05, opt='sgd')
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        three = train_heads(maker(text), [0, 4, 7], train, validation, recipe)  # a pair, and one on both cores
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    for trained in three:
+        alone = train_heads(maker(text), [trained.seed], train, validation, recipe, stack=False)[0]
+        for ours, theirs in zip(trained.history, alone.history):
+            assert ours['train_loss'] == pytest.approx(theirs['train_loss'], rel=1e-4)
+            assert ours['eval_loss'] == pytest.approx(theirs['eval_loss'], rel=1e-4)
+    assert three[0].history != three[1].history
+
+
+def test_heads_that_draw_from_the_global_generator_train_alone():
+    """Threads share that generator: side by side, a seed would depend on its neighbour."""
+    train, validation, _ = digits()
+
+    class Noisy(nn.Linear):
+        def forward(self, x):
+            return super().forward(nn.functional.dropout(x, 0.5, self.training))
+
+    def heads(seeds):
+        torch.manual_seed(0)
+        return [Noisy(64, 10) for _ in seeds]
+
+    two = train_heads(heads, [3, 5], train, validation, RECIPE)
+    alone = train_heads(heads, [3], train, validation, RECIPE)[0]
+    assert two[0].history == alone.history
+    assert two[0].history != two[1].history
 
 
 def test_heads_learn_digits_and_the_best_epoch_is_kept():

@@ -30,7 +30,7 @@ from .cache import (
 )
 from .options import FrozenConfig, as_train_config
 from .splits import Splits
-from .train_heads import Features
+from .train_group import Features
 
 _CPU_BATCH = 16  # small enough for activations to stay in the caches: up to twice the speed of a batch of 128
 

@@ -36,7 +36,8 @@ from .runs import (
     write_json,
 )
 from .splits import Splits, open_splits
-from .train_heads import Features, Recipe, Trained, predict, train_heads
+from .train_group import Features, Recipe, Trained
+from .train_heads import predict, train_heads
 from .tune import choose, grid
 
 

@@ -5,6 +5,7 @@
 that a seed has the same result in either, and alone or in company, but for rounding.
 """
 import copy
+import math
 from typing import Iterator, Sequence
 
 import numpy as np
@@ -41,12 +42,14 @@ class SeededDropout(nn.Module):
 
 
 def draw_masks(p: float, shape: Sequence[int], generators: Sequence[np.random.Generator]) -> torch.Tensor:
-    """A mask from each generator, (M, *shape): zeros with probability p, else 1 / (1 - p)."""
-    masks = np.empty((len(generators), *shape), dtype=np.float32)
+    """A mask from each generator, (M, *shape): zeros with probability p to 16 bits, else 1 / (1 - p)."""
+    size = math.prod(shape)
+    masks = np.empty((len(generators), size), dtype=bool)
     for mask, generator in zip(masks, generators):
-        # some five times as fast as torch's bernoulli_ on one core
-        generator.random(dtype=np.float32, out=mask)
-    return torch.from_numpy(masks).ge_(p).mul_(1. / (1. - p))
+        # some twenty times as fast as torch's bernoulli_ on one core: four numbers from each draw
+        words = generator.integers(2 ** 64, size=-(-size // 4), dtype=np.uint64)
+        np.greater_equal(words.view(np.uint16)[:size], round(p * 2 ** 16), out=mask)
+    return torch.from_numpy(masks).view(len(generators), *shape).float().mul_(1. / (1. - p))
 
 
 def seed_dropout(head: nn.Module, seed: int) -> np.random.Generator:

@@ -1,69 +1,19 @@
-"""Train one head on cached features, all seeds of it together where that is exact."""
-import math
-import time
-from dataclasses import dataclass, field
-from typing import Any, Callable
+"""Train one head on cached features, the seeds of it together or side by side where that is exact."""
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from typing import Callable
 
 import torch
-import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.sampling import TrainSampler
 
+from .feature_linear import skip_feature_gradients
 from .stacked import SeparateHeads, StackedHeads, can_stack
+from .train_group import EVAL_BATCH, Features, Recipe, Trained, train_group
 
 # optimizers whose update of a number depends on nothing but that number's own gradients
 ELEMENTWISE = ('sgd', 'momentum', 'adam', 'adamw', 'nadam', 'nadamw', 'radam', 'radamw', 'rmsprop', 'adagrad', 'lion')
-_FUSED = ('adam', 'adamw', 'sgd', 'momentum')  # torch has these in one pass over the weights
-_EVAL_BATCH = 4096
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a head is trained: AdamW-like optimizer, linear warm-up and cosine decay to zero, cross entropy in nats."""
-    epochs: int = 30
-    batch_size: int = 256
-    opt: str = 'adamw'
-    lr: float = 1e-3
-    weight_decay: float = 1e-2
-    warmup_epochs: float = 1.
-    smoothing: float = 0.
-
-
-@dataclass(frozen=True)
-class Features:
-    """Features of one split.
-
-    Attributes:
-        x: (P, N, ...), one row of images for each pass; pass 0 is without augmentation.
-        y: Classes, (N,).
-    """
-    x: torch.Tensor
-    y: torch.Tensor
-
-    def to(self, device: torch.device) -> 'Features':
-        return Features(self.x.to(device), self.y.to(device))
-
-
-@dataclass
-class Trained:
-    """One head of one seed at its best epoch on the validation split.
-
-    Attributes:
-        history: A row for each epoch, with the columns of the trainer's ``summary.csv``.
-        seconds: Of training and validation; the seeds that train together share them equally.
-        failure: Why there is no best epoch, or ''.
-    """
-    seed: int
-    state: dict[str, torch.Tensor] = field(default_factory=dict)
-    best_epoch: int = -1
-    best: dict[str, float] = field(default_factory=dict)
-    history: list[dict[str, float]] = field(default_factory=list)
-    seconds: float = 0.
-    failure: str = ''
 
 
 def train_heads(
@@ -85,7 +35,7 @@ def train_heads(
         train: Features to train on; computation is on their device.
         validation: Features (1, N, ...) to choose the epoch by.
         recipe: How to train.
-        stack: Train the seeds together; None: where `can_stack` finds it exact.
+        stack: Train the seeds together; None: where `can_stack` finds it exact, but side by side on a CPU.
 
     Raises:
         UserError: Fewer training features than one batch, or an unknown optimizer.
@@ -94,17 +44,60 @@ def train_heads(
     if size < recipe.batch_size:
         raise UserError(f'--head-batch-size {recipe.batch_size}: there are {size} training images, not one full batch; '
                         f'use --head-batch-size {size} or less')
+    if stack is None and train.x.device.type == 'cpu':  # a core to each seed is faster there than a stack
+        return _train_side_by_side(new_heads, seeds, train, validation, recipe)
     if stack is None:
         stack = len(seeds) > 1 and recipe.opt in ELEMENTWISE and _stackable(new_heads, seeds[:2], train)
     groups = [seeds] if stack else [[seed] for seed in seeds]
+    kind = StackedHeads if stack else SeparateHeads
     results: list[Trained] = []
     for group_seeds in groups:
         heads = [head.to(train.x.device) for head in new_heads(group_seeds)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(group_seeds[0])
-            kind = StackedHeads if stack else SeparateHeads
-            results += _train_group(kind(heads, group_seeds), group_seeds, train, validation, recipe)
+            results += train_group(kind(heads, group_seeds), group_seeds, train, validation, recipe)
     return results
+
+
+def _train_side_by_side(
+        new_heads: Callable[[list[int]], list[nn.Module]],
+        seeds: list[int],
+        train: Features,
+        validation: Features,
+        recipe: Recipe,
+) -> list[Trained]:
+    """As `train_heads`, each seed on its own core. Seeds without a partner, and heads that draw from torch's global
+    generator, which all threads share, have all cores to themselves."""
+    heads, threads = dict(zip(seeds, new_heads(seeds))), torch.get_num_threads()
+    sample = train.x[0, :min(16, len(train.y))]
+    alone = _draws_from_global(heads[seeds[0]], sample)
+
+    def run(seed: int) -> Trained:
+        if train.x.ndim == 3:
+            skip_feature_gradients(heads[seed], sample)
+        return train_group(SeparateHeads([heads[seed]], [seed]), [seed], train, validation, recipe)[0]
+
+    paired = 0 if alone else len(seeds) - len(seeds) % threads
+    results: list[Trained] = []
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            results += pool.map(run, seeds[:paired])
+    finally:
+        torch.set_num_threads(threads)
+    for seed in seeds[paired:]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            results.append(run(seed))
+    return results
+
+
+def _draws_from_global(head: nn.Module, x: torch.Tensor) -> bool:
+    """Whether a training step of a head, other than its dropout modules, draws from torch's global generator."""
+    group = SeparateHeads([copy.deepcopy(head)], [0])
+    with torch.random.fork_rng(devices=[]):
+        before = torch.get_rng_state()
+        group.forward_train(x[None])
+        return not torch.equal(before, torch.get_rng_state())
 
 
 @torch.no_grad()
@@ -112,7 +105,7 @@ def predict(head: nn.Module, state: dict[str, torch.Tensor], features: Features)
     """Logits (N, C) of a trained head for features (1, N, ...)."""
     head.load_state_dict(state)
     head.to(features.x.device).eval()
-    return torch.cat([head(x) for x in features.x[0].split(_EVAL_BATCH)])
+    return torch.cat([head(x) for x in features.x[0].split(EVAL_BATCH)])
 
 
 def _stackable(new_heads: Callable[[list[int]], list[nn.Module]], seeds: list[int], train: Features) -> bool:
@@ -120,111 +113,3 @@ def _stackable(new_heads: Callable[[list[int]], list[nn.Module]], seeds: list[in
     rows = min(16, train.x.shape[1] // 2)
     x = torch.stack([train.x[0, i * rows:(i + 1) * rows] for i in range(len(seeds))])
     return can_stack(heads, seeds, x)
-
-
-def _train_group(
-        group: StackedHeads | SeparateHeads,
-        seeds: list[int],
-        train: Features,
-        validation: Features,
-        recipe: Recipe,
-) -> list[Trained]:
-    start = time.perf_counter()
-    samplers = [TrainSampler(train.x.shape[1], seed) for seed in seeds]
-    steps = train.x.shape[1] // recipe.batch_size
-    optimizer, scheduler = _create_optimizer(group, recipe, steps)
-    results = [Trained(seed) for seed in seeds]
-    for epoch in range(recipe.epochs):
-        losses = _train_epoch(group, samplers, train, recipe, optimizer, scheduler, epoch, steps)
-        metrics = evaluate(group, validation)
-        states = group.states()
-        for i, result in enumerate(results):
-            row = {name: float(values[i]) for name, values in metrics.items()}
-            result.history.append(dict(
-                epoch=epoch, train_loss=float(losses[i]), eval_loss=row['loss'], eval_top1=row['top1'],
-                lr=optimizer.param_groups[0]['lr']))
-            if math.isfinite(row['loss']) and (not result.best or row['top1'] > result.best['top1']):
-                result.best, result.best_epoch = row, epoch
-                result.state = {name: value.clone() for name, value in states[i].items()}
-    for result in results:
-        result.seconds = (time.perf_counter() - start) / len(seeds)
-        last = result.history[-1]
-        if not (math.isfinite(last['train_loss']) and math.isfinite(last['eval_loss'])):
-            result.failure = f'the loss is {last["train_loss"]} after epoch {recipe.epochs}; use a lower learning rate'
-    return results
-
-
-def _train_epoch(
-        group: StackedHeads | SeparateHeads,
-        samplers: list[TrainSampler],
-        train: Features,
-        recipe: Recipe,
-        optimizer: torch.optim.Optimizer,
-        scheduler: CosineLRScheduler,
-        epoch: int,
-        steps: int,
-) -> torch.Tensor:
-    """Mean training loss of each seed, (M,)."""
-    orders, passes = zip(*(_order(sampler, epoch, train.x.shape[0]) for sampler in samplers))
-    order = torch.stack(orders).to(train.y.device)
-    which = torch.stack(passes).to(train.y.device)
-    total = torch.zeros(len(samplers), device=train.y.device)
-    for step in range(steps):
-        scheduler.step_update(epoch * steps + step)
-        here = slice(step * recipe.batch_size, (step + 1) * recipe.batch_size)
-        index = order[:, here]
-        x = train.x[0][index] if train.x.shape[0] == 1 else train.x[which[:, here], index]
-        output = group.forward_train(x)
-        loss = F.cross_entropy(
-            output.flatten(0, 1), train.y[index].flatten(), reduction='none', label_smoothing=recipe.smoothing)
-        loss = loss.view_as(index).mean(dim=1)
-        optimizer.zero_grad(set_to_none=True)
-        loss.sum().backward()
-        optimizer.step()
-        total += loss.detach()
-    return total / steps
-
-
-def _order(sampler: TrainSampler, epoch: int, passes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    sampler.begin_epoch(epoch)
-    pairs = torch.tensor(list(sampler))
-    return pairs[:, 0], pairs[:, 1] % passes
-
-
-@torch.no_grad()
-def evaluate(group: StackedHeads | SeparateHeads, split: Features) -> dict[str, torch.Tensor]:
-    """Mean ``loss`` in nats and ``top1`` in percent of each head over features (1, N, ...)."""
-    loss, hits = torch.zeros((), dtype=torch.float64), torch.zeros(())
-    for x, y in zip(split.x[0].split(_EVAL_BATCH), split.y.split(_EVAL_BATCH)):
-        output = group.forward_eval(x)
-        target = y.expand(len(output), -1)
-        loss = loss + F.cross_entropy(output.transpose(1, 2), target, reduction='none').double().sum(dim=1).cpu()
-        hits = hits + (output.argmax(dim=2) == target).sum(dim=1).cpu()
-    return dict(loss=loss / len(split.y), top1=100. * hits / len(split.y))
-
-
-def _create_optimizer(
-        group: StackedHeads | SeparateHeads,
-        recipe: Recipe,
-        steps: int,
-) -> tuple[torch.optim.Optimizer, CosineLRScheduler]:
-    named = group.parameters()
-    groups = [
-        dict(params=[p for p, decays in named if decays], weight_decay=recipe.weight_decay),
-        dict(params=[p for p, decays in named if not decays], weight_decay=0.),
-    ]
-    kwargs: dict[str, Any] = dict(fused=True) if recipe.opt in _FUSED else {}
-    groups = [g for g in groups if g['params']]
-    try:
-        optimizer = create_optimizer_v2(
-            groups, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, **kwargs)
-    except (ValueError, AssertionError, ImportError) as e:
-        raise UserError(f'--opt {recipe.opt}: {" ".join(str(e).split())}; use for instance adamw or sgd') from e
-    scheduler = CosineLRScheduler(
-        optimizer,
-        t_initial=recipe.epochs * steps,
-        warmup_t=round(recipe.warmup_epochs * steps),
-        warmup_lr_init=recipe.lr / 100,
-        t_in_epochs=False,
-    )
-    return optimizer, scheduler
