@@ -31,6 +31,7 @@ VERBS = {
     'coverage': Verb('timm_spinal.bench.coverage', 'main', 'which timm models can take a head'),
     'compare': Verb('timm_spinal.compare.cli', 'main', 'which head, or any other choice, helps on some data'),
     'bench train': Verb('timm_spinal.bench.train', 'main', "speed of this trainer's loop against timm's"),
+    'bench features': Verb('timm_spinal.bench.features', 'main', 'speed of compare on a frozen backbone'),
     'bench heads': Verb('timm_spinal.bench.heads', 'main', 'speed of models with and without a head'),
     'bench routing': Verb('timm_spinal.bench.routing', 'main', 'memory and speed of capsule routing, whole and lean'),
 }

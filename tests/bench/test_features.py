@@ -1,0 +1,22 @@
+import re
+
+import pytest
+
+from timm_spinal.bench.features import main
+from timm_spinal.errors import UserError
+
+
+def test_prints_rates_and_seconds(capsys):
+    assert main(['--backbone', 'test_efficientnet', '--img-size', '32', '-b', '16', '-j', '0', '--images', '40',
+                 '--rounds', '1', '--features', '300', '--seeds', '1', '--epochs', '1']) == 0
+    out = capsys.readouterr().out
+    ratio, ours, bare = map(float, re.search(r': ([\d.]+) \(min.*ours (\d+), bare (\d+)', out).groups())
+    assert ratio == pytest.approx(ours / bare, rel=0.1) and ours > 0
+    seconds = [float(s) for s in re.findall(r'    \S+: ([\d.]+) s', out)]
+    total = float(re.search(r'on 300 features: (\d+) s', out).group(1))
+    assert len(seconds) == 4 and total == pytest.approx(sum(seconds), abs=1)
+
+
+def test_sizes_are_checked():
+    with pytest.raises(UserError, match='40 images'):
+        main(['--images', '5'])

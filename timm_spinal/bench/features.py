@@ -1,0 +1,115 @@
+"""Speed of `timm-spinal compare` on a frozen backbone: making the features, and training heads on them.
+
+    timm-spinal bench features                                          # tf_efficientnet_lite0 at 128 px
+    timm-spinal bench features --backbone resnet18 --img-size 96 --images 512
+
+Features: reading JPEGs, transforming, the backbone and writing shards, against the bare backbone on batches of the
+same size that lie in memory, in turns in one run; 1 = as fast. Heads: seconds of training ``linear``, ``mlp``,
+``spinal`` and ``pspinal`` with their defaults on random features.
+"""
+import argparse
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Callable
+
+import torch
+from accelerate import Accelerator
+
+from timm_spinal.compare.controls import new_heads, parse_variants, size_controls
+from timm_spinal.compare.features import extract
+from timm_spinal.compare.options import FrozenConfig, as_train_config
+from timm_spinal.compare.splits import open_splits
+from timm_spinal.compare.train_group import Features, Recipe
+from timm_spinal.compare.train_heads import train_heads
+from timm_spinal.errors import UserError
+from timm_spinal.training.model import create_model
+
+from .timing import Ratio, machine_load, paired_ratio, paired_times
+from .train import write_images
+
+HEADS = 'linear,mlp:width=512,spinal,pspinal'
+CLASSES, WIDTH = 10, 1280
+
+
+def measure_features(config: FrozenConfig, images: int, rounds: int) -> tuple[Ratio, float, float]:
+    """Ratio of the images per second of `extract` to those of the bare backbone, and both (medians)."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(Path(folder) / 'images', images, config.img_size)
+        config.data_dir = f'{folder}/images'
+        train_config = as_train_config(config)
+        splits = open_splits(train_config)
+        model, accelerator = create_model(train_config, 0), Accelerator()
+        count = sum(len(split) for split in (splits.train, splits.validation, splits.test))
+        batch = torch.rand(config.batch_size, 3, config.img_size, config.img_size, device=accelerator.device)
+        if config.channels_last:
+            batch = batch.contiguous(memory_format=torch.channels_last)
+
+        def ours() -> None:
+            shutil.rmtree(f'{folder}/features', ignore_errors=True)
+            extract(config, model, splits, Path(folder) / 'features', accelerator)
+
+        @torch.inference_mode()
+        def bare() -> None:
+            for start in range(0, count, config.batch_size):
+                model(batch[:count - start]).cpu()
+
+        ours()  # moves the model to its device and sets its mode
+        times = paired_times(ours, bare, rounds=rounds, warmup=0)
+    speeds = [count / statistics.median(t) for t in times]
+    return paired_ratio(times[1], times[0]), speeds[0], speeds[1]
+
+
+def measure_heads(size: int, seeds: int, epochs: int, report: Callable[[str, float], None]) -> float:
+    """Seconds of training the four heads on ``size`` features of 1,280 numbers, 10 % of them for validation."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(CLASSES, (size,), generator=generator)
+    centres = torch.randn(CLASSES, WIDTH, generator=generator)
+    x = (0.2 * centres[y] + torch.randn(size, WIDTH, generator=generator)).relu()[None]
+    cut = size // 10
+    train, validation = Features(x[:, cut:], y[cut:]), Features(x[:, :cut], y[:cut])
+    total = 0.
+    for variant in size_controls(parse_variants(HEADS), WIDTH, CLASSES):
+        start = time.perf_counter()
+        train_heads(
+            partial(new_heads, variant, WIDTH, CLASSES), list(range(seeds)), train, validation, Recipe(epochs=epochs))
+        seconds = time.perf_counter() - start
+        report(variant.name, seconds)
+        total += seconds
+    return total
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`timm-spinal bench features`; returns the exit code."""
+    parser = argparse.ArgumentParser(prog='timm-spinal bench features', description=__doc__.splitlines()[0])
+    parser.add_argument('--backbone', default='tf_efficientnet_lite0')
+    parser.add_argument('--img-size', type=int, default=128)
+    parser.add_argument('-b', '--batch-size', type=int, default=128)
+    parser.add_argument('-j', '--workers', type=int, default=2)
+    parser.add_argument('--images', type=int, default=2000, help='images whose features are made in a round')
+    parser.add_argument('--rounds', type=int, default=3)
+    parser.add_argument('--features', type=int, default=10000, help='features that the heads are trained on')
+    parser.add_argument('--seeds', type=int, default=5)
+    parser.add_argument('--epochs', type=int, default=30)
+    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    args = parser.parse_args(argv)
+    if min(args.rounds, args.seeds, args.epochs) < 1 or args.images < 40 or args.features < 300:
+        raise UserError('bench features: needs at least one round, seed and epoch, 40 images and 300 features')
+    config = FrozenConfig(backbone=args.backbone, img_size=args.img_size, batch_size=args.batch_size,
+                          workers=args.workers, channels_last=True, model='')
+    ratio, ours, bare = measure_features(config, args.images, args.rounds)
+    print(f'features of {args.backbone} at {args.img_size} px, batch {args.batch_size}, {args.workers} workers: '
+          f'{ratio} of the bare backbone (ours {ours:.0f}, bare {bare:.0f} images/s; {machine_load()})', flush=True)
+    total = measure_heads(args.features, args.seeds, args.epochs, lambda name, seconds: print(
+        f'    {name}: {seconds:.1f} s', flush=True))
+    print(f'4 heads x {args.seeds} seeds x {args.epochs} epochs on {args.features:,} features: {total:.0f} s '
+          f'({machine_load()})')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
