@@ -1,13 +1,22 @@
-"""What every test needs: no network, one thread, and a way to start several processes."""
+"""What every test needs: no network, one thread, a way to start several processes, and the test Hub's address."""
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from .hub.server import TestHub
+
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+# huggingface_hub reads these once, when it is imported; only tests/hub goes online, to a Hub in this process
+THE_HUB = TestHub()
+os.environ['HF_ENDPOINT'] = THE_HUB.url
+os.environ['HF_HOME'] = os.environ['HF_HUB_CACHE'] = os.path.join(tempfile.gettempdir(), 'timm_spinal_no_such_cache')
+os.environ['HF_HUB_DISABLE_XET'] = '1'
+os.environ['HF_HUB_DISABLE_PROGRESS_BARS'] = '1'
 
 
 @pytest.fixture

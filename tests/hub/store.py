@@ -1,0 +1,125 @@
+"""What the test Hub holds: repositories with commits, branches, tags and pull requests, large files, users."""
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+LARGE = ('.safetensors', '.bin', '.onnx')  # by .gitattributes; other files are large when they are binary
+
+
+class HubError(Exception):
+    """An answer of the Hub that is not a success."""
+
+    def __init__(self, status: int, message: str, code: str = ''):
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A file's content; large ones are known by their SHA-256, others by git's SHA-1."""
+    data: bytes
+    large: bool = False
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+    @property
+    def oid(self) -> str:
+        return self.sha256 if self.large else git_sha1(self.data)
+
+
+def git_sha1(data: bytes) -> str:
+    return hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
+
+
+def is_large(path: str, sample: bytes) -> bool:
+    return path.endswith(LARGE) or b'\0' in sample
+
+
+@dataclass
+class User:
+    """Who a token belongs to."""
+    name: str
+    role: str = 'write'
+    orgs: tuple[str, ...] = ()
+
+    def may_write(self, namespace: str) -> bool:
+        return self.role == 'write' and namespace in (self.name, *self.orgs)
+
+
+@dataclass
+class Repo:
+    """One model repository; commits are kept for ever, refs point to them."""
+    name: str
+    private: bool = False
+    commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
+    titles: dict[str, str] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    pulls: list[dict[str, Any]] = field(default_factory=list)
+    gated: bool = False
+
+    def __post_init__(self) -> None:
+        self.add_commit('main', {'.gitattributes': Blob(b'*.safetensors filter=lfs diff=lfs merge=lfs -text\n')}, 'new')
+
+    def add_commit(self, ref: str, files: dict[str, Blob], title: str) -> str:
+        oid = hashlib.sha1(f'{self.name} {len(self.commits)}'.encode()).hexdigest()
+        self.commits[oid], self.titles[oid] = files, title
+        self.branches[ref] = oid
+        return oid
+
+    def resolve(self, revision: str) -> str:
+        oid = self.branches.get(revision) or self.tags.get(revision) or revision
+        if oid not in self.commits:
+            raise HubError(404, f'Invalid rev id: {revision}', 'RevisionNotFound')
+        return oid
+
+    def files(self, revision: str = 'main') -> dict[str, Blob]:
+        return self.commits[self.resolve(revision)]
+
+    def open_pull(self, title: str, author: str) -> str:
+        """The ref of a new pull request on main."""
+        number = len(self.pulls) + 1
+        self.pulls.append(dict(num=number, title=title, author=author, status='open'))
+        ref = f'refs/pr/{number}'
+        self.branches[ref] = self.branches['main']
+        return ref
+
+
+class Store:
+    """All repositories, uploaded large files and users of a Hub."""
+
+    def __init__(self) -> None:
+        self.repos: dict[str, Repo] = {}
+        self.large: dict[str, bytes] = {}
+        self.parts: dict[tuple[str, int], bytes] = {}
+        self.users = {
+            'hf_writer': User('me', orgs=('org',)),
+            'hf_reader': User('me', role='read'),
+            'hf_stranger': User('stranger'),
+        }
+
+    def repo(self, name: str, user: User | None) -> Repo:
+        """A repository that a user may see; others do not exist for them, as on the Hub."""
+        repo = self.repos.get(name)
+        if repo is None or (repo.private and (user is None or not self.sees(user, repo))):
+            raise HubError(404 if user else 401, 'Repository not found', 'RepoNotFound')
+        return repo
+
+    @staticmethod
+    def sees(user: User, repo: Repo) -> bool:
+        return repo.name.partition('/')[0] in (user.name, *user.orgs)
+
+    def writable(self, name: str, user: User | None) -> Repo:
+        repo = self.repo(name, user)
+        self.check_write(name, user)
+        return repo
+
+    @staticmethod
+    def check_write(name: str, user: User | None) -> None:
+        if user is None:
+            raise HubError(401, 'Invalid username or password.')
+        namespace = name.partition('/')[0]
+        if not user.may_write(namespace):
+            raise HubError(403, f"You don't have the rights to write to the namespace \"{namespace}\"")
