@@ -30,6 +30,8 @@ VERBS = {
     'list': Verb('timm_spinal.cli', 'list_models', 'names of the models that this package adds to timm'),
     'coverage': Verb('timm_spinal.bench.coverage', 'main', 'which timm models can take a head'),
     'compare': Verb('timm_spinal.compare.cli', 'main', 'which head, or any other choice, helps on some data'),
+    'publish': Verb('timm_spinal.hub.cli', 'main', 'put a run on the Hugging Face Hub'),
+    'verify': Verb('timm_spinal.hub.verify', 'main', 'check what is published on the Hub'),
     'bench train': Verb('timm_spinal.bench.train', 'main', "speed of this trainer's loop against timm's"),
     'bench features': Verb('timm_spinal.bench.features', 'main', 'speed of compare on a frozen backbone'),
     'bench heads': Verb('timm_spinal.bench.heads', 'main', 'speed of models with and without a head'),

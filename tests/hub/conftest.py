@@ -1,7 +1,16 @@
 """A fresh Hub, an empty cache and a token for every test; the client is huggingface_hub's own."""
+import resource
+import shutil
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
+
+from timm_spinal.training.config import TrainConfig
+from timm_spinal.training.run import train
 
 from ..conftest import THE_HUB
 
@@ -9,7 +18,7 @@ from ..conftest import THE_HUB
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """The test Hub, empty, with the client set to talk to it as user 'me' from an empty cache."""
-    assert constants.ENDPOINT == THE_HUB.url, 'huggingface_hub was imported before tests/conftest.py'
+    assert THE_HUB.url == constants.ENDPOINT, 'huggingface_hub was imported before tests/conftest.py'
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
     monkeypatch.setenv('HF_TOKEN', 'hf_writer')
     new_cache(monkeypatch, tmp_path / 'cache')
@@ -22,3 +31,45 @@ def hub(monkeypatch, tmp_path):
 def new_cache(monkeypatch, folder) -> None:
     """From now on the client's cache is this folder."""
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(folder))
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory):
+    """A short run on the digits, finished, with a moving average."""
+    folder = tmp_path_factory.mktemp('runs')
+    train(digits_config(folder, model_ema=True, model_ema_decay=0.9))
+    return folder / 'run'
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of that run folder to change."""
+    return Path(shutil.copytree(trained, tmp_path / 'run'))
+
+
+def digits_config(folder, **options) -> TrainConfig:
+    defaults = dict(
+        model='spinalcnn_a1', dataset='digits', batch_size=64, workers=0, epochs=2, opt='adamw', lr=0.004,
+        warmup_epochs=0, smoothing=0., no_aug=True, output=str(folder), experiment='run', seed=5, log_interval=1000)
+    return TrainConfig(**{**defaults, **options})
+
+
+@pytest.fixture
+def full_disk():
+    """``with full_disk(n)``: the operating system refuses to write files beyond n bytes."""
+    @contextmanager
+    def limit(size: int):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The waits between tries, ours and the client's, a hundred times shorter."""
+    monkeypatch.setattr(time, 'sleep', lambda seconds, sleep=time.sleep: sleep(seconds / 100))

@@ -97,6 +97,11 @@ def create_branch(hub: TestHub, request: Request, name: str, branch: str) -> Rep
     return Reply()
 
 
+def delete_branch(hub: TestHub, request: Request, name: str, branch: str) -> Reply:
+    del hub.store.writable(name, request.user).branches[branch]
+    return Reply()
+
+
 def create_tag(hub: TestHub, request: Request, name: str, revision: str) -> Reply:
     repo = hub.store.writable(name, request.user)
     tag = request.json()['tag']
@@ -118,6 +123,7 @@ ROUTES: tuple[tuple[str, str, Callable[..., Reply]], ...] = (
     ('GET', rf'/api/models/{NAME}/refs', refs),
     ('GET', rf'/api/models/{NAME}/discussions', discussions),
     ('POST', rf'/api/models/{NAME}/branch/([^/]+)', create_branch),
+    ('DELETE', rf'/api/models/{NAME}/branch/([^/]+)', delete_branch),
     ('POST', rf'/api/models/{NAME}/tag/([^/]+)', create_tag),
     ('POST', rf'/api/models/{NAME}/preupload/([^/]+)', preupload),
     ('POST', rf'/api/models/{NAME}/commit/([^/]+)', commit),

@@ -1,16 +1,12 @@
 """Comparisons that lie on the disk, and comparisons made of run folders from anywhere."""
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.config import TrainConfig, load_yaml
-from timm_spinal.training.options import LoaderOptions, RunOptions
+from timm_spinal.training.config import load_yaml
+from timm_spinal.training.variants import complete, differing, label
 
 from .runs import RESULT, Comparison, read_comparison, read_json, write_comparison
-
-# where and how a run was made, not what was trained
-_ASIDE = {f.name for options in (RunOptions, LoaderOptions) for f in fields(options)} - {'batch_size'}
 
 
 def comparisons_in(
@@ -56,11 +52,11 @@ def _known_control(control: str, variants: list[str]) -> str:
 
 
 def _from_runs(folders: list[Path], control: str, command: str) -> Comparison:
-    settings = [{**vars(TrainConfig()), **load_yaml(folder / 'args.yaml')} for folder in folders]
-    differing = [k for k in settings[0] if k not in _ASIDE and any(s[k] != settings[0][k] for s in settings)]
+    settings = [complete(load_yaml(folder / 'args.yaml')) for folder in folders]
+    names = differing(settings)
     by_variant: dict[str, dict[str, str]] = {}
     for folder, values in zip(folders, settings):
-        seeds = by_variant.setdefault(_label(values, differing), {})
+        seeds = by_variant.setdefault(label(values, names), {})
         if str(values['seed']) in seeds:
             raise UserError(f'{folder}: has the settings and the seed of {seeds[str(values["seed"])]}; leave one out')
         seeds[str(values['seed'])] = str(folder)
@@ -73,8 +69,3 @@ def _from_runs(folders: list[Path], control: str, command: str) -> Comparison:
                   validation_size=first.get('eval_size'), test_size=first.get('test_images'), split=''),
         folders=by_variant,
     )
-
-
-def _label(values: dict[str, Any], differing: list[str]) -> str:
-    parts = [str(values[k]) if k == 'model' else f'{k}={values[k]}' for k in differing]
-    return ', '.join(parts) or str(values['model'])

@@ -15,6 +15,7 @@ import timm_spinal
 from timm_spinal.errors import UserError
 
 from .config import TrainConfig, ValidateConfig
+from .remote import damaged_file, explain, one_line
 
 _REGISTERED_ON_IMPORT = frozenset(timm_spinal.list_models())
 
@@ -51,13 +52,39 @@ def create_model(config: TrainConfig | ValidateConfig, num_classes: int | None) 
         resolved.update(weights)
         model = timm.create_model(**resolved, checkpoint_path=config.initial_checkpoint or None)
         _apply_settings(model, config)
-    except (TypeError, ValueError, AssertionError, AttributeError) as e:
-        if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(e)):
-            raise UserError(_unknown_option(config.model, unknown[1])) from e
-        raise UserError(f'model {config.model}: {_one_line(e)}; check --model-kwargs and the image size') from e
-    except (RuntimeError, OSError, KeyError) as e:
-        raise UserError(f'model {config.model}: {_one_line(e)}') from e
+    except Exception as e:
+        if (reason := _reason(config.model, e)) is None:
+            raise
+        raise UserError(f'model {config.model}: {reason}') from e
+    if config.pretrained and not config.pretrained_path:
+        check_download(config.model, model.pretrained_cfg.get('hf_hub_id'))
     return model
+
+
+def _reason(name: str, error: Exception) -> str | None:
+    """What was wrong when timm made a model; None for an error that no input explains."""
+    if reason := explain(error):
+        return reason
+    if isinstance(error, (TypeError, ValueError, AssertionError, AttributeError)):
+        if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+            return _unknown_option(name, unknown[1])
+        return f'{one_line(error)}; check --model-kwargs and the image size'
+    return one_line(error) if isinstance(error, (RuntimeError, OSError, KeyError)) else None
+
+
+def check_download(name: str, repo: str | None) -> None:
+    """Refuse weights in the cache that are not what was uploaded.
+
+    Args:
+        name: The model's name, for the message.
+        repo: Where on the Hub its weights are from, if they are.
+
+    Raises:
+        UserError: Names the file.
+    """
+    if repo and (path := damaged_file(repo)) is not None:
+        raise UserError(f'model {name}: its weights are damaged (another checksum than on the Hub); delete {path} and '
+                        'try again')
 
 
 def check_model_name(name: str) -> None:
@@ -83,7 +110,7 @@ def _unknown_option(model: str, option: str) -> str:
     head = split_model_name_tag(model)[0].rpartition('_')[2]
     known = [f'head_{name}' for name in timm_spinal.head_options(head)] if head in timm_spinal.HEADS else []
     hint = f"; its head takes {', '.join(known)}" if known and option.startswith('head_') else '; see --model-kwargs'
-    return f'model {model}: unknown option {option!r}{hint}'
+    return f'unknown option {option!r}{hint}'
 
 
 def needs_registration(arch: str) -> bool:
@@ -95,11 +122,13 @@ def _check_source(source: str, name: str) -> None:
     """Register the architecture that a saved model names."""
     load = load_model_config_from_hf if source == 'hf-hub' else load_model_config_from_path
     try:
-        check_model_name(load(name)[1])
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
-        if isinstance(e, UserError):
+        architecture = load(name)[1]
+    except Exception as e:
+        reason = explain(e) or (one_line(e) if isinstance(e, (OSError, ValueError, KeyError, RuntimeError)) else None)
+        if reason is None:
             raise
-        raise UserError(f'model {source}:{name}: {_one_line(e)}') from e
+        raise UserError(f'model {source}:{name}: {reason}') from e
+    check_model_name(architecture)
 
 
 def _apply_settings(model: Any, config: TrainConfig | ValidateConfig) -> None:
@@ -151,7 +180,3 @@ def check_batch_of_one(model: nn.Module, input_size: tuple[int, ...], kept_in_ev
             module.training = mode
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
-
-
-def _one_line(error: Exception) -> str:
-    return ' '.join(str(error).split())[:300]

@@ -92,6 +92,7 @@ def summarise(run: Run) -> dict[str, Any]:
         stopped_early=progress.stopped_early,
         dataset=config.dataset or config.data_dir,
         seed=config.seed,
+        processes=run.accelerator.num_processes,
         hardware=report.hardware(run.accelerator.device, run.accelerator.num_processes),
         versions=report.versions(),
     )

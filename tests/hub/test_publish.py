@@ -1,0 +1,318 @@
+"""`timm-spinal publish` against the test Hub, by the real client."""
+import json
+
+import pytest
+import timm
+import torch
+from huggingface_hub import HfApi, constants
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import timm_spinal
+from timm_spinal.cli import main
+from timm_spinal.hub.options import PublishOptions
+from timm_spinal.hub.package import FILES, build_package, built
+from timm_spinal.hub.publish import publish
+from timm_spinal.hub.source import open_model
+
+from .conftest import new_cache
+
+REPO = 'me/digits'
+
+
+pytestmark = pytest.mark.usefixtures('quick')
+
+
+def send(run, *flags, repo=REPO, licence='mit'):
+    return main(['publish', str(run), '--repo', repo, *(['--license', licence] if licence else []), *flags])
+
+
+def files(hub, revision='main', repo=REPO):
+    found = dict(hub.store.repos[repo].files(revision))
+    found.pop('.gitattributes')
+    return {path: blob.data for path, blob in found.items()}
+
+
+def test_one_commit_that_timm_loads(hub, run, capsys, monkeypatch, tmp_path):
+    assert send(run) == 0
+    repo = hub.store.repos[REPO]
+    assert len(repo.commits) == 2 and not repo.private and set(files(hub)) == set(FILES)
+    out = capsys.readouterr().out
+    assert 'downloaded again, and the same to the bit' in out and out.splitlines()[-1].startswith('published me/digits')
+    new_cache(monkeypatch, tmp_path / 'user')
+    model = timm.create_model(f'hf-hub:{REPO}', pretrained=True).eval()
+    mine = load_file(run / 'model.safetensors')
+    assert all(torch.equal(value, mine[key]) for key, value in model.state_dict().items())
+    assert files(hub)['summary.csv'] == (run / 'summary.csv').read_bytes()
+    assert files(hub)['curves.png'] == (run / 'curves.png').read_bytes()
+    config = json.loads(files(hub)['config.json'])
+    assert config['label_names'] == list('0123456789') and config['pretrained_cfg']['license'] == 'mit'
+    (tmp_path / 'w').write_bytes(files(hub)['model.safetensors'])
+    with safe_open(tmp_path / 'w', 'pt') as f:
+        assert f.metadata() == {'format': 'pt'}
+
+
+def test_again_changes_nothing(hub, run, capsys):
+    assert send(run) == 0
+    before = dict(hub.store.repos[REPO].commits)
+    posts = hub.count('POST', '/commit/')
+    assert send(run, '--tag', 'v1') == 0 and send(run, '--tag', 'v1') == 0
+    assert hub.store.repos[REPO].commits == before and hub.count('POST', '/commit/') == posts == 1
+    assert hub.store.repos[REPO].tags == {'v1': list(before)[-1]}
+
+
+def test_files_that_a_new_publication_lacks_go(hub, run):
+    assert send(run) == 0
+    (run / 'curves.png').unlink()
+    HfApi().upload_file(path_or_fileobj=b'mine', path_in_repo='notes.txt', repo_id=REPO)
+    assert send(run) == 0
+    assert set(files(hub)) == set(FILES) - {'curves.png'} | {'notes.txt'}
+
+
+def test_private_branch_and_tag(hub, run, capsys):
+    assert send(run, '--private', '--branch', 'next', '--tag', 'v2') == 0
+    repo = hub.store.repos[REPO]
+    assert repo.private and set(files(hub)) == set() and set(files(hub, 'next')) == set(FILES)
+    assert repo.tags['v2'] == repo.branches['next']
+    repo.private = False
+    assert send(run, '--private') == 2 and 'exists and is public' in capsys.readouterr().err
+    (run / 'curves.png').unlink()
+    assert send(run, '--tag', 'v2') == 2 and 'the tag v2 is on another commit' in capsys.readouterr().err
+
+
+def test_pull_request(hub, run, monkeypatch, capsys):
+    HfApi().create_repo(REPO)
+    monkeypatch.setenv('HF_TOKEN', 'hf_stranger')
+    assert send(run, '--pull-request') == 0 and send(run, '--pull-request') == 0
+    assert [p['author'] for p in hub.store.repos[REPO].pulls] == ['stranger']
+    assert set(files(hub)) == set() and set(files(hub, 'refs/pr/1')) == set(FILES)
+    assert 'refs/pr/1 holds exactly this' in capsys.readouterr().out
+    assert send(run, '--pull-request', '--branch', 'x') == 2
+
+
+def test_own_namespace(hub, run):
+    assert send(run, repo='digits') == 0 and REPO in hub.store.repos
+
+
+@pytest.mark.parametrize('weights, name, column', [('raw', 'model', 'eval_top1'), ('ema', 'ema', 'ema_top1')])
+def test_weights_of_the_last_checkpoint(hub, run, weights, name, column):
+    assert send(run, '--weights', weights) == 0
+    wanted = load_file(max((run / 'last').glob('step-*')) / f'{name}.safetensors')
+    wanted = {k.removeprefix('module.'): v for k, v in wanted.items()}
+    (run / 'sent').write_bytes(files(hub)['model.safetensors'])
+    sent = load_file(run / 'sent')
+    assert sent.keys() == wanted.keys() and all(torch.equal(sent[k], wanted[k]) for k in sent)
+    rows = (run / 'summary.csv').read_text().splitlines()
+    top1 = float(dict(zip(rows[0].split(','), rows[-1].split(',')))[column])
+    assert f'value: {round(top1 / 100, 6)}' in files(hub)['README.md'].decode()
+
+
+def test_half_precision(hub, run, tmp_path, monkeypatch):
+    assert send(run, '--dtype', 'fp16') == 0
+    (tmp_path / 'w').write_bytes(files(hub)['model.safetensors'])
+    assert {v.dtype for v in load_file(tmp_path / 'w').values()} == {torch.float16}
+    new_cache(monkeypatch, tmp_path / 'user')
+    model = timm.create_model(f'hf-hub:{REPO}', pretrained=True)
+    mine = load_file(run / 'model.safetensors')
+    assert all(torch.equal(v, mine[k].half().float()) for k, v in model.state_dict().items())
+
+
+def test_dry_run_sends_nothing(hub, run, capsys, tmp_path):
+    assert send(run, '--dry-run') == 0 and send(run, '--dry-run', '--output', str(tmp_path / 'out' / 'x')) == 0
+    assert hub.log == [] and 'nothing sent' in capsys.readouterr().out
+    for folder in (run / 'hub', tmp_path / 'out' / 'x'):
+        assert {str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file()} == set(FILES)
+    assert send(run, '--dry-run', '--output', str(run)) == 2
+    assert 'exists and is no publication' in capsys.readouterr().err and (run / 'args.yaml').exists()
+
+
+def test_model_of_an_unregistered_combination(hub, tmp_path, monkeypatch):
+    """From memory; the card has the line that registers it, and with that line it loads in a fresh cache."""
+    torch.manual_seed(0)
+    model = timm_spinal.attach_head(timm.create_model('test_convnext2', num_classes=7), 'spinal', head_width=24).eval()
+    options = PublishOptions('me/combination', licence='mit')
+    with built(open_model(model), options) as folder:
+        publish(folder, options, 'test')
+        card = (folder / 'README.md').read_text()
+    assert "timm_spinal.register_head_variant('test_convnext2', 'spinal')" in card
+    assert 'Not recorded' in card and 'No accuracy' in card
+    new_cache(monkeypatch, tmp_path / 'user')
+    again = timm.create_model('hf-hub:me/combination', pretrained=True).eval()
+    x = torch.randn(2, 3, 160, 160)
+    assert torch.equal(again(x), model(x))
+
+
+def test_tokens_are_nowhere(hub, run, capsys, tmp_path):
+    hub.fail('status', 'POST', '/commit/', status=403)
+    assert send(run, '--dry-run') == 0 and send(run) == 2
+    said = capsys.readouterr()
+    assert 'hf_writer' not in said.out + said.err
+    written = b''.join(p.read_bytes() for p in run.rglob('*') if p.is_file())
+    assert b'hf_writer' not in written
+
+
+# ---- faults -----------------------------------------------------------------------------------------------------
+
+
+STEPS = [
+    ('GET', 'whoami'), ('GET', '/api/models/me/digits$'), ('POST', 'repos/create'), ('POST', 'validate-yaml'),
+    ('GET', '/tree/'), ('POST', 'preupload'), ('POST', 'objects/batch'), ('PUT', 'lfs-put'), ('POST', '/commit/'),
+    ('POST', '/tag/'), ('HEAD', '/resolve/'), ('GET', '/cdn/'),
+]
+FAULTS = {
+    '503': ('status', dict(status=503)),
+    '429': ('status', dict(status=429, headers={'Retry-After': '1'})),
+    'cut': ('cut', {}),
+    'answer lost': ('cut_after', {}),
+}
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_passing_faults_at_every_step(hub, run, fault):
+    """One fault at each step of one publication: it ends as without them, in one commit."""
+    kind, kwargs = FAULTS[fault]
+    faults = [hub.fail(kind, method, path, **kwargs) for method, path in STEPS]
+    assert send(run, '--tag', 'v1') == 0
+    assert [(f.method, f.path) for f in faults if f.times] == []
+    repo = hub.store.repos[REPO]
+    assert len(repo.commits) == 2 and set(files(hub)) == set(FILES) and repo.tags == {'v1': repo.branches['main']}
+
+
+def test_lost_answer_makes_no_second_pull_request(hub, run):
+    HfApi().create_repo(REPO)
+    hub.fail('cut_after', 'POST', '/commit/')
+    assert send(run, '--pull-request') == 0
+    assert len(hub.store.repos[REPO].pulls) == 1
+
+
+@pytest.mark.parametrize('method, path', [('POST', 'preupload'), ('PUT', 'lfs-put'), ('POST', '/commit/')])
+def test_failure_leaves_the_repository_as_it_was(hub, run, method, path, capsys):
+    hub.fail('status', method, path, status=500, times=1000)
+    assert send(run, '--branch', 'next') == 2
+    assert hub.store.repos == {}, 'a repository that was made for it goes again'
+    assert 'the Hub has a fault' in capsys.readouterr().err.splitlines()[-1]
+    hub.faults.clear()
+    assert send(run) == 0
+    before = dict(hub.store.repos[REPO].branches)
+    hub.fail('status', method, path, status=500, times=1000)
+    (run / 'curves.png').unlink()
+    rewritten = load_file(run / 'model.safetensors')
+    save_file({k: v + 1 if v.is_floating_point() else v for k, v in rewritten.items()}, run / 'model.safetensors')
+    assert send(run, '--branch', 'next') == 2
+    assert hub.store.repos[REPO].branches == before
+
+
+def test_download_that_differs_is_told(hub, run, capsys):
+    hub.fail('corrupt', 'GET', '/cdn/', times=9)
+    assert send(run) == 2
+    assert 'came back from the Hub with other content' in capsys.readouterr().err
+
+
+def test_somebody_else_commits_meanwhile(hub, run, capsys):
+    assert send(run) == 0
+    (run / 'curves.png').unlink()
+    hub.fail('status', 'POST', '/commit/', status=412)
+    assert send(run) == 2
+    assert 'somebody else has changed it in the meantime' in capsys.readouterr().err
+
+
+def test_upload_by_xet_without_its_service(hub, run, monkeypatch, capsys):
+    """The client has no other way for large files when hf_xet is on; the repository stays as it was."""
+    pytest.importorskip('hf_xet')
+    assert send(run) == 0
+    before = dict(hub.store.repos[REPO].branches)
+    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', False)
+    weights = {k: v + 1 if v.is_floating_point() else v for k, v in load_file(run / 'model.safetensors').items()}
+    save_file(weights, run / 'model.safetensors')
+    assert send(run) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith('error: me/digits: ')
+    assert hub.store.repos[REPO].branches == before and hub.count('GET', 'xet-write-token') > 0
+
+
+# ---- bad input --------------------------------------------------------------------------------------------------
+
+
+def damage(run, change):
+    weights = load_file(run / 'model.safetensors')
+    change(weights)
+    save_file(weights, run / 'model.safetensors')
+
+
+BAD_RUNS = {
+    'no run folder': (lambda run: (run / 'args.yaml').unlink(), 'is no run folder'),
+    'no best checkpoint': (lambda run: (run / 'model.safetensors').unlink(), 'holds no best checkpoint'),
+    'unfinished': (lambda run: (run / 'result.json').unlink(), 'the run has not ended'),
+    'unknown architecture': (
+        lambda run: (run / 'config.json').write_text('{"architecture": "nonsense"}'), "unknown model 'nonsense'"),
+    'broken config': (lambda run: (run / 'config.json').write_text('{'), 'config.json: cannot be read'),
+    'broken weights': (lambda run: (run / 'model.safetensors').write_bytes(b'x'), 'model.safetensors: is damaged'),
+    'NaN': (lambda run: damage(run, lambda w: w['head.fc.bias'].fill_(float('nan'))), 'head.fc.bias holds NaN'),
+    'lacking weights': (lambda run: damage(run, lambda w: w.pop('head.fc.bias')), 'head.fc.bias'),
+}
+
+
+@pytest.mark.parametrize('what', BAD_RUNS)
+def test_bad_runs_are_one_line_and_nothing_is_sent(hub, run, what, capsys):
+    spoil, text = BAD_RUNS[what]
+    spoil(run)
+    assert send(run) == 2
+    err = capsys.readouterr().err
+    assert text in err and err.startswith('error: ') and err.count('\n') == 1
+    assert hub.store.repos == {} and not (run / 'hub').exists()
+
+
+@pytest.mark.parametrize('flags, text', [
+    (dict(repo='a/b/c'), "'a/b/c': is no repository name"),
+    (dict(repo='me/-x'), "'me/-x': is no repository name"),
+    (dict(repo='other/x'), "the token may not do this (You don't have the rights to write to the namespace"),
+    (dict(licence='apache'), "licence 'apache' is no id of the Hub; did you mean apache-2.0?"),
+    (dict(licence=''), 'no licence, and the weights it started from name none; choose one with --license'),
+    (dict(licence='other'), "licence 'other' tells users nothing"),
+])
+def test_bad_options(hub, run, flags, text, capsys):
+    assert send(run, **flags) == 2
+    err = capsys.readouterr().err
+    assert text in err and err.count('\n') == 1 and hub.store.repos == {}
+
+
+@pytest.mark.parametrize('token, text', [
+    ('', "no token of the Hub; log in with 'hf auth login', or set HF_TOKEN"),
+    ('hf_reader', 'the token of me may only read'),
+    ('hf_nobody', 'the token is not valid'),
+])
+def test_tokens_that_will_not_do(hub, run, token, text, monkeypatch, capsys):
+    monkeypatch.setenv('HF_TOKEN', token)
+    assert send(run) == 2
+    err = capsys.readouterr().err
+    assert text in err and err.count('\n') == 1 and hub.store.repos == {}
+
+
+def test_values_beyond_half_precision(hub, run, capsys):
+    damage(run, lambda w: w['head.fc.bias'].fill_(1e6))
+    assert send(run, '--dtype', 'fp16') == 2
+    assert 'head.fc.bias holds values beyond the range of float16; publish it with --dtype fp32' in \
+        capsys.readouterr().err
+
+
+def test_tied_tensors_and_models_that_nothing_could_load(tmp_path):
+    options = PublishOptions('me/x', licence='mit')
+
+    def package(model):
+        build_package(open_model(model), options, tmp_path / 'package', 'me/x', 'hf-hub:me/x')
+
+    model = timm.create_model('spinalcnn_a1')
+    model.again = model.head.fc
+    with pytest.raises(ValueError, match='head.fc.weight and again.weight are one tensor under two names'):
+        package(model)
+    with pytest.raises(ValueError, match='Linear: is no model of timm.create_model'):
+        package(torch.nn.Linear(2, 2))
+    direct = timm.model_entrypoint('spinalcnn_a1')(head_width=20)
+    with pytest.raises(ValueError, match='spinalcnn_a1: its weights do not load .* a model must come from timm.create'):
+        package(direct)
+
+
+def test_full_disk(hub, run, capsys, full_disk):
+    with full_disk(30_000):
+        assert send(run) == 2
+    err = capsys.readouterr().err
+    assert 'cannot write' in err and err.count('\n') == 1 and hub.store.repos == {}

@@ -1,0 +1,1 @@
+"""Publishing on the Hugging Face Hub, model cards, verification, exports. Takes a run folder or a model."""

@@ -1,0 +1,170 @@
+"""The model card of a source: metadata for the Hub and text, made from `card_template.md`."""
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.models import model_entrypoint
+
+from timm_spinal.training.model import needs_registration
+
+from .beside import result_rows, table
+from .card_check import TASK
+from .cost import Cost
+from .licences import check_licence
+from .options import PublishOptions
+from .papers import TIMM, Paper, papers_of
+from .recipe import base_model, command, dataset_name, hub_dataset, started_from_weights
+from .source import Score, Source
+
+TEMPLATE = Path(__file__).with_name('card_template.md')
+SMALL_NETS = ('spinal', 'vgg5', 'cifarcnn', 'capsnet')  # of our own; other backbones are timm's
+
+
+def make_card(source: Source, options: PublishOptions, cost: Cost, name: str, load_name: str) -> str:
+    """README.md of a publication.
+
+    Args:
+        source: What is published.
+        options: Licence, data set id and the runs beside it.
+        cost: Of the model.
+        name: Title: the repository's name, or that of packaged weights.
+        load_name: What ``timm.create_model`` takes.
+
+    Raises:
+        UserError: No licence, or one that the Hub does not know; runs beside it that do not fit.
+    """
+    papers = papers_of(source.architecture, source.config['pretrained_cfg'].get('paper_ids'))
+    classes = source.config['num_classes']
+    card = ModelCard.from_template(
+        _metadata(source, options, papers, name),
+        template_path=str(TEMPLATE),
+        name=name,
+        load_name=load_name,
+        summary=_summary(source),
+        register=_register_line(source.architecture),
+        mode='L' if cost.input_size[0] == 1 else 'RGB',
+        topk=min(5, classes),
+        details=_details(source, cost, papers),
+        results=_results(source, options),
+        recipe=_recipe(source),
+        limits=_limits(source, options),
+        citation='\n'.join(paper.bibtex for paper in (*papers, *_timm_if_used(source.architecture))),
+    )
+    return str(card).rstrip() + '\n'
+
+
+def resolve_licence(source: Source, asked: str) -> str:
+    """The licence that was asked for, else that of the weights which training started from.
+
+    Raises:
+        UserError: Neither is there, or the Hub knows no such id.
+    """
+    of_start = source.config['pretrained_cfg'].get('license') if started_from_weights(source.args) else None
+    return check_licence(asked or of_start)
+
+
+def _metadata(source: Source, options: PublishOptions, papers: list[Paper], name: str) -> ModelCardData:
+    arxiv = [f'arxiv:{paper.arxiv}' for paper in papers]
+    dataset = options.dataset_id or hub_dataset(source.args)
+    results = [result for score in source.scores for result in _eval_results(score, source, dataset)]
+    return ModelCardData(
+        library_name='timm',
+        pipeline_tag=TASK,
+        license=resolve_licence(source, options.licence),
+        tags=['timm', 'timm-spinal', TASK, *(paper.tag for paper in papers), *arxiv],
+        datasets=[dataset] if dataset else None,
+        base_model=base_model(source.args) or None,
+        metrics=['accuracy'] if results else None,
+        model_name=name.rpartition('/')[2],
+        eval_results=results or None,
+    )
+
+
+def _eval_results(score: Score, source: Source, dataset: str) -> list[EvalResult]:
+    common: dict[str, Any] = dict(
+        task_type=TASK, task_name='Image Classification', dataset_type=dataset or dataset_name(source.args) or 'custom',
+        dataset_name=dataset_name(source.args) or dataset or 'custom', dataset_split=score.split)
+    return [
+        EvalResult(metric_type='accuracy', metric_name=title, metric_value=round(value / 100, 6), **common)
+        for title, value in (('top-1 accuracy', score.top1), ('top-5 accuracy', score.top5))
+    ]
+
+
+def _summary(source: Source) -> str:
+    doc = (model_entrypoint(source.architecture).__doc__ or '').strip().splitlines()
+    data = dataset_name(source.args)
+    trained = f'trained on {data} with' if data else 'made with'
+    start = base_model(source.args)
+    origin = f', from the weights of [`{start}`](https://hf.co/{start})' if start else ''
+    what = doc[0] if doc else 'An image classifier.'
+    return f'`{source.architecture}`, {trained} timm_spinal{origin}. {what}'
+
+
+def _register_line(architecture: str) -> str:
+    if not needs_registration(architecture):
+        return ''
+    backbone, _, head = architecture.rpartition('_')
+    return f"timm_spinal.register_head_variant('{backbone}', '{head}')  # makes the name known to timm"
+
+
+def _details(source: Source, cost: Cost, papers: list[Paper]) -> dict[str, Any]:
+    kwargs = {k: v for k, v in source.config.get('model_args', {}).items() if k.startswith(('head_', 'ic_', 'sb_'))}
+    details = {
+        'Parameters (M)': f'{cost.params / 1e6:.3g}',
+        'GMACs': f'{cost.macs / 1e9:.3g} (convolutions and matrix products, torch.utils.flop_counter)',
+        'Activations (M)': f'{cost.activations / 1e6:.3g}',
+        'Image size': ' x '.join(map(str, cost.input_size)),
+        'Classes': source.config['num_classes'],
+        'Options': ', '.join(f'`{k}={v}`' for k, v in kwargs.items()),
+        'Papers': ', '.join(f'[arXiv {p.arxiv}](https://arxiv.org/abs/{p.arxiv})' for p in papers),
+    }
+    return {k: v for k, v in details.items() if v != ''}
+
+
+def _results(source: Source, options: PublishOptions) -> str:
+    data = dataset_name(source.args)
+    lines = []
+    for score in source.scores:
+        images = f', {score.images:,} images' if score.images else ''
+        chosen = '; this split chose the epoch' if score.chosen_on else ''
+        lines.append(f'- {data}, {score.split}{images}: top-1 {score.top1:.2f} %, top-5 {score.top5:.2f} %{chosen}')
+    if not lines:
+        return 'No accuracy of exactly these weights was measured.'
+    metric, rows = result_rows(source, options.beside)
+    if len(rows) > 1 or any(len(row.top1) > 1 for row in rows):
+        lines += ['', 'Mean and standard deviation over the seeds, the published weights\' row in bold:', '',
+                  table(rows, metric, data)]
+    if len(rows) == 1:
+        lines += ['', 'No other head and no control of equal size was run beside it.']
+    return '\n'.join(lines)
+
+
+def _recipe(source: Source) -> str:
+    if source.args is None:
+        return 'Not recorded: the weights were published from a model in memory.'
+    result, lines = source.result, ['```', command(source.args, source.result.get('processes', 1)), '```', '']
+    versions = ', '.join(f'{k} {v}' for k, v in result.get('versions', {}).items())
+    seconds = f', {result["seconds"]:.0f} s' if result.get('seconds') else ''
+    lines.append(f'Seed {source.args.seed}, {result.get("epoch")} epochs, {result.get("updates")} updates, '
+                 f'{result.get("train_size"):,} training images, {result.get("hardware")}{seconds}. {versions}. '
+                 'All options are in `train_hparams.yaml`, the epochs in `summary.csv`.')
+    return '\n'.join(lines)
+
+
+def _limits(source: Source, options: PublishOptions) -> list[str]:
+    limits = [f'It knows {source.config["num_classes"]} classes, and gives one of them to every image.',
+              'Measured on no other data than those above, and at no other image size.']
+    if source.scores and all(score.chosen_on for score in source.scores):
+        limits.append('The split that was measured has chosen the epoch, so its accuracy is too high by an unknown '
+                      'amount.')
+    if source.scores and not options.beside:
+        limits.append('One seed: there is no spread to judge differences by.')
+    if options.weights != 'best':
+        limits.append(f'These are the {options.weights} weights of the last checkpoint, not those of the best epoch.')
+    if options.dtype == 'fp16':
+        limits.append('The weights were rounded to float16 after they were measured.')
+    return limits
+
+
+def _timm_if_used(architecture: str) -> tuple[Paper, ...]:
+    return () if architecture.startswith(SMALL_NETS) else (TIMM,)

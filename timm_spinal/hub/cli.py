@@ -1,0 +1,91 @@
+"""Publish a run on the Hugging Face Hub.
+
+    timm-spinal publish runs/my_run --repo me/resnet50_pspinal.pets              weights, config, card, curves, recipe
+    timm-spinal publish runs/my_run --repo me/... --dry-run --output folder      the same on disk, nothing is sent
+    timm-spinal publish runs/my_run --repo me/... --beside 'runs/other_*'        with other runs in the card's table
+
+It is one commit. Before it, the weights are loaded back and the card is checked; after it, everything is downloaded
+into an empty cache and compared to the bit. Publishing the same run again changes nothing. The token is the one of
+`hf auth login` or HF_TOKEN.
+"""
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn, Sequence
+
+from timm_spinal.errors import UserError
+
+from .options import DTYPES, WEIGHTS, PublishOptions, check_repo_name
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad arguments are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f'{message}; see {self.prog} --help')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``timm-spinal publish``; returns the exit code.
+
+    Raises:
+        UserError: Anything a user can mend; one line.
+    """
+    args = _parser().parse_args(argv)
+    options = _options(args)
+    from .package import built, keep
+    from .publish import check_account, publish
+    from .source import open_run
+    if not args.dry_run:
+        options = check_account(options)
+    source = open_run(args.run, options.weights)
+    with built(source, options) as folder:
+        if args.dry_run:
+            output = args.output or args.run / 'hub'
+            keep(folder, output)
+            print(f'{options.repo}: checked, nothing sent; it is in {output}')
+            return 0
+        commit = publish(folder, options, f'{source.architecture} from timm_spinal')
+    print(f"published {options.repo} at {commit[:8]}: "
+          f"timm.create_model('hf-hub:{options.repo}', pretrained=True)")
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(prog='timm-spinal publish', description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('run', type=Path, metavar='RUN', help='run folder of the trainer')
+    parser.add_argument('--repo', required=True, metavar='OWNER/NAME', help='repository on the Hub')
+    parser.add_argument('--dry-run', action='store_true', help='make and check the folder, send nothing')
+    parser.add_argument('--output', type=Path, metavar='DIR', help='folder of a dry run; not given: RUN/hub')
+    parser.add_argument('--license', default='', metavar='ID', dest='licence',
+                        help='licence of the weights, an id of the Hub such as apache-2.0; not given: that of the '
+                        'weights which training started from')
+    parser.add_argument('--private', action='store_true', help='a private repository')
+    parser.add_argument('--branch', default='', help='commit to this branch, made from main if it is not there')
+    parser.add_argument('--pull-request', action='store_true', help='open a pull request on main')
+    parser.add_argument('--tag', default='', help='git tag for the commit')
+    parser.add_argument('--weights', choices=WEIGHTS, default='best',
+                        help='best of the run, or raw or ema (moving average) of its last checkpoint')
+    parser.add_argument('--dtype', choices=DTYPES, default='fp32', help='number format of the weights')
+    parser.add_argument('--dataset-id', default='', metavar='OWNER/NAME',
+                        help='name of the data set on the Hub, where the run does not tell')
+    parser.add_argument('--beside', nargs='+', default=[], metavar='RUN',
+                        help='other runs on the same data for the table of results: seeds, controls; or wildcards')
+    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    return parser
+
+
+def _options(args: argparse.Namespace) -> PublishOptions:
+    check_repo_name(args.repo)
+    if args.dataset_id:
+        check_repo_name(args.dataset_id, '--dataset-id')
+    if args.output and not args.dry_run:
+        raise UserError(f'--output {args.output}: belongs to --dry-run; add it, or leave --output out')
+    names = PublishOptions.__dataclass_fields__
+    return PublishOptions(**{**{k: v for k, v in vars(args).items() if k in names}, 'beside': tuple(args.beside)})
+
+
+if __name__ == '__main__':
+    from timm_spinal.cli import guard
+    sys.exit(guard(main, sys.argv[1:]))

@@ -1,0 +1,87 @@
+"""The papers that a model stands on, and how they are cited."""
+import re
+from typing import Any, NamedTuple
+
+
+class Paper(NamedTuple):
+    """A paper.
+
+    Attributes:
+        tag: Tag of its models on the Hub.
+        arxiv: Its number there; '' where it has none.
+        bibtex: The entry.
+    """
+    tag: str
+    arxiv: str
+    bibtex: str
+
+
+SPINAL = Paper('spinalnet', '2007.03347', """@article{kabir2022spinalnet,
+  title={SpinalNet: Deep Neural Network with Gradual Input},
+  author={Kabir, H M Dipu and Abdar, Moloud and Khosravi, Abbas and Jalali, Seyed Mohammad Jafar and Atiya, Amir F. and Nahavandi, Saeid and Srinivasan, Dipti},
+  journal={IEEE Transactions on Artificial Intelligence},
+  year={2022}
+}""")  # noqa: E501
+PROGRESSIVE = Paper('progressivespinalnet', '2103.11373', """@article{chopra2021progressivespinalnet,
+  title={ProgressiveSpinalNet architecture for FC layers},
+  author={Chopra, Praveen},
+  journal={arXiv preprint arXiv:2103.11373},
+  year={2021}
+}""")
+XNODR = Paper('capsule', '2111.10854', """@article{sun2023xnodr,
+  title={XnODR and XnIDR: Two Accurate and Fast Fully Connected Layers for Convolutional Neural Networks},
+  author={Sun, Jian and Fard, Ali Pourramezan and Mahoor, Mohammad H.},
+  journal={Journal of Intelligent \\& Robotic Systems},
+  volume={109},
+  number={17},
+  year={2023}
+}""")
+CAPSULES = Paper('capsule', '1710.09829', """@inproceedings{sabour2017dynamic,
+  title={Dynamic Routing Between Capsules},
+  author={Sabour, Sara and Frosst, Nicholas and Hinton, Geoffrey E.},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2017}
+}""")
+IC = Paper('ic-networks', '2102.03495', """@article{an2021ic,
+  title={IC Networks: Remodeling the Basic Unit for Convolutional Neural Networks},
+  author={An, Junyi and Liu, Fengshan and Zhao, Jian and Shen, Furao},
+  journal={arXiv preprint arXiv:2102.03495},
+  year={2021}
+}""")
+SHARED_BASIS = Paper('shared-basis', '2006.05066', """@inproceedings{kang2021deeply,
+  title={Deeply Shared Filter Bases for Parameter-Efficient Convolutional Neural Networks},
+  author={Kang, Woochul and Kim, Daeyeon},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2021}
+}""")
+TIMM = Paper('', '', """@misc{rw2019timm,
+  title={PyTorch Image Models},
+  author={Wightman, Ross},
+  year={2019},
+  publisher={GitHub},
+  journal={GitHub repository},
+  doi={10.5281/zenodo.4414861},
+  howpublished={\\url{https://github.com/huggingface/pytorch-image-models}}
+}""")
+
+PAPERS = (SPINAL, PROGRESSIVE, XNODR, CAPSULES, IC, SHARED_BASIS)
+# what the name of an architecture says of it; the first that fits counts, and another row may fit besides
+_BY_NAME = (
+    (r'_pspinal\b|^pspinal', PROGRESSIVE),
+    (r'(?<!p)spinal', SPINAL),
+    (r'_xn[oi]dr\b', XNODR),
+    (r'_caps\b|^capsnet', CAPSULES),
+    (r'^ic|_ic\b', IC),
+    (r'_sb(pp)?(_|\b)', SHARED_BASIS),
+)
+
+
+def papers_of(architecture: str, paper_ids: Any = None) -> list[Paper]:
+    """The papers of an architecture: those that its config names and those that its name speaks of."""
+    ids = [paper_ids] if isinstance(paper_ids, str) else list(paper_ids or ())
+    numbers = {str(i).lower().removeprefix('arxiv:') for i in ids}
+    named = [paper for paper in PAPERS if paper.arxiv in numbers]
+    spoken = [paper for pattern, paper in _BY_NAME if re.search(pattern, architecture)]
+    if named:  # a config that names papers of ours names all of them
+        return named
+    return spoken

@@ -1,0 +1,243 @@
+"""Sending a package to the Hub: one commit that is there as a whole or not at all."""
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_download
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from safetensors.torch import load_file
+
+from timm_spinal.errors import UserError
+from timm_spinal.training.export import WEIGHTS
+from timm_spinal.training.files import sha256
+from timm_spinal.training.remote import LOG_IN, git_sha1
+
+from .options import PublishOptions, check_repo_name
+from .package import FILES, check_package, check_same_weights, load_package
+from .retry import Say, with_retries
+
+
+@dataclass
+class Push:
+    """One publication on its way.
+
+    Attributes:
+        options: Where to.
+        folder: The package.
+        title: Of the commit or pull request.
+        say: Gets a line for each step.
+        undo: What to take back when a later step fails, the last first.
+    """
+    options: PublishOptions
+    folder: Path
+    title: str
+    say: Say = print
+    api: HfApi = field(default_factory=lambda: HfApi(library_name='timm_spinal'))
+    undo: list[Callable[[], Any]] = field(default_factory=list)
+
+    @property
+    def repo(self) -> str:
+        return self.options.repo
+
+    def call(self, action: Callable[[], Any]) -> Any:
+        return with_retries(action, self.repo, self.say)
+
+
+def check_account(options: PublishOptions, say: Say = print) -> PublishOptions:
+    """The options with a full repository name, after asking the Hub whose token this is.
+
+    Raises:
+        UserError: Malformed name, no token, a token that is not valid or may only read, no network.
+    """
+    check_repo_name(options.repo)
+    if options.pull_request and options.branch:
+        raise UserError('--pull-request goes to main; leave out --branch')
+    if get_token() is None:
+        raise UserError(f'{options.repo}: no token of the Hub; {LOG_IN}')
+    me = with_retries(HfApi().whoami, options.repo, say)
+    role = me.get('auth', {}).get('accessToken', {}).get('role')
+    if role == 'read':
+        raise UserError(f'{options.repo}: the token of {me["name"]} may only read; make one with write permission on '
+                        'hf.co/settings/tokens')
+    name = options.repo if '/' in options.repo else f'{me["name"]}/{options.repo}'
+    return PublishOptions(**{**vars(options), 'repo': name})
+
+
+def publish(folder: Path, options: PublishOptions, title: str, say: Say = print) -> str:
+    """Send a package; done when it has been downloaded again and found to be the same.
+
+    Args:
+        folder: A package, from `build_package`.
+        options: With a full repository name, from `check_account`.
+        title: Of the commit or pull request.
+        say: Gets a line for each step.
+
+    Returns:
+        The commit's id.
+
+    Raises:
+        UserError: It failed; the repository is as it was before.
+    """
+    push = Push(options, folder, title, say)
+    try:
+        _ensure_repository(push)
+        revision = _ensure_branch(push)
+        commit = _pull_request(push) if options.pull_request else _commit(push, revision)
+    except UserError:
+        _take_back(push)
+        raise
+    check_download(push.repo, commit, folder, say)
+    if options.tag:
+        _tag(push, commit)
+    return commit
+
+
+def _ensure_repository(push: Push) -> None:
+    """The repository, made when it is not there."""
+    def info() -> Any:
+        try:
+            return push.api.model_info(push.repo)
+        except RepositoryNotFoundError:
+            return None
+
+    found = push.call(info)
+    if found is None:
+        push.call(lambda: push.api.create_repo(push.repo, private=push.options.private, exist_ok=True))
+        push.undo.append(lambda: _remove_if_empty(push))
+        push.say(f'{push.repo}: new {"private " if push.options.private else ""}repository')
+    elif push.options.private and not found.private:
+        raise UserError(f'{push.repo}: exists and is public; leave out --private, or make it private in its settings '
+                        'first')
+
+
+def _remove_if_empty(push: Push) -> None:
+    if set(push.api.list_repo_files(push.repo)) <= {'.gitattributes'}:
+        push.api.delete_repo(push.repo)
+
+
+def _ensure_branch(push: Push) -> str:
+    """The branch to commit to, made from main when it is not there."""
+    branch = push.options.branch
+    if not branch or branch == 'main':
+        return 'main'
+    refs = push.call(lambda: push.api.list_repo_refs(push.repo))
+    if branch not in [ref.name for ref in refs.branches]:
+        push.call(lambda: push.api.create_branch(push.repo, branch=branch, exist_ok=True))
+        push.undo.append(lambda: push.api.delete_branch(push.repo, branch=branch))
+    return branch
+
+
+def _take_back(push: Push) -> None:
+    for action in reversed(push.undo):
+        try:
+            action()
+        except Exception:  # whatever stopped us may stop this too; the error that is told is the first one
+            push.say(f'{push.repo}: what was made for this publication is empty and could not be removed')
+
+
+# ---- commit -----------------------------------------------------------------------------------------------------
+
+
+def _commit(push: Push, revision: str) -> str:
+    """One commit with all files; none when the revision holds exactly them."""
+    def commit() -> str:
+        head = push.api.model_info(push.repo, revision=revision).sha
+        remote = _remote_files(push, revision)
+        if _same(push.folder, remote):  # also after a commit whose answer was lost
+            return str(head)
+        info = push.api.create_commit(
+            push.repo, _operations(push.folder, remote), commit_message=push.title, revision=revision,
+            parent_commit=head)
+        push.say(f'{push.repo}: committed to {revision}')
+        return info.oid
+
+    return push.call(commit)
+
+
+def _pull_request(push: Push) -> str:
+    """A pull request with all files; none when main or an open one with this title holds exactly them."""
+    def pull() -> str:
+        refs = ['main', *(d.git_reference or '' for d in push.api.get_repo_discussions(push.repo)
+                          if d.is_pull_request and d.status == 'open' and d.title == push.title)]
+        for ref in refs:
+            if _same(push.folder, _remote_files(push, ref)):
+                push.say(f'{push.repo}: {ref} holds exactly this')
+                return str(push.api.model_info(push.repo, revision=ref).sha)
+        info = push.api.create_commit(
+            push.repo, _operations(push.folder, _remote_files(push, 'main')), commit_message=push.title, create_pr=True)
+        push.say(f'{push.repo}: pull request {info.pr_url}')
+        return info.oid
+
+    return push.call(pull)
+
+
+def _operations(folder: Path, remote: dict[str, Any]) -> list[Any]:
+    mine = {str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file()}
+    stale = [CommitOperationDelete(name) for name in FILES if name in remote and name not in mine]
+    return stale + [CommitOperationAdd(name, folder / name) for name in sorted(mine)]
+
+
+def _remote_files(push: Push, revision: str) -> dict[str, Any]:
+    """Checksum by file name: SHA-256 for large files, git's SHA-1 for others."""
+    rows = push.api.list_repo_tree(push.repo, recursive=True, revision=revision)
+    return {row.path: row.lfs.sha256 if row.lfs else row.blob_id for row in rows if hasattr(row, 'blob_id')}
+
+
+def _same(folder: Path, remote: dict[str, str]) -> bool:
+    """Whether a revision holds the package's files, and none of `FILES` that the package has not."""
+    mine = {str(p.relative_to(folder)): p for p in folder.rglob('*') if p.is_file()}
+    if {name for name in remote if name in FILES} != mine.keys():
+        return False
+    return all(remote[name] in (sha256(path), git_sha1(path)) for name, path in mine.items())
+
+
+def _tag(push: Push, commit: str) -> None:
+    tag = push.options.tag
+
+    def create() -> None:
+        try:
+            there = push.api.model_info(push.repo, revision=tag).sha
+        except RevisionNotFoundError:
+            push.api.create_tag(push.repo, tag=tag, revision=commit, exist_ok=True)
+            push.say(f'{push.repo}: tag {tag}')
+            return
+        if there != commit:
+            raise UserError(f'{push.repo}: the tag {tag} is on another commit; choose another name (the files are '
+                            f'published as {commit[:8]})')
+
+    push.call(create)
+
+
+# ---- after the commit -------------------------------------------------------------------------------------------
+
+
+def download(repo: str, commit: str, names: list[str], cache: Path, say: Say) -> Path:
+    """Files of a commit, fetched into an empty cache; returns the folder that holds them under their names.
+
+    Raises:
+        UserError: One of them cannot be had.
+    """
+    for name in names:
+        path = Path(with_retries(
+            lambda name=name: hf_hub_download(repo, name, revision=commit, cache_dir=cache), repo, say))
+        folder = path.parents[len(Path(name).parts) - 1]
+    return folder
+
+
+def check_download(repo: str, commit: str, package: Path, say: Say) -> None:
+    """Download a commit into an empty cache, load it, and compare with the package to the bit.
+
+    Raises:
+        UserError: Something differs.
+    """
+    names = sorted(str(p.relative_to(package)) for p in package.rglob('*') if p.is_file())
+    with tempfile.TemporaryDirectory(prefix='timm_spinal_hub_') as cache:
+        folder = download(repo, commit, names, Path(cache), say)
+        for name in names:
+            if (folder / name).read_bytes() != (package / name).read_bytes():
+                raise UserError(f'{repo}: {name} came back from the Hub with other content than was sent (commit '
+                                f'{commit[:8]}); publish again, and if it stays so, tell the Hub')
+        check_package(folder, repo)
+        check_same_weights(load_package(folder, repo), load_file(package / WEIGHTS), repo)
+    say(f'{repo}: downloaded again, and the same to the bit')

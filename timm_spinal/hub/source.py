@@ -1,0 +1,190 @@
+"""What is published, read from a run folder or taken from a model: weights, config, recipe, results, files."""
+import json
+import tempfile
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models._hub import save_config_for_hf
+from torch import nn
+
+from timm_spinal.errors import UserError
+from timm_spinal.training.checkpoint import find_checkpoints, read_state
+from timm_spinal.training.config import TrainConfig, ValidateConfig, load_yaml
+from timm_spinal.training.export import CONFIG, WEIGHTS
+from timm_spinal.training.model import check_model_name
+from timm_spinal.training.torch_sources import torch_split
+from timm_spinal.training.validation import open_candidate
+
+
+@dataclass(frozen=True)
+class Score:
+    """One measured accuracy of the weights.
+
+    Attributes:
+        split: Name of the split in its data set.
+        top1: Percent.
+        top5: Percent.
+        images: Images in it, where known.
+        chosen_on: The epoch was chosen by this split.
+    """
+    split: str
+    top1: float
+    top5: float
+    images: int | None
+    chosen_on: bool
+
+
+@dataclass
+class Source:
+    """Weights to publish, and what is known of how they were made.
+
+    Attributes:
+        state_dict: Weights as trained.
+        config: Content of timm's config.json.
+        args: The run's config; None for a model without a run.
+        result: Content of result.json; empty without a run.
+        scores: Accuracies of exactly these weights.
+        files: Further files by their name in the repository.
+        model: The model in memory that they are from, if there is one.
+    """
+    state_dict: dict[str, torch.Tensor]
+    config: dict[str, Any]
+    args: TrainConfig | None = None
+    result: dict[str, Any] = field(default_factory=dict)
+    scores: list[Score] = field(default_factory=list)
+    files: dict[str, Path] = field(default_factory=dict)
+    model: nn.Module | None = None
+
+    @property
+    def architecture(self) -> str:
+        return self.config['architecture']
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        return tuple(self.config['pretrained_cfg']['input_size'])  # type: ignore[return-value]
+
+
+def open_model(model: nn.Module, class_names: list[str] | None = None) -> Source:
+    """A model in memory, made by ``timm.create_model`` or ``attach_head``.
+
+    Raises:
+        UserError: It is no timm model, or an option of it cannot be written to config.json.
+    """
+    if not getattr(model, 'pretrained_cfg', {}).get('architecture'):
+        raise UserError(f'{type(model).__name__}: is no model of timm.create_model, so nothing could load it; publish '
+                        'one that is')
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / CONFIG
+        try:
+            save_config_for_hf(model, str(path), model_config=dict(label_names=class_names) if class_names else None)
+        except ValueError as e:
+            raise UserError(f'{model.pretrained_cfg["architecture"]}: {e}') from e  # type: ignore[index]
+        config = json.loads(path.read_text())
+    check_model_name(config['architecture'])
+    return Source(dict(model.state_dict()), config, model=model)
+
+
+def open_run(folder: Path, weights: str = 'best', result: dict[str, Any] | None = None) -> Source:
+    """A run folder of the trainer.
+
+    Args:
+        folder: The run folder.
+        weights: 'best', or 'raw' or 'ema' of the last checkpoint.
+        result: What result.json will hold, of a run that still goes on.
+
+    Raises:
+        UserError: It is no run folder, the run has no best weights or has not ended, or a file is damaged.
+    """
+    args = _read_args(folder)
+    if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
+        raise UserError(f'{folder}: holds no best checkpoint ({WEIGHTS} with {CONFIG}); the run has had no finite '
+                        'evaluation yet: go on with --resume')
+    config = read_json(folder / CONFIG)
+    if 'architecture' not in config:
+        raise UserError(f'{folder / CONFIG}: names no architecture; train again, or restore the file')
+    check_model_name(config['architecture'])
+    if result is None:
+        if not (folder / 'result.json').is_file():
+            raise UserError(f'{folder}: the run has not ended (no result.json); go on with --resume')
+        result = read_json(folder / 'result.json')
+    files = {name: folder / name for name in ('summary.csv', 'curves.png') if (folder / name).is_file()}
+    if weights == 'best':
+        return Source(_read_weights(folder / WEIGHTS), config, args, result, _scores(args, result), files)
+    state_dict, scores = _last_checkpoint(folder, args, weights == 'ema', result)
+    return Source(state_dict, config, args, result, scores, files)
+
+
+def _read_args(folder: Path) -> TrainConfig:
+    if not (folder / 'args.yaml').is_file():
+        raise UserError(f'{folder}: is no run folder (no args.yaml in it); give the folder that the trainer named')
+    known = {f.name for f in fields(TrainConfig)}
+    return replace(TrainConfig(), **{k: v for k, v in load_yaml(folder / 'args.yaml').items() if k in known})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON mapping.
+
+    Raises:
+        UserError: It cannot be read, or is something else.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding='utf-8')))
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(f'{path}: cannot be read ({type(e).__name__}); restore it, or train again') from e
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f'{path}: is damaged ({" ".join(str(e).split())[:100]}); restore it, or train again') from e
+
+
+def _scores(args: TrainConfig, result: dict[str, Any]) -> list[Score]:
+    scores = []
+    if result.get('test_top1') is not None:
+        scores.append(Score(split_name(args, args.test_split), result['test_top1'], result['test_top5'],
+                            result.get('test_images'), chosen_on=False))
+    if result.get('top1') is not None:
+        scores.append(Score(validation_split(args), result['top1'], result['top5'], result.get('eval_size'),
+                            chosen_on=True))
+    return scores
+
+
+def validation_split(args: TrainConfig) -> str:
+    """The split that chose the epoch, in words where it is a cut."""
+    if args.val_split_fraction:
+        return f'{args.val_split_fraction:g} of {args.train_split}'
+    return split_name(args, args.val_split)
+
+
+def split_name(args: TrainConfig, name: str) -> str:
+    """A split's own name in its data set."""
+    prefix, _, dataset = args.dataset.partition('/')
+    return torch_split(dataset.lower(), name) if prefix.lower() == 'torch' else name
+
+
+def _last_checkpoint(
+        folder: Path,
+        args: TrainConfig,
+        ema: bool,
+        result: dict[str, Any],
+) -> tuple[dict[str, torch.Tensor], list[Score]]:
+    """The state dict of the newest checkpoint, and its accuracy if it was written at the end of an epoch."""
+    found = find_checkpoints(folder / 'last')
+    if not found:
+        raise UserError(f'{folder}: holds no checkpoint under last/; publish the best weights with --weights best')
+    candidate = open_candidate(ValidateConfig(checkpoint=str(found[0]), use_ema=ema), str(found[0]))
+    assert candidate.state_dict is not None
+    progress = read_state(found[0])['progress']
+    row = progress['history'][-1] if progress['history'] and not progress['batch'] else {}
+    name = 'ema' if ema else 'eval'
+    if row.get(f'{name}_top1') is None:
+        return candidate.state_dict, []
+    score = Score(validation_split(args), row[f'{name}_top1'], row[f'{name}_top5'], result.get('eval_size'),
+                  chosen_on=False)
+    return candidate.state_dict, [score]

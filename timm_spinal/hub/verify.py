@@ -1,0 +1,137 @@
+"""Check what is published: fetch it, load it, compare with its golden tensors, measure its accuracy again.
+
+    timm-spinal verify me/resnet50_pspinal.pets
+    timm-spinal verify me/resnet50_pspinal.pets@v1 --data-dir my/pets        also the accuracy that the card names
+    timm-spinal verify folder                                               of a dry run
+
+Everything is fetched into an empty cache. The accuracy is measured on the split that the card names, with the recipe's
+data options; --data-dir says where the data are, or --dataset where they need no folder.
+"""
+import argparse
+import sys
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Sequence
+
+from huggingface_hub import HfApi, ModelCardData
+
+from timm_spinal.errors import UserError
+from timm_spinal.training.config import TrainConfig, ValidateConfig, load_yaml
+from timm_spinal.training.options import DataOptions
+from timm_spinal.training.remote import is_damaged
+from timm_spinal.training.validation import validate
+
+from .card_check import check_card
+from .cli import Parser
+from .options import check_repo_name
+from .package import CARD, FILES, HPARAMS, check_package
+from .publish import download
+from .retry import Say, with_retries
+from .source import split_name, validation_split
+
+TOLERANCE = 0.1  # points of top-1; on other hardware an image at the border may fall to the other side
+# of a foreign recipe these are not taken over
+_OURS_TO_SAY = ('data_dir', 'dataset_download', 'dataset_trust_remote_code')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``timm-spinal verify``; returns the exit code.
+
+    Raises:
+        UserError: It is not what it should be; one line.
+    """
+    args = _parser().parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix='timm_spinal_hub_') as cache:
+        folder = Path(args.name) if Path(args.name).is_dir() else fetch(args.name, Path(cache), print)
+        difference = check_package(folder, args.name)
+        print(f'{args.name}: loads, card complete, golden tensors differ by {difference:.1e} of their greatest value')
+        if args.data_dir or args.dataset:
+            print(check_accuracy(folder, args))
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(prog='timm-spinal verify', description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('name', metavar='OWNER/NAME[@REVISION]', help='repository on the Hub, or folder of a dry run')
+    parser.add_argument('--data-dir', default='', help='folder with the data of the recipe')
+    parser.add_argument('--dataset', default='', help="source of the data, where it is not the recipe's")
+    parser.add_argument('--dataset-download', action='store_true', help='allow the source to download')
+    parser.add_argument('--batch-size', type=int, default=128, help='images per step')
+    parser.add_argument('--workers', type=int, default=4, help='loader processes')
+    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    return parser
+
+
+def fetch(name: str, cache: Path, say: Say) -> Path:
+    """All files of a publication, of one commit; returns the folder that holds them.
+
+    Raises:
+        UserError: The repository cannot be had, or a file came damaged.
+    """
+    repo, _, revision = name.partition('@')
+    check_repo_name(repo, 'verify')
+    api = HfApi(library_name='timm_spinal')
+    info = with_retries(lambda: api.model_info(repo, revision=revision or None), name, say)
+    names = [s.rfilename for s in info.siblings or [] if s.rfilename in FILES]
+    if CARD not in names:
+        raise UserError(f'{name}: has no {CARD}, so it is no publication of timm-spinal')
+    folder = download(repo, str(info.sha), names, cache, say)
+    for file in names:
+        if is_damaged(folder / file):
+            raise UserError(f'{name}: {file} came damaged (another checksum than on the Hub); try again')
+    return folder
+
+
+def check_accuracy(folder: Path, args: argparse.Namespace) -> str:
+    """Measure the accuracy that a card names again; returns a line on it.
+
+    Raises:
+        UserError: The card names none, the data cannot be had, or the accuracy is another one.
+    """
+    if not (folder / HPARAMS).is_file():
+        raise UserError(f'{args.name}: has no {HPARAMS}, so its data options are not known; leave out --data-dir')
+    recipe = TrainConfig(**load_yaml(folder / HPARAMS))
+    config, split = evaluation(recipe, folder, args)
+    stated = stated_top1(check_card((folder / CARD).read_text(encoding='utf-8')), split)
+    if stated is None:
+        raise UserError(f'{args.name}: its card names no top-1 accuracy of {split}; leave out --data-dir')
+    top1 = validate(config)[0]['top1']
+    if abs(top1 - stated) > TOLERANCE:
+        raise UserError(f'{args.name}: top-1 on {split} is {top1:.2f} %, the card says {stated:.2f} %; are these the '
+                        'data of the recipe?')
+    return f'{args.name}: top-1 on {split} is {top1:.2f} %, as the card says ({stated:.2f} %)'
+
+
+def evaluation(recipe: TrainConfig, folder: Path, args: Any) -> tuple[ValidateConfig, str]:
+    """The evaluation that a recipe ends with, and the name of its split: the test split, else the one that chose.
+
+    Args:
+        recipe: The published options.
+        folder: The package.
+        args: ``data_dir``, ``dataset``, ``dataset_download``, ``batch_size`` and ``workers``.
+    """
+    options = {f.name: getattr(recipe, f.name) for f in fields(DataOptions) if f.name not in _OURS_TO_SAY}
+    split = validation_split(recipe)
+    if recipe.test_split:
+        options.update(val_split=recipe.test_split, val_split_fraction=0.)
+        split = split_name(recipe, recipe.test_split)
+    options.update(data_dir=args.data_dir, dataset=args.dataset or recipe.dataset,
+                   dataset_download=args.dataset_download)
+    return ValidateConfig(
+        **options, model=f'local-dir:{folder}', pretrained=True, seed=recipe.seed, batch_size=args.batch_size,
+        workers=args.workers), split
+
+
+def stated_top1(card: ModelCardData, split: str) -> float | None:
+    """The top-1 accuracy in percent that a card names for a split."""
+    for result in card.eval_results or []:
+        if result.metric_name == 'top-1 accuracy' and result.dataset_split == split:
+            return 100 * result.metric_value
+    return None
+
+
+if __name__ == '__main__':
+    from timm_spinal.cli import guard
+    sys.exit(guard(main, sys.argv[1:]))
