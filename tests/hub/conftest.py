@@ -9,10 +9,13 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
+from timm_spinal.cli import main
 from timm_spinal.training.config import TrainConfig
 from timm_spinal.training.run import train
 
 from ..conftest import THE_HUB
+
+REPO = 'me/digits'
 
 
 @pytest.fixture
@@ -73,3 +76,15 @@ def full_disk():
 def quick(monkeypatch):
     """The waits between tries, ours and the client's, a hundred times shorter."""
     monkeypatch.setattr(time, 'sleep', lambda seconds, sleep=time.sleep: sleep(seconds / 100))
+
+
+def send(run, *flags, repo=REPO, licence='mit') -> int:
+    """Publish a run folder by the command line; returns the exit code."""
+    return main(['publish', str(run), '--repo', repo, *(['--license', licence] if licence else []), *flags])
+
+
+def files(hub, revision='main', repo=REPO) -> dict[str, bytes]:
+    """What a repository of the test Hub holds."""
+    found = dict(hub.store.repos[repo].files(revision))
+    found.pop('.gitattributes')
+    return {path: blob.data for path, blob in found.items()}

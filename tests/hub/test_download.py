@@ -13,9 +13,8 @@ from timm_spinal.training.config import ValidateConfig
 from timm_spinal.training.model import create_model
 from timm_spinal.training.remote import is_damaged
 
-from .conftest import new_cache
+from .conftest import REPO, new_cache
 
-REPO = 'me/digits'
 NAME = f'hf-hub:{REPO}'
 
 

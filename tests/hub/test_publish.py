@@ -4,33 +4,19 @@ import json
 import pytest
 import timm
 import torch
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import timm_spinal
-from timm_spinal.cli import main
 from timm_spinal.hub.options import PublishOptions
 from timm_spinal.hub.package import FILES, build_package, built
 from timm_spinal.hub.publish import publish
 from timm_spinal.hub.source import open_model
 
-from .conftest import new_cache
-
-REPO = 'me/digits'
-
+from .conftest import REPO, files, new_cache, send
 
 pytestmark = pytest.mark.usefixtures('quick')
-
-
-def send(run, *flags, repo=REPO, licence='mit'):
-    return main(['publish', str(run), '--repo', repo, *(['--license', licence] if licence else []), *flags])
-
-
-def files(hub, revision='main', repo=REPO):
-    found = dict(hub.store.repos[repo].files(revision))
-    found.pop('.gitattributes')
-    return {path: blob.data for path, blob in found.items()}
 
 
 def test_one_commit_that_timm_loads(hub, run, capsys, monkeypatch, tmp_path):
@@ -149,84 +135,6 @@ def test_tokens_are_nowhere(hub, run, capsys, tmp_path):
     assert 'hf_writer' not in said.out + said.err
     written = b''.join(p.read_bytes() for p in run.rglob('*') if p.is_file())
     assert b'hf_writer' not in written
-
-
-# ---- faults -----------------------------------------------------------------------------------------------------
-
-
-STEPS = [
-    ('GET', 'whoami'), ('GET', '/api/models/me/digits$'), ('POST', 'repos/create'), ('POST', 'validate-yaml'),
-    ('GET', '/tree/'), ('POST', 'preupload'), ('POST', 'objects/batch'), ('PUT', 'lfs-put'), ('POST', '/commit/'),
-    ('POST', '/tag/'), ('HEAD', '/resolve/'), ('GET', '/cdn/'),
-]
-FAULTS = {
-    '503': ('status', dict(status=503)),
-    '429': ('status', dict(status=429, headers={'Retry-After': '1'})),
-    'cut': ('cut', {}),
-    'answer lost': ('cut_after', {}),
-}
-
-
-@pytest.mark.parametrize('fault', FAULTS)
-def test_passing_faults_at_every_step(hub, run, fault):
-    """One fault at each step of one publication: it ends as without them, in one commit."""
-    kind, kwargs = FAULTS[fault]
-    faults = [hub.fail(kind, method, path, **kwargs) for method, path in STEPS]
-    assert send(run, '--tag', 'v1') == 0
-    assert [(f.method, f.path) for f in faults if f.times] == []
-    repo = hub.store.repos[REPO]
-    assert len(repo.commits) == 2 and set(files(hub)) == set(FILES) and repo.tags == {'v1': repo.branches['main']}
-
-
-def test_lost_answer_makes_no_second_pull_request(hub, run):
-    HfApi().create_repo(REPO)
-    hub.fail('cut_after', 'POST', '/commit/')
-    assert send(run, '--pull-request') == 0
-    assert len(hub.store.repos[REPO].pulls) == 1
-
-
-@pytest.mark.parametrize('method, path', [('POST', 'preupload'), ('PUT', 'lfs-put'), ('POST', '/commit/')])
-def test_failure_leaves_the_repository_as_it_was(hub, run, method, path, capsys):
-    hub.fail('status', method, path, status=500, times=1000)
-    assert send(run, '--branch', 'next') == 2
-    assert hub.store.repos == {}, 'a repository that was made for it goes again'
-    assert 'the Hub has a fault' in capsys.readouterr().err.splitlines()[-1]
-    hub.faults.clear()
-    assert send(run) == 0
-    before = dict(hub.store.repos[REPO].branches)
-    hub.fail('status', method, path, status=500, times=1000)
-    (run / 'curves.png').unlink()
-    rewritten = load_file(run / 'model.safetensors')
-    save_file({k: v + 1 if v.is_floating_point() else v for k, v in rewritten.items()}, run / 'model.safetensors')
-    assert send(run, '--branch', 'next') == 2
-    assert hub.store.repos[REPO].branches == before
-
-
-def test_download_that_differs_is_told(hub, run, capsys):
-    hub.fail('corrupt', 'GET', '/cdn/', times=9)
-    assert send(run) == 2
-    assert 'came back from the Hub with other content' in capsys.readouterr().err
-
-
-def test_somebody_else_commits_meanwhile(hub, run, capsys):
-    assert send(run) == 0
-    (run / 'curves.png').unlink()
-    hub.fail('status', 'POST', '/commit/', status=412)
-    assert send(run) == 2
-    assert 'somebody else has changed it in the meantime' in capsys.readouterr().err
-
-
-def test_upload_by_xet_without_its_service(hub, run, monkeypatch, capsys):
-    """The client has no other way for large files when hf_xet is on; the repository stays as it was."""
-    pytest.importorskip('hf_xet')
-    assert send(run) == 0
-    before = dict(hub.store.repos[REPO].branches)
-    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', False)
-    weights = {k: v + 1 if v.is_floating_point() else v for k, v in load_file(run / 'model.safetensors').items()}
-    save_file(weights, run / 'model.safetensors')
-    assert send(run) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith('error: me/digits: ')
-    assert hub.store.repos[REPO].branches == before and hub.count('GET', 'xet-write-token') > 0
 
 
 # ---- bad input --------------------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ from safetensors.torch import load, save
 from timm_spinal.cli import main
 from timm_spinal.hub.package import FILES
 
+from ..conftest import THE_HUB
+from .conftest import REPO
 from .store import Blob
-
-REPO = 'me/digits'
 
 
 @pytest.fixture
@@ -26,7 +26,6 @@ def change(repo, name, function):
     blob = files[name]
     files[name] = Blob(function(blob.data), blob.large)
     repo.add_commit('main', files, 'changed')
-    from ..conftest import THE_HUB
     THE_HUB.store.large[files[name].sha256] = files[name].data
 
 

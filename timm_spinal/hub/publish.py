@@ -6,6 +6,7 @@ from typing import Any, Callable
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_download
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
 from safetensors.torch import load_file
 
 from timm_spinal.errors import UserError
@@ -181,7 +182,7 @@ def _operations(folder: Path, remote: dict[str, Any]) -> list[Any]:
 def _remote_files(push: Push, revision: str) -> dict[str, Any]:
     """Checksum by file name: SHA-256 for large files, git's SHA-1 for others."""
     rows = push.api.list_repo_tree(push.repo, recursive=True, revision=revision)
-    return {row.path: row.lfs.sha256 if row.lfs else row.blob_id for row in rows if hasattr(row, 'blob_id')}
+    return {row.path: row.lfs.sha256 if row.lfs else row.blob_id for row in rows if isinstance(row, RepoFile)}
 
 
 def _same(folder: Path, remote: dict[str, str]) -> bool:
@@ -218,11 +219,12 @@ def download(repo: str, commit: str, names: list[str], cache: Path, say: Say) ->
     Raises:
         UserError: One of them cannot be had.
     """
-    for name in names:
-        path = Path(with_retries(
-            lambda name=name: hf_hub_download(repo, name, revision=commit, cache_dir=cache), repo, say))
-        folder = path.parents[len(Path(name).parts) - 1]
-    return folder
+    def fetch(name: str) -> Path:
+        return Path(with_retries(
+            lambda: hf_hub_download(repo, name, revision=commit, cache_dir=cache), repo, say))
+
+    found = [fetch(name) for name in names]
+    return found[0].parents[len(Path(names[0]).parts) - 1]
 
 
 def check_download(repo: str, commit: str, package: Path, say: Say) -> None:

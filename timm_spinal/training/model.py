@@ -57,7 +57,8 @@ def create_model(config: TrainConfig | ValidateConfig, num_classes: int | None) 
             raise
         raise UserError(f'model {config.model}: {reason}') from e
     if config.pretrained and not config.pretrained_path:
-        check_download(config.model, model.pretrained_cfg.get('hf_hub_id'))
+        cfg: Any = model.pretrained_cfg
+        check_download(config.model, cfg.get('hf_hub_id'))
     return model
 
 
