@@ -9,11 +9,11 @@ from accelerate import Accelerator
 from PIL import Image
 
 from tests.training.images import make_folder
-from timm_spinal.compare import cache
 from timm_spinal.compare.features import extract, run_backbone
 from timm_spinal.compare.options import FrozenConfig, as_train_config
 from timm_spinal.compare.splits import open_splits
 from timm_spinal.errors import UserError
+from timm_spinal.training import shards
 from timm_spinal.training.dataset import ImageData
 from timm_spinal.training.model import create_model
 from timm_spinal.training.transforms import eval_transform, resolve_data, split_transform
@@ -64,7 +64,7 @@ def test_a_second_run_takes_the_cache(root, tmp_path):
 
 
 def test_an_interrupted_run_goes_on_where_it_was(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, 'SHARD_SIZE', 4)
+    monkeypatch.setattr(shards, 'SHARD_SIZE', 4)
     monkeypatch.setattr('timm_spinal.compare.features.SHARD_SIZE', 4)
     config = make_config(root)
     first = run(config, tmp_path / 'f')
@@ -177,7 +177,7 @@ def test_unreadable_images_are_named_or_left_out(root, tmp_path):
 def test_no_space_is_told_before_anything_is_made(root, tmp_path, monkeypatch):
     from collections import namedtuple
     usage = namedtuple('usage', 'total used free')
-    monkeypatch.setattr(cache.shutil, 'disk_usage', lambda _: usage(1, 1, 1000))
+    monkeypatch.setattr(shards.shutil, 'disk_usage', lambda _: usage(1, 1, 1000))
     with pytest.raises(UserError, match='need 0.00 GB, 0.00 GB are free'):
         run(make_config(root), tmp_path / 'f')
     assert not list((tmp_path / 'f').glob('*.safetensors'))

@@ -14,10 +14,9 @@ from tqdm import tqdm
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.dataset import SKIPPED_TARGET, ImageData, Source
-from timm_spinal.training.transforms import eval_transform, image_mode, resolve_data, split_transform, train_transform
-
-from .cache import (
+from timm_spinal.training.shards import (
     SHARD_SIZE,
+    Wording,
     check_space,
     has_shard,
     hash_source,
@@ -28,11 +27,17 @@ from .cache import (
     shard_path,
     write_shard,
 )
+from timm_spinal.training.transforms import eval_transform, image_mode, resolve_data, split_transform, train_transform
+
 from .options import FrozenConfig, as_train_config
 from .splits import Splits
 from .train_group import Features
 
 _CPU_BATCH = 16  # small enough for activations to stay in the caches: up to twice the speed of a batch of 128
+
+_WORDS = Wording(
+    'features', 'add --rebuild to make them anew, or choose another --features', 'run again, or add --rebuild',
+    'choose another --features, or use --train-size or fewer --augment-passes')
 
 Finish = Callable[[torch.Tensor], torch.Tensor]
 
@@ -107,11 +112,11 @@ def extract(
         model.to(memory_format=torch.channels_last)
     sizes = _output_sizes(model, data_config['input_size'], accelerator.device, maps)
     with accelerator.main_process_first():
-        mark = open_cache(folder, identity, config.rebuild and accelerator.is_main_process)
+        mark = open_cache(folder, identity, _WORDS, config.rebuild and accelerator.is_main_process)
     missing = [(part, index) for part in parts for index in range(shard_count(len(part.source)))
                if not has_shard(shard_path(folder, part.split, part.number, index), mark)]
     total = sum(_rows(part, index) for part, index in missing)
-    check_space(folder, total * (4 * sum(sizes) + 8))
+    check_space(folder, total * (4 * sum(sizes) + 8), _WORDS)
     # no process may write before all have seen what is missing
     accelerator.wait_for_everyone()
 
@@ -237,15 +242,16 @@ def _output_sizes(model: nn.Module, input_size: Any, device: torch.device, maps:
 def _load(parts: list[Part], folder: Path, mark: str) -> dict[str, Features]:
     passes: dict[str, list[dict[str, torch.Tensor]]] = {}
     for part in parts:
-        passes.setdefault(part.split, []).append(read_shards(folder, part.split, part.number, len(part.source), mark))
+        found = read_shards(folder, part.split, part.number, len(part.source), mark, _WORDS)
+        passes.setdefault(part.split, []).append(found)
     features = {}
-    for split, found in passes.items():
+    for split, each in passes.items():
         # an image that could not be read is missing in every pass
-        good = torch.stack([f['labels'] != SKIPPED_TARGET for f in found]).all(dim=0)
+        good = torch.stack([f['labels'] != SKIPPED_TARGET for f in each]).all(dim=0)
         if not good.any():
             raise UserError(f'{split}: no image of this split can be read; check the data')
-        y = found[0]['labels'][good]
-        features[split] = Features(torch.stack([f['pooled'][good] for f in found]), y)
-        if 'map' in found[0]:
-            features[f'{split}.map'] = Features(torch.stack([f['map'][good] for f in found]), y)
+        y = each[0]['labels'][good]
+        features[split] = Features(torch.stack([f['pooled'][good] for f in each]), y)
+        if 'map' in each[0]:
+            features[f'{split}.map'] = Features(torch.stack([f['map'][good] for f in each]), y)
     return features

@@ -5,17 +5,17 @@
     OUTPUT/features/                     of a comparison on frozen features
 """
 import csv
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.report import write_text
+from timm_spinal.training.files import read_json as read_json
+from timm_spinal.training.files import write_json as write_json
 
 from .controls import slug
-from .statistics import Values
 
+Values = dict[int, float]  # seed -> measured value
 MANIFEST, RESULT, SUMMARY, ERROR = 'compare.json', 'result.json', 'summary.csv', 'error.txt'
 
 
@@ -77,25 +77,6 @@ class Row:
 def run_folder(output: Path, variant: str, seed: int) -> Path:
     """Folder of one run."""
     return output / 'runs' / slug(variant) / f'seed-{seed}'
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file in one step."""
-    write_text(path, json.dumps(value, indent=2) + '\n')
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file, or None where there is none.
-
-    Raises:
-        UserError: The file is damaged.
-    """
-    try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as e:
-        raise UserError(f'{path}: cannot be read ({" ".join(str(e).split())}); remove it and run again') from e
 
 
 def write_comparison(output: Path, comparison: Comparison) -> None:

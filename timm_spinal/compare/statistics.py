@@ -11,7 +11,7 @@ from typing import Sequence
 import numpy as np
 from scipy import stats
 
-Values = dict[int, float]  # seed -> measured value
+from .runs import Values as Values
 
 
 @dataclass(frozen=True)

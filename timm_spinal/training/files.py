@@ -1,8 +1,9 @@
 """Writing files so that a kill or a full disk at any instant leaves the old ones whole."""
 import hashlib
+import json
 import os
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 from timm_spinal.errors import UserError
 
@@ -10,7 +11,7 @@ from timm_spinal.errors import UserError
 _WRITE_ERRORS = ('PytorchStreamWriter', 'inline_container', 'os error', 'I/O error')
 
 
-def write_atomically(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
+def write_atomically(path: str | os.PathLike, write: Callable[[Path], Any]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then put it in place in one step.
 
     Raises:
@@ -38,6 +39,26 @@ def write_error(error: Exception) -> str | None:
     if any(mark in text for mark in _WRITE_ERRORS):
         return f'is the disk full? ({text[:100]})'
     return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file in one step."""
+    text = json.dumps(value, indent=2) + '\n'
+    write_atomically(path, lambda temp: temp.write_text(text, encoding='utf-8'))
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file, or None where there is none.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        raise UserError(f'{path}: cannot be read ({" ".join(str(e).split())}); remove it and run again') from e
 
 
 def fsync(path: str | os.PathLike) -> None:

@@ -1,7 +1,8 @@
-"""Features on the disk: shards and a manifest of what they were made from.
+"""Answers of a frozen model on the disk: shards and a manifest of what they were made from.
 
-    FOLDER/manifest.json                   `identity` of data, weights, transforms, versions; sizes
-    FOLDER/SPLIT-PASS-NUMBER.safetensors   pooled (n, F) float32, labels (n,), map (n, C, H, W) where asked for
+    FOLDER/manifest.json                   `identity` of data, weights, transforms, versions
+    FOLDER/SPLIT-PASS-NUMBER.safetensors   one row per image; of `compare` pooled (n, F) float32, labels (n,), map
+                                           (n, C, H, W) where asked for; of --kd-cache logits (n, K) float32
 
 A shard is written in one step and carries a hash of the manifest, so that what an interrupted run leaves is either
 whole and of this manifest or not taken.
@@ -10,6 +11,7 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,9 @@ from timm.data.dataset import ImageDataset
 from torch import nn
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.dataset import Source
-from timm_spinal.training.files import write_atomically
 
-from .runs import read_json, write_json
+from .dataset import Source
+from .files import read_json, write_atomically, write_json
 
 SHARD_SIZE = 2048  # images; what an interruption can lose of each process
 _SHARD = re.compile(r'[a-z]+-\d+-\d{5}\.safetensors')
@@ -32,6 +33,15 @@ _WORDS = {
     'weights': 'other weights', 'data': 'other data', 'transform': 'another transform', 'model': 'another model',
     'timm': 'another timm version', 'maps': 'other kinds of features',
 }
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What messages call a cache, and what they advise about another identity, a damaged shard and a full disk."""
+    name: str
+    other: str
+    damaged: str
+    space: str
 
 
 def shard_path(folder: Path, split: str, number: int, index: int) -> Path:
@@ -91,27 +101,30 @@ def _stat(path: Path) -> bytes:
     return f'{path.name}\n{path.parent.name}\n{stat.st_size}\n{stat.st_mtime_ns}\n'.encode()
 
 
-def open_cache(folder: Path, identity: dict[str, Any], rebuild: bool = False) -> str:
-    """Make a folder ready for features of an identity; shards of the same identity stay.
+def open_cache(folder: Path, identity: dict[str, Any], words: Wording, rebuild: bool = False) -> str:
+    """Make a folder ready for answers of an identity; shards of the same identity stay.
 
     Args:
         folder: The folder, made where it is not there.
-        identity: What features depend on: keys to plain values.
-        rebuild: Remove the features of another identity.
+        identity: What the answers depend on: keys to plain values.
+        words: For messages.
+        rebuild: Remove the answers of another identity.
 
     Returns:
         The hash that every shard carries.
 
     Raises:
-        UserError: The folder holds features of another identity, or shards without manifest, and `rebuild` is not set.
+        UserError: The folder holds answers of another identity, or shards without manifest, and `rebuild` is not set.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f'{words.name} {folder}: {e.strerror}; choose another folder') from e
     found = read_json(folder / 'manifest.json')
     shards = [p for p in folder.iterdir() if _SHARD.fullmatch(p.name)]
     if (found is None and shards) or (found is not None and found != identity) or rebuild:
         if not rebuild:
-            raise UserError(f'features {folder}: were made from {_changes(found, identity)}; add --rebuild to make '
-                            f'them anew, or choose another --features')
+            raise UserError(f'{words.name} {folder}: were made from {_changes(found, identity)}; {words.other}')
         (folder / 'manifest.json').unlink(missing_ok=True)
         for path in shards:
             path.unlink()
@@ -137,7 +150,7 @@ def _changes(found: dict[str, Any] | None, identity: dict[str, Any]) -> str:
     return ', '.join(parts)
 
 
-def check_space(folder: Path, needed: int) -> None:
+def check_space(folder: Path, needed: int, words: Wording) -> None:
     """Refuse when the disk has not so many bytes free.
 
     Raises:
@@ -148,8 +161,8 @@ def check_space(folder: Path, needed: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if needed > free:
-        raise UserError(f'features {folder}: need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; choose another '
-                        f'--features, or use --train-size or fewer --augment-passes')
+        raise UserError(f'{words.name} {folder}: need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; '
+                        f'{words.space}')
 
 
 def write_shard(path: Path, tensors: dict[str, torch.Tensor], mark: str) -> None:
@@ -170,7 +183,14 @@ def has_shard(path: Path, mark: str) -> bool:
         raise
 
 
-def read_shards(folder: Path, split: str, number: int, images: int, mark: str) -> dict[str, torch.Tensor]:
+def read_shards(
+        folder: Path,
+        split: str,
+        number: int,
+        images: int,
+        mark: str,
+        words: Wording,
+) -> dict[str, torch.Tensor]:
     """All shards of a pass over a split, joined.
 
     Raises:
@@ -180,7 +200,7 @@ def read_shards(folder: Path, split: str, number: int, images: int, mark: str) -
     for index in range(shard_count(images)):
         path = shard_path(folder, split, number, index)
         if not has_shard(path, mark):
-            raise UserError(f'features {path}: missing, damaged or of another run; run again, or add --rebuild')
+            raise UserError(f'{words.name} {path}: missing, damaged or of another run; {words.damaged}')
         with safe_open(path, framework='pt') as f:
             for name in f.keys():  # noqa: SIM118 (not a dict)
                 parts.setdefault(name, []).append(f.get_tensor(name))
