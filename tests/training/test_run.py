@@ -32,7 +32,7 @@ from .runs import small_config
     (dict(log_with=['papyrus']), 'accelerate: .*papyrus'),
     (dict(log_with=['dvclive']), '--log-with dvclive: its package is not installed'),
     (dict(sync_bn=True), '--sync-bn: torch has it on CUDA only'),
-    (dict(kd_model_name='nonsense'), 'objective logit with teacher nonsense: '),
+    (dict(kd_model_name='nonsense'), "teacher nonsense: unknown model 'nonsense'"),
     (dict(data_dir='/nowhere'), '/nowhere'),
     (dict(num_classes=1), '--num-classes 1: the data have 2 classes'),
     (dict(model='test_resnet', img_size=None, input_size=[3, 8, 8], batch_size=1), '--batch-size 1: a BatchNorm layer'),

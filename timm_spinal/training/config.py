@@ -1,8 +1,9 @@
 """One typed config for the trainer and one for validation, read from YAML and flags.
 
-`TrainConfig` is the union of the groups in `options.py`. `parse_config` builds an argparse parser from its fields:
-``--config FILE`` gives defaults, flags win, and both go through the same converters. A key or flag that is unknown
-stops with the nearest known one; keys of timm's own trainer that do not exist here are in `timm_keys.py`.
+`TrainConfig` is the union of the groups in `options.py` and `distill_options.py`. `parse_config` builds an argparse
+parser from its fields: ``--config FILE`` gives defaults, flags win, and both go through the same converters. A key or
+flag that is unknown stops with the nearest known one; keys of timm's own trainer that do not exist here are in
+`timm_keys.py`.
 """
 import argparse
 import ast
@@ -19,6 +20,7 @@ import yaml
 
 from timm_spinal.errors import UserError
 
+from .distill_options import DistillOptions
 from .options import (
     AugmentOptions,
     AverageOptions,
@@ -37,8 +39,8 @@ from .timm_keys import ANY, NOT_OURS, RENAMED
 # the last base is the first group of fields
 @dataclass
 class TrainConfig(
-    RunOptions, AverageOptions, ObjectiveOptions, AugmentOptions, ScheduleOptions, OptimizerOptions, LoaderOptions,
-    ModelOptions, DataOptions,
+    RunOptions, AverageOptions, DistillOptions, ObjectiveOptions, AugmentOptions, ScheduleOptions, OptimizerOptions,
+    LoaderOptions, ModelOptions, DataOptions,
 ):
     """Everything that a training run depends on, under the names of timm's ``train.py``."""
 
@@ -48,6 +50,9 @@ class ValidateConfig(LoaderOptions, ModelOptions, DataOptions):
     """Validation"""
     checkpoint: str = option('', 'run folder, checkpoint folder or weights file to evaluate')
     use_ema: bool = option(False, 'evaluate the moving average of the weights')
+    crops: int = option(
+        1, 'crops of each image: 1, or 10: the corners, the centre and their mirror images, whose probabilities are '
+        'averaged', choices=(1, 10))
     results_file: str = option('', 'write the result to this .json or .csv file')
 
 

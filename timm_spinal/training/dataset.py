@@ -60,9 +60,13 @@ class Source:
         inner = indices if self.indices is None else self.indices[indices]
         return replace(self, labels=labels, indices=inner)
 
+    def number(self, index: int) -> int:
+        """Number of an image of the split in `dataset`."""
+        return index if self.indices is None else int(self.indices[index])
+
     def read(self, index: int) -> tuple[Image.Image, int]:
         """The decoded image and its class."""
-        index = index if self.indices is None else int(self.indices[index])
+        index = self.number(index)
         if isinstance(self.dataset, ImageDataset):
             # around ImageDataset.__getitem__, which puts another image in the place of one it cannot read
             file, target = self.dataset.reader[index]
@@ -74,7 +78,7 @@ class Source:
         return image, SKIPPED_TARGET if target is None else int(target) - self.label_offset
 
     def describe(self, index: int) -> str:
-        index = index if self.indices is None else int(self.indices[index])
+        index = self.number(index)
         if isinstance(self.dataset, ImageDataset):
             return str(self.dataset.filename(index, absolute=True))
         return f'number {index} of {self.name}'
@@ -95,6 +99,10 @@ class ImageData(Dataset):
         on_unreadable: 'raise'; 'replace' takes the next image that can be read; 'mark' gives zeros and
             `SKIPPED_TARGET`.
 
+    Attributes:
+        rows: When set, ``rows[i]``, with i the number of an image in ``source.dataset``, is a tensor that comes with
+            the image, and batches have a third part.
+
     Raises:
         UnreadableImage: When on_unreadable is 'raise', or nothing near the image can be read either.
     """
@@ -105,6 +113,7 @@ class ImageData(Dataset):
         self.transform, self.finish = split_transform(transform)
         self.img_mode = img_mode
         self.on_unreadable = on_unreadable
+        self.rows: Any = None
         # shared with the workers: which images were found to be unreadable
         self.unreadable = torch.zeros(len(source), dtype=torch.uint8).share_memory_()
 
@@ -112,15 +121,15 @@ class ImageData(Dataset):
         return len(self.source)
 
     def __getitem__(self, item: tuple[int, int | None]) -> tuple[torch.Tensor, int]:
-        images, targets = self.collate(self.__getitems__([item]))
+        images, targets, *_ = self.collate(self.__getitems__([item]))
         return images[0], int(targets[0])
 
-    def collate(self, samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (B, C, H, W) and classes (B,) of what `__getitems__` gives; the loader's ``collate_fn``."""
-        images, targets = zip(*samples)
-        return self.finish(torch.stack(images)), torch.tensor(targets)
+    def collate(self, samples: list[tuple]) -> tuple[torch.Tensor, ...]:
+        """Images (B, C, H, W), classes (B,) and rows of what `__getitems__` gives; the loader's ``collate_fn``."""
+        images, targets, *rows = zip(*samples)
+        return self.finish(torch.stack(images)), torch.tensor(targets), *map(torch.stack, rows)
 
-    def __getitems__(self, items: list[tuple[int, int | None]]) -> list[tuple[torch.Tensor, int]]:
+    def __getitems__(self, items: list[tuple[int, int | None]]) -> list[tuple]:
         seed = items[0][1]
         if seed is None:
             return [self._get(index) for index, _ in items]
@@ -128,7 +137,7 @@ class ImageData(Dataset):
             seed_rng(seed)
             return [self._get(index) for index, _ in items]
 
-    def _get(self, index: int) -> tuple[torch.Tensor, int]:
+    def _get(self, index: int) -> tuple:
         for step in range(self.max_tries):
             try:
                 image, target = self.source.read(place := (index + step) % len(self))
@@ -148,7 +157,9 @@ class ImageData(Dataset):
             raise UnreadableImage(
                 f'{self.max_tries} images in a row cannot be read from {self.source.describe(index)} on; '
                 f'check the data')
-        return self.transform(image), target
+        if self.rows is None:
+            return self.transform(image), target
+        return self.transform(image), target, self.rows[self.source.number(place)]
 
 
 class StreamData(IterableDataset):

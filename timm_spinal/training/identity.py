@@ -18,6 +18,7 @@ FIXED = (
 SILENT = {
     'resume', 'output', 'experiment', 'epochs', 'stop_epoch', 'workers', 'pin_mem', 'debug', 'log_interval', 'log_with',
     'checkpoint_steps', 'checkpoint_hist', 'early_stop_patience', 'validation_batch_size', 'dataset_download',
+    'kd_check',
 }
 # a change of these must reach the optimizer and the schedule, whose state is loaded over the new settings
 SCHEDULE = {f.name for options in (OptimizerOptions, ScheduleOptions) for f in fields(options)} - {'stop_epoch'}
@@ -53,6 +54,6 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> di
 
 
 def _plain(key: str, value: Any) -> Any:
-    if key == 'data_dir' and value:
+    if key == 'data_dir' and value or key == 'kd_model_name' and value and os.path.isdir(value):
         return os.path.realpath(value)
     return list(value) if isinstance(value, tuple) else value

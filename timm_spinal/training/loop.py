@@ -27,6 +27,7 @@ from .objective import Penalty
 from .optim import clip_gradients, scheduler_state
 from .progress import Progress
 from .signals import SignalFlag, StopRequested
+from .wld import WLDTask
 
 
 @dataclass
@@ -88,6 +89,7 @@ def fit(run: Run) -> None:
                         run.on_best(run, weights)
                     patience = config.early_stop_patience
                     progress.stopped_early = _any(run, bool(patience) and progress.stale >= patience)
+                row['seconds'] = progress.seconds
                 if run.scheduler is not None:
                     run.scheduler.step(progress.epoch + 1, row.get(f'eval_{config.eval_metric}'))
                 progress.end_epoch(row)
@@ -115,8 +117,8 @@ def train_epoch(run: Run, flag: SignalFlag) -> dict[str, float]:
     lr = _lr(run)
     with _bar(run, batches) as bar:
         mark = time.perf_counter()
-        for batch, (images, target) in enumerate(_batches(loader), start=first):
-            _micro_step(run, meter, images, target, batch, batches)
+        for batch, (images, target, *given) in enumerate(_batches(loader), start=first):
+            _micro_step(run, meter, images, target, batch, batches, *given)
             if not accelerator.sync_gradients:
                 continue
             lr = _lr(run)
@@ -145,6 +147,8 @@ def _start_epoch(run: Run) -> Iterable:
     epoch, loader, mixup = run.progress.epoch, run.train_loader, run.data.mixup
     run.data.set_epoch(epoch)
     run.task.train()
+    if isinstance(run.task, WLDTask):
+        run.task.batches = epoch * len(loader) + run.progress.batch
     for module in run.kept_in_eval:
         module.eval()
     if mixup is not None and run.config.mixup_off_epoch:
@@ -162,8 +166,12 @@ def _micro_step(
         target: torch.Tensor,
         batch: int,
         batches: int,
+        *given: torch.Tensor,
 ) -> None:
-    """Forward and backward of one batch; the optimizer steps when it is the last one of its update."""
+    """Forward and backward of one batch; the optimizer steps when it is the last one of its update.
+
+    What the loader gives beside images and targets (logits of a teacher) goes to the task as it is.
+    """
     config, accelerator, task = run.config, run.accelerator, run.task
     accum = accelerator.gradient_accumulation_steps
     window = min(accum, batches - batch // accum * accum)  # batches of this update: fewer in the last one
@@ -173,7 +181,7 @@ def _micro_step(
         images, target = run.data.mixup(images, target)
     with accelerator.accumulate(trainable(task)):
         with accelerator.autocast():
-            parts = task(images, target)
+            parts = task(images, target, *given)
         meter.add({k: v for k, v in parts.items() if k != 'output'}, len(images))
         loss = parts['loss'] * (accum / window)  # backward() divides by accum
         if accelerator.sync_gradients:

@@ -1,9 +1,9 @@
 """What is minimised: a timm `TrainingTask` by name, and penalties around it.
 
 `OBJECTIVES` maps the name of an objective to its builder; timm's classification and distillation tasks are used as
-they are. `PENALTIES` maps the name of a penalty to a factory that looks at the config and the model and returns a
-function without arguments (the penalty, a scalar tensor), or None when the config does not ask for it. The loop adds
-every penalty once per optimizer update, whatever the gradient accumulation, and logs it under its own name.
+they are, `wld` is ours. `PENALTIES` maps the name of a penalty to a factory that looks at the config and the model and
+returns a function without arguments (the penalty, a scalar tensor), or None when the config does not ask for it. The
+loop adds every penalty once per optimizer update, whatever the gradient accumulation, and logs it under its own name.
 """
 from typing import Any, Callable
 
@@ -21,6 +21,9 @@ from timm_spinal.errors import UserError
 
 from .config import TrainConfig
 from .losses import CAPSULE_LOSSES
+from .teacher import check_logits, open_teacher
+from .transforms import resolve_data
+from .wld import WLDTask
 
 Builder = Callable[[TrainConfig, nn.Module, dict[str, Any]], TrainingTask]
 Penalty = Callable[[], torch.Tensor]
@@ -59,7 +62,7 @@ def _classification(config: TrainConfig, model: nn.Module, common: dict[str, Any
 
 def _logit(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
     return LogitDistillationTask(
-        model, loss_type=config.kd_loss_type, temperature=config.kd_temperature, **_teacher(config), **common)
+        model, loss_type=config.kd_loss_type or 'kl', temperature=config.kd_temperature, **_weights(config), **common)
 
 
 def _feature(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
@@ -67,7 +70,7 @@ def _feature(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> T
         model,
         student_feature_dim=config.kd_student_feature_dim,
         teacher_feature_dim=config.kd_teacher_feature_dim,
-        **_teacher(config),
+        **_weights(config),
         **common,
     )
 
@@ -77,17 +80,31 @@ def _token(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> Tra
         model,
         distill_type=config.kd_token_distill_type,
         temperature=config.kd_temperature,
-        **_teacher(config),
+        **_weights(config),
         **common,
     )
 
 
-def _teacher(config: TrainConfig) -> dict[str, Any]:
-    return dict(
-        teacher_model=config.kd_model_name,
+def _wld(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
+    # the length of the run and the teacher are set by `distill.prepare_teacher`
+    return WLDTask(
+        model,
+        teacher_model=None,
+        epochs=1,
+        batches_per_epoch=1,
+        loss_type=config.kd_loss_type or 'mse',
         distill_loss_weight=config.distill_loss_weight,
-        task_loss_weight=config.task_loss_weight,
+        temperature=config.kd_temperature,
+        fade=config.kd_fade,
+        fade_end=config.kd_fade_end,
+        right_only=config.kd_right_only,
+        two_stage=config.kd_two_stage,
+        **common,
     )
+
+
+def _weights(config: TrainConfig) -> dict[str, Any]:
+    return dict(distill_loss_weight=config.distill_loss_weight, task_loss_weight=config.task_loss_weight)
 
 
 OBJECTIVES: dict[str, Builder] = {
@@ -95,7 +112,10 @@ OBJECTIVES: dict[str, Builder] = {
     'logit': _logit,
     'feature': _feature,
     'token': _token,
+    'wld': _wld,
 }
+
+NEED_LOGITS = ('logit', 'token', 'wld')  # of student and teacher
 
 PENALTIES: dict[str, Callable[[TrainConfig, nn.Module], Penalty | None]] = {}
 
@@ -105,24 +125,40 @@ def build_task(
         model: nn.Module,
         mixup_active: bool,
         device: torch.device,
+        data_config: dict[str, Any] | None = None,
+        class_names: list[str] | None = None,
 ) -> TrainingTask:
     """The training task of a config around a model that is on its device and not yet prepared.
 
-    A teacher is frozen, on the same device, and must not be prepared: wrap ``task.trainable_module`` only.
+    A teacher is frozen, on the same device, and must not be prepared: wrap ``task.trainable_module`` only. WLD has
+    none yet; see `distill.prepare_teacher`.
+
+    Args:
+        config: The run's config.
+        model: The student.
+        mixup_active: Targets are soft.
+        device: Where the model is.
+        data_config: Normalisation and size of the images, as `timm.data.resolve_data_config`; the model's when None.
+        class_names: Names of the classes, to compare with those of a teacher.
 
     Raises:
-        UserError: Loss options that exclude each other, an unknown teacher, a student that cannot be distilled so.
+        UserError: Loss options that exclude each other, a teacher that is unknown or does not fit, a student that
+            cannot be distilled so.
     """
     name = config.kd_distill_type if config.kd_model_name else 'classification'
     common = dict(criterion_options(config, model, mixup_active), device=device, verbose=False)
+    if name in NEED_LOGITS:
+        check_logits(model, f'--kd-distill-type {name}: the student', 'add --model-kwargs head_logit_scale=True')
+    if name in ('logit', 'feature', 'token'):
+        data_config = data_config or resolve_data(config, model)
+        assert config.kd_model_name is not None
+        common['teacher_model'] = open_teacher(
+            config.kd_model_name, model, data_config, renormalize=True, class_names=class_names,
+            features=name == 'feature').to(device)
     try:
-        task = OBJECTIVES[name](config, model, common)
+        return OBJECTIVES[name](config, model, common)
     except (ValueError, RuntimeError, OSError) as e:
-        teacher = f' with teacher {config.kd_model_name}' if config.kd_model_name else ''
-        raise UserError(f'objective {name}{teacher}: {" ".join(str(e).split())}') from e
-    if hasattr(task, 'teacher'):
-        task.teacher.requires_grad_(False)
-    return task
+        raise UserError(f'objective {name}: {" ".join(str(e).split())}') from e
 
 
 def build_penalties(config: TrainConfig, model: nn.Module) -> dict[str, Penalty]:

@@ -196,7 +196,7 @@ class AugmentOptions:
 
 @dataclass
 class ObjectiveOptions:
-    """Loss and distillation"""
+    """Loss"""
     loss: str | None = option(
         None, 'loss, as in timm.loss.create_classification_loss; margin and squared_hinge are those of capsule lengths '
         '(timm_spinal/training/losses.py); not given: ce', choices=LOSSES)
@@ -208,15 +208,6 @@ class ObjectiveOptions:
     asl_gamma_pos: float = option(1., 'focusing of positives of asl', low=0.)
     asl_gamma_neg: float = option(4., 'focusing of negatives of asl', low=0.)
     poly_epsilon: float = option(2., 'Poly-1 coefficient')
-    kd_model_name: str | None = option(None, 'teacher for distillation')
-    kd_distill_type: str = option('logit', 'what is distilled', choices=('logit', 'feature', 'token'))
-    kd_loss_type: str = option('kl', 'loss of logit distillation', choices=('kl',))
-    kd_temperature: float = option(4., 'temperature of distillation', low=0.01)
-    distill_loss_weight: float | None = option(None, 'weight of the distillation loss', low=0.)
-    task_loss_weight: float | None = option(None, 'weight of the classification loss', low=0.)
-    kd_student_feature_dim: int | None = option(None, 'width of the student features', low=1)
-    kd_teacher_feature_dim: int | None = option(None, 'width of the teacher features', low=1)
-    kd_token_distill_type: str = option('soft', 'kind of token distillation', choices=('soft', 'hard'))
 
 
 @dataclass

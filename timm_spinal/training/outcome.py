@@ -66,11 +66,13 @@ def summarise(run: Run) -> dict[str, Any]:
     """``result.json``: accuracies in percent and losses in nats of the best epoch, counts, speed, origin.
 
     ``epoch`` is the number of epochs done, ``best_epoch`` counts from zero as summary.csv does; ``seconds`` and
-    ``images_per_second`` are of training and evaluation, and of training alone.
+    ``images_per_second`` are of training and evaluation, and of training alone. ``teacher_top1`` is what --kd-check
+    found.
     """
     progress, best, config = run.progress, run.progress.best, run.config
     module = unwrap_model(eval_model(run.task))
     skipped = torch.tensor(run.data.skipped(), device=run.accelerator.device)
+    teacher = dict(teacher=config.kd_model_name, teacher_top1=progress.teacher_top1) if config.kd_model_name else {}
     return dict(
         model=config.model,
         top1=best.get('top1'),
@@ -90,6 +92,7 @@ def summarise(run: Run) -> dict[str, Any]:
         eval_size=run.data.eval_size,
         skipped=int(run.accelerator.reduce(skipped)),
         stopped_early=progress.stopped_early,
+        **teacher,
         dataset=config.dataset or config.data_dir,
         seed=config.seed,
         processes=run.accelerator.num_processes,

@@ -18,6 +18,7 @@ class Progress:
     best: dict[str, Any] = field(default_factory=dict)
     stale: int = 0  # evaluations since the best one
     stopped_early: bool = False
+    teacher_top1: float | None = None  # as --kd-check found it
     history: list[dict[str, Any]] = field(default_factory=list)  # rows of summary.csv
 
     @property
@@ -60,3 +61,20 @@ class Progress:
                 self.best.update({m: row[f'{prefix}_{m}'] for m in ('loss', 'top1', 'top5')})
         self.stale = 0 if chosen else self.stale + 1
         return chosen
+
+
+def batches_done(batch: int, processes: int, now: int, accum: int) -> int:
+    """Batches of each process that are done in an epoch, when it goes on with another number of processes.
+
+    The same images are done, down to a whole update.
+
+    Args:
+        batch: Batches of each process that were done.
+        processes: Processes there were.
+        now: Processes there are.
+        accum: Batches of an update.
+    """
+    if processes == now:
+        return batch
+    done = batch * processes // now
+    return done - done % accum

@@ -17,6 +17,7 @@ from .agree import agree
 from .checkpoint import choose_checkpoint, load_checkpoint, read_state
 from .config import TrainConfig, to_yaml
 from .data import Datasets, TrainData, create_data, create_datasets
+from .distill import check_distillation, prepare_teacher
 from .folder import run_folder
 from .freeze import apply_freeze
 from .identity import SCHEDULE, SILENT, check_same_run
@@ -25,7 +26,7 @@ from .model import check_batch_of_one, check_model_name, create_model
 from .objective import build_penalties, build_task
 from .optim import apply_settings, create_optimizer, create_scheduler, load_scheduler_state, resolve_lr
 from .outcome import SHARDED, export_best, finish, write_reports
-from .progress import Progress
+from .progress import Progress, batches_done
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -89,6 +90,7 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
 def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
     """Make everything that the loop needs, put a checkpoint back when resuming, and create the run folder."""
     check_model_name(config.model)
+    check_distillation(config)
     with accelerator.main_process_first():
         datasets = create_datasets(config)
     config = replace(config, num_classes=datasets.num_classes)
@@ -104,7 +106,9 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
     if config.sync_bn and accelerator.num_processes > 1:
         model = convert_sync_batchnorm(model)
     model.to(accelerator.device)
-    task = build_task(config, model, data.mixup is not None, accelerator.device)
+    with accelerator.main_process_first():  # a teacher may be downloaded
+        task = build_task(
+            config, model, data.mixup is not None, accelerator.device, data.data_config, data.class_names)
     penalties = build_penalties(config, model)
     images = config.batch_size * accelerator.num_processes * accelerator.gradient_accumulation_steps
     optimizer = create_optimizer(config, trainable(task), resolve_lr(config, images))
@@ -118,6 +122,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
     run = Run(
         config, accelerator, folder, task, optimizer, scheduler, epochs, data, train_loader, eval_loader, penalties,
         kept_in_eval, describe(config, datasets, data), export_best, write_reports)
+    prepare_teacher(run, datasets, checkpoint)
     _open_folder(run)
     set_seed(config.seed, device_specific=True)
     if checkpoint is not None:
@@ -173,9 +178,9 @@ def resume(run: Run, checkpoint: Path) -> None:
         apply_settings(run.optimizer, settings, run.scheduler, run.progress.epoch, run.progress.updates)
     run.progress.stopped_early &= 0 < run.config.early_stop_patience <= run.progress.stale
     if state['processes'] != accelerator.num_processes:
-        # the same images are done, to the whole window; random states cannot be the same
-        done = run.progress.batch * state['processes'] // accelerator.num_processes
-        run.progress.batch = done - done % accelerator.gradient_accumulation_steps
+        # random states cannot be the same
+        run.progress.batch = batches_done(
+            run.progress.batch, state['processes'], accelerator.num_processes, accelerator.gradient_accumulation_steps)
         accelerator.print(f'resuming with {accelerator.num_processes} processes instead of {state["processes"]}: '
                           'the result will not be bit-identical')
     # rows of epochs that will be done again go
