@@ -3,8 +3,10 @@ import json
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
+from torchvision import transforms as v1
 
 from timm_spinal.cli import main
 from timm_spinal.errors import UserError
@@ -103,3 +105,51 @@ def test_other_classes_are_refused(trained, tmp_path):
         (tmp_path / 'images' / split / 'ant').rename(tmp_path / 'images' / split / 'cat')
     with pytest.raises(UserError, match="other classes than the data have .'ant' is 'bee' there."):
         validate(options(config, checkpoint=str(tmp_path / 'run')))
+
+
+def ten_crop_by_hand(model, root, size):
+    """Resize to 40, ten crops of 32, mean probability: loss and accuracy with torchvision's own pieces."""
+    data = timm.data.resolve_data_config(model=model)
+    transform = v1.Compose([
+        v1.Resize(size, v1.InterpolationMode(data['interpolation'])), v1.TenCrop(32),
+        v1.Lambda(lambda crops: torch.stack([v1.functional.to_tensor(c) for c in crops])),
+        v1.Normalize(data['mean'], data['std'])])
+    dataset = timm.data.create_dataset('', root=root, split='validation', transform=transform)
+    crops, targets = zip(*(dataset[i] for i in range(len(dataset))))
+    with torch.no_grad():
+        mean = torch.stack([model(c).softmax(-1).mean(0) for c in crops])
+    targets = torch.tensor(targets)
+    top1 = 100 * (mean.argmax(1) == targets).float().mean().item()
+    return top1, -mean.gather(1, targets[:, None]).log().mean().item()
+
+
+def test_ten_crops(tmp_path, launch):
+    config = small_config(tmp_path, epochs=2, model='test_vit', opt='adamw', lr=0.003, train_split='validation')
+    train(config)
+    model = timm.create_model(f'local-dir:{tmp_path / "run"}', pretrained=True).eval()
+    top1, loss = ten_crop_by_hand(model, config.data_dir, 40)
+    where = dict(checkpoint=str(tmp_path / 'run'), crop_pct=0.8)
+    row, = validate(options(config, crops=10, **where))
+    assert row['crops'] == 10 and row['images'] == 22
+    assert row['top1'] == pytest.approx(top1) and row['loss'] == pytest.approx(loss, rel=1e-5)
+    single, = validate(options(config, **where))
+    assert single['crops'] == 1 and single['loss'] != pytest.approx(loss, rel=1e-3)
+    done = launch(2, '-m', 'timm_spinal.validate', '--checkpoint', str(tmp_path / 'run'), '--crop-pct', '0.8',
+                  '--data-dir', config.data_dir, '-b', '3', '-j', '0', '--crops', '10',
+                  '--results-file', str(tmp_path / 'ten.json'))
+    two, = json.loads((tmp_path / 'ten.json').read_text())
+    assert 'error' not in done.stderr and two['images'] == 22
+    assert two['top1'] == pytest.approx(top1) and two['loss'] == pytest.approx(loss, rel=1e-5)
+
+
+def test_crops_that_say_little_or_cannot_be(trained, tmp_path, capsys):
+    config, _ = trained
+    where = dict(checkpoint=str(tmp_path / 'run'), crops=10)
+    validate(options(config, crop_pct=1., **where))
+    assert 'crop_pct is 1, so the crops of a square image differ by mirroring only' in capsys.readouterr().out
+    row, = validate(options(config, crop_pct=0.8, crop_mode='squash', channels_last=True, **where))
+    assert row['images'] == 22
+    with pytest.raises(UserError, match='--crops 10: images of --crop-mode border are smaller than a crop'):
+        validate(options(config, crop_mode='border', **where))
+    assert main(['validate', '--crops', '5', '--data-dir', config.data_dir]) == 2
+    assert "--crops: '5' is not one of 1, 10" in capsys.readouterr().err

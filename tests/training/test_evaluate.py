@@ -110,3 +110,19 @@ accelerator.end_training()
 def test_two_processes_count_every_image_once(tmp_path, launch):
     (tmp_path / 'check.py').write_text(TWO_PROCESSES)
     assert 'exact' in launch(2, str(tmp_path / 'check.py')).stdout
+
+
+def test_crops_are_averaged_as_probabilities():
+    """Five images of ten crops in batches of two; one image cannot be read."""
+    torch.manual_seed(0)
+    logits, targets = 3 * torch.randn(5, 10, 7), torch.tensor([0, 1, 2, -1, 4])
+    images = torch.zeros(5, 10, 1, 1, 8)
+    images[:, :, 0, 0, :7] = logits
+    accelerator = Accelerator()
+    loader = accelerator.prepare(DataLoader(list(zip(images, targets.tolist())), batch_size=2))
+    metrics = evaluate(accelerator, Answers(), loader)
+    mean, good = logits.softmax(-1).mean(1), targets >= 0
+    assert metrics['images'] == 4
+    assert metrics['loss'] == pytest.approx(-mean[good].gather(1, targets[good, None]).log().mean().item(), rel=1e-5)
+    assert metrics['top1'] == pytest.approx(100 * (mean.argmax(1) == targets)[good].float().mean().item())
+    assert not torch.equal(mean.argmax(1), logits.mean(1).argmax(1))  # the mean of logits is another answer

@@ -15,7 +15,7 @@ position) only; see `sampling` and `dataset`. Streamed sources are the exception
 """
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from timm.data import Mixup
@@ -29,7 +29,7 @@ from .dataset import ImageData, Source, StreamData
 from .sampling import EvalSampler, TrainSampler, stratified_split
 from .sources import open_source
 from .torch_sources import torch_split
-from .transforms import eval_transform, image_mode, resolve_data, train_transform
+from .transforms import eval_transform, image_mode, resolve_data, ten_crop_transform, train_transform
 
 _logger = logging.getLogger(__name__)
 
@@ -198,8 +198,8 @@ def create_data(
     mixing = config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None
     return TrainData(
         train_loader=_loader(config, dataset, sampler, config.batch_size, drop_last=True),
-        eval_loader=_eval_loader(config, datasets.eval, data_config, mode),
-        test_loader=_eval_loader(config, datasets.test, data_config, mode) if datasets.test else None,
+        eval_loader=_eval_loader(config, datasets.eval, eval_transform(data_config), mode),
+        test_loader=_eval_loader(config, datasets.test, eval_transform(data_config), mode) if datasets.test else None,
         mixup=_mixup(config, datasets.num_classes) if mixing else None,
         num_classes=datasets.num_classes,
         class_names=datasets.class_names,
@@ -215,11 +215,18 @@ def create_eval_loader(
         config: TrainConfig | ValidateConfig,
         model: nn.Module,
         datasets: Datasets,
+        crops: int = 1,
 ) -> tuple[DataLoader, dict[str, Any]]:
     """The evaluation loader and the data config, for validation of a trained model.
 
+    Args:
+        config: Where the data are, batch size and workers.
+        model: Its classes, input size, channels, mean and std are used.
+        datasets: From `create_datasets`.
+        crops: 1, or 10 for batches of (B, 10, C, H, W).
+
     Raises:
-        UserError: The data have not the model's classes.
+        UserError: The data have not the model's classes, or its images cannot be cropped so.
     """
     have, want = datasets.num_classes, getattr(model, 'num_classes', datasets.num_classes)
     if have > want or (have < want and not config.dataset and not config.class_map):
@@ -227,7 +234,8 @@ def create_eval_loader(
                         f', or number the folders with --class-map')
     data_config = resolve_data(config, model)
     mode = image_mode(config, data_config['input_size'][0])
-    return _eval_loader(config, datasets.eval, data_config, mode), data_config
+    transform = ten_crop_transform(data_config) if crops == 10 else eval_transform(data_config)
+    return _eval_loader(config, datasets.eval, transform, mode), data_config
 
 
 def _check_batch(config: TrainConfig, train: Source, num_processes: int) -> None:
@@ -260,11 +268,10 @@ def _mixup(config: TrainConfig, num_classes: int) -> Mixup:
 def _eval_loader(
         config: TrainConfig | ValidateConfig,
         source: Source,
-        data_config: dict[str, Any],
+        transform: Callable,
         mode: str,
 ) -> DataLoader:
     batch = config.validation_batch_size or config.batch_size
-    transform = eval_transform(data_config)
     if source.streamed:
         return _loader(config, StreamData(source, transform, mode, config.seed), None, batch)
     dataset = ImageData(source, transform, mode, 'mark' if config.skip_unreadable else 'raise')

@@ -1,4 +1,5 @@
 """Exact evaluation: every image counts once, whatever the number of processes."""
+import math
 import time
 from typing import Any
 
@@ -23,12 +24,13 @@ def evaluate(
     """Loss and accuracy of a model over a loader.
 
     The last batches that Accelerate fills up so that all processes have the same number are cut again, and rows
-    with target -1 (images that could not be read) are left out.
+    with target -1 (images that could not be read) are left out. Where there are several crops of an image, the mean of
+    their probabilities counts (Krizhevsky et al. 2012, whose ten-crop testing ResNet's tables have).
 
     Args:
         accelerator: The loader must have been prepared by it.
         model: Left in eval mode. The first output counts when it returns several.
-        loader: Yields images (B, C, H, W) and class indices (B,).
+        loader: Yields images (B, C, H, W), or crops of them (B, N, C, H, W), and class indices (B,).
         channels_last: Give the images in that memory format.
         description: Title of the progress bar.
 
@@ -45,11 +47,15 @@ def evaluate(
     nonfinite = torch.zeros((), dtype=torch.int64, device=accelerator.device)
     bar = tqdm(loader, desc=description, leave=False, disable=None if accelerator.is_main_process else True)
     for images, target in bar:
+        crops = images.shape[1:-3]
+        images = images.flatten(0, -4)
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
             output = model(images)
         output = output[0] if isinstance(output, (tuple, list)) else output
+        if crops:
+            output = _mean_over_crops(output.view(-1, *crops, output.shape[-1]))
         output, target = accelerator.gather_for_metrics((output.contiguous(), target))
         readable = target >= 0
         output, target = output[readable], target[readable]
@@ -59,3 +65,8 @@ def evaluate(
         raise UserError('evaluation: no readable image in the evaluation split; check --data-dir and --val-split')
     metrics = dict(evaluator.compute(), images=evaluator.num_samples, nonfinite=int(nonfinite))
     return dict(metrics, seconds=time.perf_counter() - start)
+
+
+def _mean_over_crops(output: torch.Tensor) -> torch.Tensor:
+    """Logits (B, N, K) of crops as logarithms (B, K) of their mean probabilities."""
+    return output.float().log_softmax(dim=-1).logsumexp(dim=1) - math.log(output.shape[1])

@@ -110,6 +110,29 @@ def eval_transform(data: dict[str, Any]) -> Callable:
     )
 
 
+def ten_crop_transform(data: dict[str, Any]) -> Callable:
+    """Resize as for evaluation, then the four corners, the centre and their mirror images: (10, C, H, W).
+
+    Raises:
+        UserError: Crop mode border, which leaves images that are smaller than a crop.
+    """
+    if data['crop_mode'] == 'border':
+        raise UserError('--crops 10: images of --crop-mode border are smaller than a crop; use center or squash')
+    *resize, _, to_tensor, normalize = eval_transform(data).transforms  # type: ignore[attr-defined]
+    crop = transforms.TenCrop(data['input_size'][1:])
+    return transforms.Compose([*resize, crop, StackCrops(to_tensor), normalize])
+
+
+class StackCrops:
+    """Several images as one tensor (N, C, H, W)."""
+
+    def __init__(self, to_tensor: Callable[[Any], torch.Tensor]):
+        self.to_tensor = to_tensor
+
+    def __call__(self, images: Any) -> torch.Tensor:
+        return torch.stack([self.to_tensor(image) for image in images])
+
+
 class BatchNormalize:
     """Bytes (B, C, H, W) to normalised floats, the same to the bit as ToTensor and Normalize of each image."""
 

@@ -37,7 +37,7 @@ def validate(config: ValidateConfig) -> list[dict[str, Any]]:
 
     Returns:
         One row per model: ``model``, ``top1``, ``top1_err``, ``top5``, ``top5_err`` (percent), ``loss`` (nats),
-        ``param_count`` (millions), ``img_size``, ``crop_pct``, ``interpolation``, ``images``, ``skipped``,
+        ``param_count`` (millions), ``img_size``, ``crop_pct``, ``crops``, ``interpolation``, ``images``, ``skipped``,
         ``images_per_second``; or ``model`` and ``error`` for one of several that could not be evaluated.
 
     Raises:
@@ -140,7 +140,10 @@ def validate_one(accelerator: Accelerator, candidate: Candidate) -> dict[str, An
             raise UserError(f'checkpoint {candidate.name}: the weights are not of {config.model} '
                             f'({" ".join(str(e).split())[:150]})') from e
     _check_class_names(model, datasets.class_names, candidate.name)
-    loader, data_config = create_eval_loader(config, model, datasets)
+    loader, data_config = create_eval_loader(config, model, datasets, config.crops)
+    if config.crops > 1 and data_config['crop_pct'] >= 1.:
+        accelerator.print(f'{candidate.name}: crop_pct is 1, so the crops of a square image differ by mirroring only; '
+                          'give a smaller --crop-pct')
     model.to(accelerator.device)
     params = sum(p.numel() for p in model.parameters())
     if config.torchcompile:
@@ -157,6 +160,7 @@ def validate_one(accelerator: Accelerator, candidate: Candidate) -> dict[str, An
         param_count=round(params / 1e6, 2),
         img_size=data_config['input_size'][-1],
         crop_pct=data_config['crop_pct'],
+        crops=config.crops,
         interpolation=data_config['interpolation'],
         images=metrics['images'],
         skipped=int(skipped),
