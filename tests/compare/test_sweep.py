@@ -1,3 +1,4 @@
+import csv
 import json
 from pathlib import Path
 
@@ -5,7 +6,8 @@ import pytest
 import yaml
 
 from timm_spinal.compare.cli import main
-from timm_spinal.compare.sweep import Task, check_folder, job_environment
+from timm_spinal.compare.jobs import Task, job_environment
+from timm_spinal.compare.sweep import check_folder
 from timm_spinal.compare.sweep_file import read_sweep, size_control
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig, to_yaml
@@ -57,6 +59,11 @@ def test_controls_of_equal_size(tmp_path):
     (dict(seed=3), "unknown key 'seed'; did you mean seeds"),
     (dict(tune=dict(lr=0.1)), 'tune: write lists'),
     (dict(tune=dict(lrr=[0.1])), "tune: unknown key 'lrr'"),
+    (dict(variants=dict(b=dict(model='test_resnet', kd_model_name='variant:a', kd_distill_type='wld'),
+                        a=dict(model='test_resnet'))), 'its teacher a is not among the variants before it'),
+    (dict(variants=dict(a=dict(model='test_resnet', kd_model_name='variant:a'))), 'its teacher a is not among'),
+    (dict(tune=dict(lr=[0.1]), variants=dict(
+        a=dict(model='test_resnet'), b=dict(model='test_resnet', kd_model_name='variant:a'))), 'tune: variant b has a'),
 ])
 def test_bad_files_are_refused_before_anything_runs(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
@@ -129,6 +136,20 @@ def test_finished_runs_are_kept_and_a_failed_one_does_not_stop_the_others(tmp_pa
     assert main(['--report', *runs, '--output', str(tmp_path / 'again')]) == 0
     comparison = json.loads((tmp_path / 'again' / 'compare.json').read_text())
     assert [v.partition(',')[0] for v in comparison['variants']] == ['test_resnet_spinal', 'test_resnet_linear']
+
+
+def test_teacher_is_the_run_of_the_same_seed(tmp_path):
+    """Two at a time: the student waits for its teacher, though there is room for both."""
+    variants = dict(
+        plain=dict(model='test_resnet'),
+        wld=dict(model='test_resnet', kd_model_name='variant:plain', kd_distill_type='wld', kd_check=0.))
+    assert run_and_read(write(tmp_path / 's.yaml', variants=variants))[0] == 0
+    plain, wld = (tmp_path / 'out' / 'runs' / name / 'seed-0' for name in ('plain', 'wld'))
+    args = yaml.safe_load((wld / 'args.yaml').read_text())
+    result, teacher = (json.loads((p / 'result.json').read_text()) for p in (wld, plain))
+    assert args['kd_model_name'] == str(plain)
+    assert result['teacher_top1'] == pytest.approx(teacher['top1'])
+    assert float(next(csv.DictReader((wld / 'summary.csv').open()))['train_kd_loss']) > 0
 
 
 @pytest.mark.slow

@@ -1,12 +1,6 @@
 """Whole trainings, variants times seeds, each an ordinary run folder of the trainer."""
 import dataclasses
-import os
-import queue
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +11,20 @@ from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig, load_yaml
 from timm_spinal.training.identity import changed_settings
 from timm_spinal.training.model import create_model
-from timm_spinal.training.report import write_text
 from timm_spinal.training.transforms import resolve_data
 
 from .controls import slug
 from .cost import network_cost
+from .jobs import Task, run_tasks
 from .report import write_report
-from .runs import ERROR, RESULT, Comparison, read_row, run_folder, write_comparison
+from .runs import Comparison, read_row, run_folder, write_comparison
 from .splits import Splits, open_splits, three_way
-from .sweep_file import Sweep, size_control, write_config
+from .sweep_file import Sweep, size_control, teacher_of
 from .tune import FIRST_SEED, mark_best
 
 # settings of which a finished run may have had others
 _ASIDE = ('resume', 'output', 'experiment', 'workers', 'pin_mem', 'debug', 'log_interval', 'log_with',
           'checkpoint_steps', 'checkpoint_hist', 'validation_batch_size', 'dataset_download')
-
-
-@dataclass(frozen=True)
-class Task:
-    """One training: its config names its folder."""
-    variant: str
-    config: TrainConfig
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.output) / self.config.experiment
-
-    @property
-    def title(self) -> str:
-        return f'{self.variant}, {self.config.experiment}'
 
 
 def run_sweep(sweep: Sweep, jobs: int, command: str) -> tuple[Path, int]:
@@ -90,38 +69,6 @@ def run_sweep(sweep: Sweep, jobs: int, command: str) -> tuple[Path, int]:
     return sweep.output, failed
 
 
-def run_tasks(tasks: list[Task], jobs: int) -> int:
-    """Run what is not finished, some at a time; a failure is told and the others go on. Returns the failures."""
-    todo = [task for task in tasks if not is_finished(task)]
-    if len(todo) < len(tasks):
-        print(f'{len(tasks) - len(todo)} of {len(tasks)} runs are finished already', flush=True)
-    slots: queue.Queue[int] = queue.Queue()
-    for slot in range(jobs):
-        slots.put(slot)
-    running: set[subprocess.Popen] = set()
-    pool, failed = ThreadPoolExecutor(jobs), 0
-    try:
-        futures = {pool.submit(_run, task, slots, jobs, running): task for task in todo}
-        for count, future in enumerate(as_completed(futures), 1):
-            error, seconds = future.result()
-            failed += bool(error)
-            print(f'[{count}/{len(todo)}] {futures[future].title}: {error or "done"}, {seconds:.0f} s', flush=True)
-    except BaseException:
-        # trainings write a checkpoint when they are asked to stop
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in list(running):
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(wait=True)
-    return failed
-
-
-def is_finished(task: Task) -> bool:
-    """Whether a run folder holds a result; `check_folder` has seen that it is of these settings."""
-    return (task.folder / RESULT).exists() and not (task.folder / ERROR).exists()
-
-
 def check_folder(task: Task) -> None:
     """Refuse a run folder of other settings.
 
@@ -139,48 +86,6 @@ def check_folder(task: Task) -> None:
         text = ', '.join(f'{k} ({v})' for k, v in changed.items())
         raise UserError(f'run folder {task.folder}: was made with other settings: {text}; remove it, or give the sweep '
                         f'another output')
-
-
-def job_environment(slot: int, jobs: int, devices: int) -> dict[str, str]:
-    """Environment of one of several trainings at a time: its share of the cores, and a GPU of its own."""
-    environment = dict(os.environ)
-    if jobs > 1:
-        environment.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // jobs)))
-        if devices > 1 and 'CUDA_VISIBLE_DEVICES' not in environment:
-            environment['CUDA_VISIBLE_DEVICES'] = str(slot % devices)
-    return environment
-
-
-def _run(task: Task, slots: 'queue.Queue[int]', jobs: int, running: set) -> tuple[str, float]:
-    """Train in a process of its own; returns why it failed, or '', and the seconds."""
-    task.folder.mkdir(parents=True, exist_ok=True)
-    (task.folder / ERROR).unlink(missing_ok=True)
-    start, log = time.perf_counter(), task.folder.with_suffix('.log')
-    config_file = task.folder.with_suffix('.yaml')
-    write_config(config_file, task.config)
-    slot = slots.get()
-    try:
-        with open(log, 'a', encoding='utf-8') as out:
-            process = subprocess.Popen(
-                [sys.executable, '-m', 'timm_spinal.train', '--config', str(config_file)],
-                stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-                env=job_environment(slot, jobs, torch.cuda.device_count()))
-            running.add(process)
-            code = process.wait()
-            running.discard(process)
-    finally:
-        slots.put(slot)
-    error = ''
-    if code or not (task.folder / RESULT).exists():
-        error = f'failed: {_last_error(log) or f"exit code {code}"} (see {log})'
-        write_text(task.folder / ERROR, error)
-    return error, time.perf_counter() - start
-
-
-def _last_error(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(encoding='utf-8', errors='replace').splitlines() if line.strip()]
-    errors = [line.partition('error: ')[2] for line in lines if line.startswith('error: ')]
-    return (errors or lines or [''])[-1][:300]
 
 
 # ---- what is run ------------------------------------------------------------------------------------------------
@@ -209,8 +114,10 @@ def _tasks(sweep: Sweep, configs: dict[str, TrainConfig]) -> list[Task]:
     for seed in sweep.seeds:  # seed by seed, so that an unfinished sweep has pairs to compare
         for name, config in configs.items():
             folder = run_folder(sweep.output, name, seed)
+            teacher = run_folder(sweep.output, teacher_of(config), seed) if teacher_of(config) else None
+            config = replace(config, kd_model_name=str(teacher) if teacher else config.kd_model_name)
             tasks.append(Task(name, replace(
-                config, seed=seed, output=str(folder.parent), experiment=folder.name, resume='auto')))
+                config, seed=seed, output=str(folder.parent), experiment=folder.name, resume='auto'), teacher))
     return tasks
 
 

@@ -10,6 +10,8 @@
       linear: {model: resnet18_linear}
       spinal: {model: resnet18_spinal, model_kwargs: {head_width: 256}}
       mlp=spinal:                            # an MLP head with as many parameters as that of spinal
+      wld:                                   # its teacher is the run of linear with the same seed
+        {model: resnet18, kd_model_name: 'variant:linear', kd_distill_type: wld}
     tune:                                    # optional: the same grid for every variant
       lr: [0.01, 0.1]
       weight_decay: [0.0001]
@@ -37,6 +39,7 @@ from .controls import CONTROL, count_params, slug
 from .options import parse_seeds
 
 _KEYS = ('output', 'seeds', 'control', 'shared', 'variants', 'tune')
+TEACHER = 'variant:'  # start of a kd_model_name that is another variant
 _OURS = ('seed', 'output', 'experiment', 'resume')  # the sweep sets these
 
 
@@ -92,6 +95,7 @@ def read_sweep(path: Path, output: str = '') -> Sweep:
         configs[name] = TrainConfig(**{**shared, **values, 'model_kwargs': kwargs})
         check_model_name(configs[name].model)
     _check_names(path, configs)
+    _check_teachers(path, configs, bool(raw.get('tune')))
     control = str(raw.get('control') or next(iter(configs)))
     if control not in configs:
         raise UserError(f'sweep {path}: control {control!r} is not among the variants {", ".join(configs)}')
@@ -170,6 +174,25 @@ def _check_names(path: Path, configs: dict[str, TrainConfig]) -> None:
         other = folders.setdefault(slug(name), name)
         if other != name:
             raise UserError(f'sweep {path}: the variants {other!r} and {name!r} would share a folder; rename one')
+
+
+def _check_teachers(path: Path, configs: dict[str, TrainConfig], tuned: bool) -> None:
+    before: list[str] = []
+    for name, config in configs.items():
+        teacher = teacher_of(config)
+        if teacher and teacher not in before:
+            raise UserError(f'sweep {path}: variant {name}: its teacher {teacher} is not among the variants before it; '
+                            'write the teacher first')
+        if teacher and tuned:
+            raise UserError(f'sweep {path}: tune: variant {name} has a variant as its teacher, of which there would be '
+                            'several; give it a run folder')
+        before.append(name)
+
+
+def teacher_of(config: TrainConfig) -> str:
+    """The variant whose run of the same seed is the teacher of a config; '' where it is none."""
+    name = config.kd_model_name or ''
+    return name.removeprefix(TEACHER) if name.startswith(TEACHER) else ''
 
 
 def _grid(path: Path, tune: Any) -> list[dict[str, Any]]:
