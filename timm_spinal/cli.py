@@ -3,6 +3,7 @@
     timm-spinal train --config configs/quickstart.yaml       the same as: accelerate launch -m timm_spinal.train ...
     timm-spinal validate --model local-dir:RUN --data-dir my/images
     timm-spinal list '*pspinal'
+    timm-spinal plot output/train/plain output/train/wld --to-accuracy 85
     timm-spinal coverage
     timm-spinal bench train
 
@@ -30,6 +31,7 @@ VERBS = {
     'list': Verb('timm_spinal.cli', 'list_models', 'names of the models that this package adds to timm'),
     'coverage': Verb('timm_spinal.bench.coverage', 'main', 'which timm models can take a head'),
     'compare': Verb('timm_spinal.compare.cli', 'main', 'which head, or any other choice, helps on some data'),
+    'plot': Verb('timm_spinal.compare.plot', 'main', 'curves of several runs, and epochs and seconds to an accuracy'),
     'publish': Verb('timm_spinal.hub.cli', 'main', 'put a run on the Hugging Face Hub'),
     'verify': Verb('timm_spinal.hub.verify', 'main', 'check what is published on the Hub'),
     'bench train': Verb('timm_spinal.bench.train', 'main', "speed of this trainer's loop against timm's"),

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 
-from timm_spinal.training.files import write_atomically
+from timm_spinal.training.report import new_figure, save_figure
 
 from .runs import Row, read_history
 from .statistics import Values, calibration, estimate
@@ -11,21 +11,9 @@ from .statistics import Values, calibration, estimate
 _METRICS = {'test_top1': 'test top-1 (%)', 'val_top1': 'validation top-1 (%)'}
 
 
-def _figure(width: float, height: float):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(width, height), layout='constrained')
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure, path: Path) -> None:
-    write_atomically(path, lambda p: figure.savefig(p, format='png', dpi=110))
-
-
 def draw_accuracy(path: Path, values: dict[str, Values], params: dict[str, int], metric: str) -> None:
     """A point for each seed, the mean and its 95 % interval, against the number of parameters."""
-    figure = _figure(8, 5)
+    figure = new_figure(8, 5)
     axes = figure.subplots()
     for i, (variant, by_seed) in enumerate(values.items()):
         x, points = params.get(variant) or 1, list(by_seed.values())
@@ -38,12 +26,12 @@ def draw_accuracy(path: Path, values: dict[str, Values], params: dict[str, int],
     axes.grid(alpha=0.3)
     if values:
         axes.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_curves(path: Path, rows: list[Row]) -> None:
     """Training loss and validation accuracy over the epochs: mean over seeds, band from lowest to highest."""
-    figure = _figure(12, 4.5)
+    figure = new_figure(12, 4.5)
     panels = (('train_loss', 'training loss (nats)'), ('eval_top1', 'validation top-1 (%)'))
     variants = list(dict.fromkeys(row.variant for row in rows))
     histories = {v: [read_history(Path(r.folder)) for r in rows if r.variant == v] for v in variants}
@@ -62,7 +50,7 @@ def draw_curves(path: Path, rows: list[Row]) -> None:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_calibration(path: Path, predictions: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
@@ -72,7 +60,7 @@ def draw_calibration(path: Path, predictions: dict[str, tuple[np.ndarray, np.nda
         path: Picture to write.
         predictions: For each variant, confidence and correctness of all test images of all seeds.
     """
-    figure = _figure(6, 6)
+    figure = new_figure(6, 6)
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color='grey', linewidth=1)
     errors = {}
@@ -83,5 +71,5 @@ def draw_calibration(path: Path, predictions: dict[str, tuple[np.ndarray, np.nda
     axes.set(xlabel='confidence', ylabel='accuracy', title='test images, all seeds', xlim=(0, 1), ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, path)
+    save_figure(figure, path)
     return errors

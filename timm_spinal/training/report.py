@@ -34,18 +34,28 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     write_atomically(path, write)
 
 
-def write_curves(path: Path, history: list[dict[str, Any]]) -> None:
-    """Draw loss, top-1 and learning rate over the epochs."""
+def new_figure(width: float, height: float) -> Any:
+    """A matplotlib figure of so many inches that needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height), layout='constrained')
+    FigureCanvasAgg(figure)
+    return figure
 
+
+def save_figure(figure: Any, path: Path, dpi: int = 110) -> None:
+    """Write a figure as PNG in one step."""
+    write_atomically(path, lambda p: figure.savefig(p, format='png', dpi=dpi))
+
+
+def write_curves(path: Path, history: list[dict[str, Any]]) -> None:
+    """Draw loss, top-1 and learning rate over the epochs."""
     panels = (
         ('loss (nats)', ('train_loss', 'eval_loss', 'ema_loss')),
         ('top-1 (%)', ('eval_top1', 'ema_top1')),
         ('learning rate', ('lr',)),
     )
-    figure = Figure(figsize=(12, 3.5))
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 3.5)
     for axes, (title, columns) in zip(figure.subplots(1, len(panels)), panels):
         for column in columns:
             points = [(row['epoch'] + 1, row[column]) for row in history if row.get(column) is not None]
@@ -55,8 +65,7 @@ def write_curves(path: Path, history: list[dict[str, Any]]) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-    figure.subplots_adjust(left=0.06, right=0.98, bottom=0.15, top=0.9)
-    write_atomically(path, lambda p: figure.savefig(p, format='png', dpi=100))
+    save_figure(figure, path, dpi=100)
 
 
 def hardware(device: torch.device, processes: int) -> str:

@@ -1,0 +1,163 @@
+"""Curves of several runs in one picture, and how long each took to an accuracy.
+
+    timm-spinal plot output/train/plain output/train/wld --to-accuracy 85
+    timm-spinal plot output/compare/cifar10_ic_wld --output wld.png
+
+A RUN is the folder of a run, one curve; a folder of seed-* runs, one curve with a band from the lowest to the highest;
+or the folder of a comparison of whole trainings, a curve for each variant. Accuracy is top-1 on the validation data in
+percent, of the better one of model and moving average; time is that of training and evaluation.
+"""
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn, Sequence
+
+import numpy as np
+
+from timm_spinal.errors import UserError
+from timm_spinal.training.files import read_json
+from timm_spinal.training.report import new_figure, save_figure
+
+from .runs import RESULT, SUMMARY, read_comparison, read_history, run_folder
+
+NONE = '-'
+
+
+@dataclass
+class Course:
+    """One run: evaluated epochs counted from 1, seconds up to their end (nan where not known), top-1 in percent."""
+    epochs: np.ndarray
+    seconds: np.ndarray
+    top1: np.ndarray
+    test_top1: float | None
+
+    def reaches(self, accuracy: float) -> tuple[float, float] | None:
+        """Epoch and seconds of the first evaluation with at least this accuracy; None where there is none."""
+        found = np.flatnonzero(self.top1 >= accuracy)
+        return (float(self.epochs[found[0]]), float(self.seconds[found[0]])) if len(found) else None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f'{message}; see timm-spinal plot --help')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``timm-spinal plot``; returns the exit code.
+
+    Raises:
+        UserError: A folder that holds no run, or an accuracy that is none.
+    """
+    parser = _Parser(prog='timm-spinal plot', description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument('runs', nargs='+', metavar='RUN', help='folder of a run, of seed-* runs or of a comparison')
+    parser.add_argument('--to-accuracy', type=float, action='append', metavar='A',
+                        help='top-1 in percent, several times if need be; not given: the mean best of the first curve')
+    parser.add_argument('--output', default='plot.png', metavar='PNG', help='the picture (default: plot.png)')
+    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    args = parser.parse_args(argv)
+    if not args.output.endswith('.png'):
+        raise UserError(f'--output {args.output}: is no .png file; name one')
+    for accuracy in args.to_accuracy or []:
+        if not 1 < accuracy <= 100:
+            raise UserError(f'--to-accuracy {accuracy:g}: give percent, above 1 and up to 100')
+    curves = read_curves([Path(run) for run in args.runs])
+    accuracies = args.to_accuracy or [_best(next(iter(curves.values()))).mean()]
+    draw(Path(args.output), curves, accuracies)
+    print(table(curves, accuracies))
+    print(f'\npicture: {args.output}')
+    return 0
+
+
+def read_curves(folders: Sequence[Path]) -> dict[str, list[Course]]:
+    """The runs of some folders, by the name of their curve.
+
+    Raises:
+        UserError: A folder that holds no run, a run without evaluation, or the same folder twice.
+    """
+    found: dict[str, list[Path]] = {}
+    for folder in folders:
+        for name, runs in _runs_in(folder).items():
+            while name in found:
+                if found[name] == runs:
+                    raise UserError(f'{folder}: is given twice; leave it out')
+                name = f'{runs[0].absolute().parent.name}/{name}'
+            found[name] = runs
+    return {name: [read_course(run) for run in runs] for name, runs in found.items()}
+
+
+def _runs_in(folder: Path) -> dict[str, list[Path]]:
+    if (folder / SUMMARY).is_file():
+        return {folder.absolute().name: [folder]}
+    comparison = read_comparison(folder) if folder.is_dir() else None
+    if comparison is None:
+        runs = {folder.absolute().name: sorted(folder.glob('seed-*'), key=lambda p: (len(p.name), p.name))}
+    elif comparison.folders:
+        runs = {v: [Path(p) for p in comparison.folders[v].values()] for v in comparison.variants}
+    else:
+        runs = {v: [run_folder(folder, v, seed) for seed in comparison.seeds] for v in comparison.variants}
+    done = {name: [p for p in paths if (p / SUMMARY).is_file()] for name, paths in runs.items()}
+    if not any(done.values()):
+        raise UserError(f'{folder}: holds no run (no {SUMMARY}); give the folder of a run or of a comparison')
+    return {name: paths for name, paths in done.items() if paths}
+
+
+def read_course(folder: Path) -> Course:
+    """The course of one run.
+
+    Raises:
+        UserError: No epoch was evaluated, or a file is damaged.
+    """
+    rows = [row for row in read_history(folder) if 'eval_top1' in row]
+    if not rows:
+        raise UserError(f'{folder}: no epoch was evaluated yet; leave it out')
+    return Course(
+        np.array([row['epoch'] + 1 for row in rows]),
+        np.array([row.get('seconds', np.nan) for row in rows]),
+        np.array([max(row['eval_top1'], row.get('ema_top1', 0.)) for row in rows]),
+        (read_json(folder / RESULT) or {}).get('test_top1'),
+    )
+
+
+def table(curves: dict[str, list[Course]], accuracies: Sequence[float]) -> str:
+    """A table in Markdown: mean and standard deviation over runs; epochs and seconds over those that got there."""
+    head = ['run', 'n', 'best top-1', 'test top-1']
+    head += [f'{what} to {accuracy:.2f} %' for accuracy in accuracies for what in ('epochs', 'seconds')]
+    lines = [head, ['---'] * len(head)]
+    for name, courses in curves.items():
+        tests = [c.test_top1 for c in courses if c.test_top1 is not None]
+        cells = [name, str(len(courses)), _spread(_best(courses), 2), _spread(tests, 2)]
+        for accuracy in accuracies:
+            reached = [found for c in courses if (found := c.reaches(accuracy))]
+            share = f' ({len(reached)} of {len(courses)})' if len(reached) < len(courses) else ''
+            cells += [_spread([f[i] for f in reached], 1) + share if reached else 'not reached' for i in (0, 1)]
+        lines.append(cells)
+    return '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
+
+
+def _best(courses: list[Course]) -> np.ndarray:
+    return np.array([c.top1.max() for c in courses])
+
+
+def _spread(values: Sequence[float] | np.ndarray, digits: int) -> str:
+    if not len(values) or np.isnan(values).any():
+        return NONE
+    mean = f'{np.mean(values):.{digits}f}'
+    return f'{mean} +- {np.std(values, ddof=1):.{digits}f}' if len(values) > 1 else mean
+
+
+def draw(path: Path, curves: dict[str, list[Course]], accuracies: Sequence[float]) -> None:
+    """Top-1 over epochs and over seconds: the mean of each curve's runs, and a band from lowest to highest."""
+    figure = new_figure(12, 4.5)
+    for axes, label in zip(figure.subplots(1, 2, sharey=True), ('epochs', 'seconds')):
+        for i, (name, courses) in enumerate(curves.items()):
+            length = min(len(c.top1) for c in courses)
+            x = np.mean([getattr(c, label)[:length] for c in courses], axis=0)
+            y = np.array([c.top1[:length] for c in courses])
+            axes.plot(x, y.mean(0), marker='.', color=f'C{i % 10}', label=name)
+            axes.fill_between(x, y.min(0), y.max(0), color=f'C{i % 10}', alpha=0.15, linewidth=0)
+        for accuracy in accuracies:
+            axes.axhline(accuracy, color='grey', linestyle='--', linewidth=1)
+        axes.set(xlabel=label, ylabel='validation top-1 (%)')
+        axes.grid(alpha=0.3)
+        axes.legend()
+    save_figure(figure, path)
