@@ -138,17 +138,17 @@ def test_finished_runs_are_kept_and_a_failed_one_does_not_stop_the_others(tmp_pa
     assert [v.partition(',')[0] for v in comparison['variants']] == ['test_resnet_spinal', 'test_resnet_linear']
 
 
+@pytest.mark.slow
 def test_teacher_is_the_run_of_the_same_seed(tmp_path):
     """Two at a time: the student waits for its teacher, though there is room for both."""
     variants = dict(
         plain=dict(model='test_resnet'),
-        wld=dict(model='test_resnet', kd_model_name='variant:plain', kd_distill_type='wld', kd_check=0.))
+        wld=dict(model='test_resnet', kd_model_name='variant:plain', kd_distill_type='wld'))
     assert run_and_read(write(tmp_path / 's.yaml', variants=variants))[0] == 0
     plain, wld = (tmp_path / 'out' / 'runs' / name / 'seed-0' for name in ('plain', 'wld'))
     args = yaml.safe_load((wld / 'args.yaml').read_text())
-    result, teacher = (json.loads((p / 'result.json').read_text()) for p in (wld, plain))
     assert args['kd_model_name'] == str(plain)
-    assert result['teacher_top1'] == pytest.approx(teacher['top1'])
+    assert (plain / 'result.json').stat().st_mtime_ns < (wld / 'args.yaml').stat().st_mtime_ns
     assert float(next(csv.DictReader((wld / 'summary.csv').open()))['train_kd_loss']) > 0
 
 
