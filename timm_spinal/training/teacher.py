@@ -30,6 +30,9 @@ class Teacher(DistillationTeacher):
         student_std: Their standard deviation.
     """
 
+    scale: torch.Tensor
+    shift: torch.Tensor
+
     def __init__(
             self,
             model: nn.Module,
