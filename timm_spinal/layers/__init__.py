@@ -22,5 +22,10 @@ from .create_head import head_takes_map as head_takes_map
 from .primary_capsules import PrimaryCapsules as PrimaryCapsules
 from .progressive_spinal_head import ProgressiveLayers as ProgressiveLayers
 from .progressive_spinal_head import ProgressiveSpinalHead as ProgressiveSpinalHead
+from .shared_basis import SharedBasisConv2d as SharedBasisConv2d
+from .shared_basis import SharedConv2d as SharedConv2d
+from .shared_basis import basis_product as basis_product
+from .shared_basis import check_ranks as check_ranks
+from .shared_stage import SharedStage as SharedStage
 from .spinal_head import SpinalHead as SpinalHead
 from .spinal_head import SpinalLayers as SpinalLayers

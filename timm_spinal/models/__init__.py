@@ -4,7 +4,16 @@ from typing import Iterable, List, Union
 
 import timm
 
-from . import capsule_net, head_variants, spinal_cifar, spinal_cnn, spinal_mlp, spinal_vgg5
+from . import (
+    capsule_net,
+    head_variants,
+    shared_basis_mobilenet,
+    shared_basis_resnet,
+    spinal_cifar,
+    spinal_cnn,
+    spinal_mlp,
+    spinal_vgg5,
+)
 from .attach_head import attach_head as attach_head
 from .head_variants import ensure_registered as ensure_registered
 from .head_variants import register_head_variant as register_head_variant
@@ -12,7 +21,10 @@ from .head_variants import register_head_variant as register_head_variant
 # timm's registry knows a model by the last part of the module that defines it
 _MODULES = [
     module.__name__.rpartition('.')[2]
-    for module in (capsule_net, head_variants, spinal_cifar, spinal_cnn, spinal_mlp, spinal_vgg5)
+    for module in (
+        capsule_net, head_variants, shared_basis_mobilenet, shared_basis_resnet, spinal_cifar, spinal_cnn, spinal_mlp,
+        spinal_vgg5,
+    )
 ]
 
 

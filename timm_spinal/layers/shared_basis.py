@@ -1,0 +1,188 @@
+"""Shared filter bases: convolutions of one stage of a network that share their filters.
+
+Paper: "Deeply Shared Filter Bases for Parameter-Efficient Convolutional Neural Networks", Kang and Kim, NeurIPS 2021,
+https://arxiv.org/abs/2006.05066 (spec shared_basis 1). The paper's symbols: W the full filters, B the basis of R
+filters, u of them unique to one convolution (U) and s shared by the stage (B_s), A the coefficients.
+"""
+
+from typing import Optional, Type
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# on a CPU, filters are computed in groups of 16; so few more than a full group cost less one tap at a time
+MAX_UNIQUE_BY_TAPS = 4
+
+
+def product_by_taps(x: torch.Tensor, filters: torch.Tensor, dilation: int = 1) -> torch.Tensor:
+    """The 'same' convolution of a few filters as one matrix product, of which each tap is added at its place.
+
+    Args:
+        x: Images (N, C, H, W).
+        filters: Filters (u, C, k, k), k odd.
+        dilation: Dilation; the padding is the one that keeps H and W.
+
+    Returns:
+        (N, u, H, W), equal to ``conv2d(x, filters, padding=dilation * (k - 1) // 2, dilation=dilation)``.
+    """
+    kernel = filters.shape[2]
+    taps = filters.flip(2, 3).permute(0, 2, 3, 1).reshape(-1, filters.shape[1], 1, 1)
+    products = F.conv2d(x, taps).flatten(2)
+    return F.fold(
+        products, (x.shape[2], x.shape[3]), kernel, dilation=dilation, padding=dilation * (kernel - 1) // 2)
+
+
+@torch.fx.wrap
+def basis_product(
+        x: torch.Tensor,
+        unique: Optional[torch.Tensor],
+        basis: Optional[torch.Tensor],
+        dilation: int = 1,
+        apart: bool = False,
+) -> torch.Tensor:
+    """z = [U; B_s] * x, unique filters first (spec shared_basis 1.1): (N, C, H, W) -> (N, u + s, H, W).
+
+    One convolution over the concatenated filters.
+
+    Args:
+        x: Images.
+        unique: U (u, C, k, k), or None.
+        basis: B_s (s, C, k, k), or None; not both.
+        dilation: Dilation of all filters.
+        apart: Compute the unique filters apart where that is faster, on a CPU without gradients and if they are few.
+    """
+    if unique is not None and basis is not None:
+        padding = dilation * (basis.shape[2] - 1) // 2
+        if apart and x.device.type == 'cpu':
+            z_unique = product_by_taps(x, unique, dilation)
+            z_shared = F.conv2d(x, basis, None, 1, padding, dilation)
+            return torch.cat([z_unique, z_shared], 1)
+        return F.conv2d(x, torch.cat([unique, basis]), None, 1, padding, dilation)
+    filters = unique if unique is not None else basis
+    assert filters is not None
+    return F.conv2d(x, filters, None, 1, dilation * (filters.shape[2] - 1) // 2, dilation)
+
+
+class SharedBasisConv2d(nn.Module):
+    """A convolution decomposed over a basis of which a part is shared: (N, C, H, W) -> (N, T, H, W).
+
+    ::
+
+        z = BN([U; B_s] * x)    R = u + s channels; no ReLU
+        y = A . z               1x1, R -> T
+
+    Stride 1, padding that keeps H and W, no bias (spec shared_basis 1.2). U, the norm and A are its own; B_s belongs to
+    the stage and comes with each call. In eval mode the norm is folded into A on the way (spec shared_basis 8.1 a).
+
+    Folded for good (``folded``), A carries that norm and the one behind the convolution, and there is a bias b'.
+
+    Args:
+        in_channels: C.
+        out_channels: T.
+        shared: Number s of shared filters.
+        unique: Number u of unique filters.
+        kernel_size: k, odd.
+        dilation: Dilation of the filters.
+        folded: Without norm, with bias.
+        norm_layer: The norm between basis and coefficients.
+    """
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            shared: int,
+            unique: int = 1,
+            kernel_size: int = 3,
+            dilation: int = 1,
+            folded: bool = False,
+            norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        rank = check_ranks(shared, unique, in_channels * kernel_size ** 2)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = kernel_size
+        self.dilation = dilation
+        self.few_unique = unique <= MAX_UNIQUE_BY_TAPS
+        shape = (unique, in_channels, kernel_size, kernel_size)
+        self.register_parameter('unique', nn.Parameter(torch.empty(shape, **dd)) if unique else None)
+        self.norm = None if folded else norm_layer(rank, **dd)
+        self.coeff = nn.Parameter(torch.empty(out_channels, rank, 1, 1, **dd))
+        self.register_parameter('bias', nn.Parameter(torch.zeros(out_channels, **dd)) if folded else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Kaiming normal by fan-out, as the paper's for every convolution but the shared ones (spec 1.8)."""
+        for filters in (self.unique, self.coeff):
+            if filters is not None:
+                nn.init.kaiming_normal_(filters, mode='fan_out', nonlinearity='relu')
+
+    def forward(self, x: torch.Tensor, basis: Optional[torch.Tensor] = None) -> torch.Tensor:
+        z = basis_product(x, self.unique, basis, self.dilation, self.few_unique and not self.training)
+        if self.norm is None:
+            return F.conv2d(z, self.coeff, self.bias)
+        elif hasattr(self.norm, 'running_var') and not self.norm.training:
+            scale = self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)
+            shift = self.norm.bias - self.norm.running_mean * scale
+            coeff = self.coeff.flatten(1)
+            return F.conv2d(z, (coeff * scale)[:, :, None, None], coeff @ shift)
+        else:
+            return F.conv2d(self.norm(z), self.coeff)
+
+    def extra_repr(self) -> str:
+        unique = 0 if self.unique is None else len(self.unique)
+        return (f'{self.in_channels}, {self.out_channels}, shared={self.coeff.shape[1] - unique}, unique={unique}, '
+                f'kernel_size={self.kernel_size}')
+
+
+def check_ranks(shared: int, unique: int, width: int) -> int:
+    """The rank R = s + u of a decomposed convolution.
+
+    Args:
+        shared: s.
+        unique: u.
+        width: Numbers in a filter, k k C: so many filters can be orthogonal.
+
+    Raises:
+        ValueError: If a number is negative, both are 0, or they exceed the width.
+    """
+    if shared < 0 or unique < 0:
+        raise ValueError(f'Numbers of filters must not be negative, but shared is {shared} and unique is {unique}.')
+    if not shared and not unique:
+        raise ValueError('A basis without shared (S0) and without unique filters (U0) is empty; give one of them.')
+    if shared + unique > width:
+        raise ValueError(
+            f'{shared} shared and {unique} unique filters are more than the {width} that can be independent in this '
+            'width; lower one of them.')
+    return shared + unique
+
+
+class SharedConv2d(nn.Module):
+    """A convolution all of whose filters are shared: the stage owns them, they come with each call.
+
+    Stride 1, padding that keeps H and W, no bias (spec shared_basis 1.5, 1.6).
+
+    Args:
+        in_channels: C.
+        out_channels: T.
+        kernel_size: k, odd.
+        dilation: Dilation of the filters.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1):
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = kernel_size
+        self.dilation = dilation
+
+    def forward(self, x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, basis, None, 1, self.dilation * (self.kernel_size - 1) // 2, self.dilation)
+
+    def extra_repr(self) -> str:
+        return f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}'

@@ -1,0 +1,88 @@
+"""What models with shared filter bases have in common: their shared tensors, and checkpoints of the paper's code."""
+
+import re
+from typing import Any, Dict, Set
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
+
+from ..layers import SharedBasisConv2d, SharedStage
+
+SHARED_BASIS_PAPER = dict(paper_ids='arXiv:2006.05066', origin_url='https://github.com/ssregibility/Net_RL2')
+
+# names of the paper's code (spec shared_basis 9) and ours; \1 is a stage or a block, \2 the number of a basis
+_OFFICIAL_NAMES = (
+    (r'^shared_basis_(\d)(?:_1)?\.weight$', r'layer\1.basis'),
+    (r'^shared_basis_(\d)_2\.weight$', r'layer\1.basis2'),
+    (r'^(.+)\.basis_conv(\d)\.weight$', r'\1.conv\2.unique'),
+    (r'^(.+)\.basis_bn(\d)\.', r'\1.conv\2.norm.'),
+    (r'^(.+)\.coeff_conv(\d)\.weight$', r'\1.conv\2.coeff'),
+    (r'^(.+)\.shortcut\.', r'\1.downsample.'),
+)
+_ALIAS = re.compile(r'^(layer(\d)\.\d+)\.shared_basis(_\d)?\.weight$')
+
+
+class SharedBasisModel:
+    """Mixed into a timm class whose stages share filters, in front of it in the method resolution order.
+
+    With ``sb_decay`` off, ``no_weight_decay`` names the shared tensors: weight decay pulls against the orthogonality
+    penalty, and in the paper's form of it may win (spec shared_basis 2.3).
+    """
+
+    sb_decay: bool
+
+    @torch.jit.ignore
+    def shared_stages(self) -> Dict[str, SharedStage]:
+        """The stages that share filters, by name, in order."""
+        assert isinstance(self, nn.Module)
+        return {name: module for name, module in self.named_modules() if isinstance(module, SharedStage)}
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names of the shared tensors if ``sb_decay`` is off, else none, as in the paper."""
+        if self.sb_decay:
+            return set()
+        return {f'{name}.{basis}' for name, stage in self.shared_stages().items() for basis in stage.basis_names()}
+
+    @torch.jit.ignore
+    def init_shared(self) -> None:
+        """Draw the decomposed convolutions and the shared filters anew, as in the paper."""
+        assert isinstance(self, nn.Module)
+        for module in self.modules():
+            if isinstance(module, (SharedStage, SharedBasisConv2d)):
+                module.reset_parameters()
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, Any]:
+    """Names of the paper's code to ours; a state dict of our own stays as it is.
+
+    The paper's code registers each basis under the model and again under every block, and its ImageNet checkpoints
+    carry the prefix of DataParallel.
+
+    Raises:
+        ValueError: If the copies of a basis differ.
+    """
+    state_dict = {name.removeprefix('module.'): value for name, value in state_dict.items()}
+    converted = {}
+    for name, value in state_dict.items():
+        alias = _ALIAS.match(name)
+        if alias is None:
+            for pattern, replacement in _OFFICIAL_NAMES:
+                name = re.sub(pattern, replacement, name)
+            converted[name] = value
+            continue
+        owner = f'shared_basis_{alias[2]}{alias[3] or ""}.weight'
+        if owner not in state_dict or not torch.equal(state_dict[owner], value):
+            raise ValueError(f"The checkpoint's '{name}' differs from its '{owner}'; a basis is one tensor.")
+    return converted
+
+
+def shared_cfg(**kwargs: Any) -> Dict[str, Any]:
+    """Pretrained config of an ImageNet model without weights, with the paper's crop."""
+    cfg: Dict[str, Any] = dict(
+        num_classes=1000, input_size=(3, 224, 224), pool_size=(7, 7), crop_pct=0.875, interpolation='bilinear',
+        mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, first_conv='conv1', classifier='fc',
+        **SHARED_BASIS_PAPER,
+    )
+    return dict(cfg, **kwargs)
