@@ -5,7 +5,7 @@ https://arxiv.org/abs/2006.05066 (spec shared_basis 1). The paper's symbols: W t
 filters, u of them unique to one convolution (U) and s shared by the stage (B_s), A the coefficients.
 """
 
-from typing import Optional, Type
+from typing import TYPE_CHECKING, Any, Optional, Type
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +87,11 @@ class SharedBasisConv2d(nn.Module):
         folded: Without norm, with bias.
         norm_layer: The norm between basis and coefficients.
     """
+
+    if TYPE_CHECKING:  # TorchScript reads annotations at run time
+        unique: Optional[nn.Parameter]
+        norm: Any
+        bias: Optional[nn.Parameter]
 
     def __init__(
             self,

@@ -1,7 +1,7 @@
 """A stage of a network whose blocks share filters."""
 
 from functools import partial
-from typing import TYPE_CHECKING, Callable, Iterable, Iterator, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ class SharedStage(nn.Module):
 
     def __init__(
             self,
-            blocks: Iterable[nn.Module],
+            blocks: Iterable[Any],
             shape: Optional[Tuple[int, ...]],
             shape2: Optional[Tuple[int, ...]] = None,
             device=None,

@@ -7,7 +7,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
-from ..layers import SharedBasisConv2d, SharedStage
+from ..layers import SharedBasisConv2d, SharedStage, orthogonality_loss
 
 SHARED_BASIS_PAPER = dict(paper_ids='arXiv:2006.05066', origin_url='https://github.com/ssregibility/Net_RL2')
 
@@ -31,6 +31,7 @@ class SharedBasisModel:
     """
 
     sb_decay: bool
+    sb_ortho_unique = False  # whether the paper's penalty counts unique filters: on CIFAR-10
 
     @torch.jit.ignore
     def shared_stages(self) -> Dict[str, SharedStage]:
@@ -39,11 +40,26 @@ class SharedBasisModel:
         return {name: module for name, module in self.named_modules() if isinstance(module, SharedStage)}
 
     @torch.jit.ignore
+    def orthogonality_loss(self, mode: str = 'official') -> torch.Tensor:
+        """How far the shared filters are from orthonormal; see :func:`timm_spinal.layers.orthogonality_loss`."""
+        return orthogonality_loss(self.shared_stages().values(), mode, with_unique=self.sb_ortho_unique)
+
+    @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
         """Names of the shared tensors if ``sb_decay`` is off, else none, as in the paper."""
         if self.sb_decay:
             return set()
         return {f'{name}.{basis}' for name, stage in self.shared_stages().items() for basis in stage.basis_names()}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """timm's groups for layer decay, the bases of a stage with its first block that shares."""
+        matcher = super().group_matcher(coarse)  # type: ignore[misc]
+        if not coarse:
+            blocks = matcher['blocks']
+            rows = [(blocks, None)] if isinstance(blocks, str) else blocks
+            matcher['blocks'] = [(r'^(?:layer|blocks\.)(\d+)\.basis', (1,)), *rows]
+        return matcher
 
     @torch.jit.ignore
     def init_shared(self) -> None:

@@ -48,7 +48,8 @@ class SharedBasisMobileNetV2(SharedBasisModel, EfficientNet):
         self.sb_decay = sb_decay
         names = ('conv_pw', 'conv_pwl') if sb_project else ('conv_pw',)
         for i in SHARED_STAGES:
-            self.blocks[i] = share_convs(self.blocks[i], SharedInvertedResidual, names)
+            stage: Any = self.blocks[i]
+            self.blocks[i] = share_convs(stage, SharedInvertedResidual, names)
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> SharedBasisMobileNetV2:

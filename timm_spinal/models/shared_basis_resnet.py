@@ -57,7 +57,8 @@ class SharedBasisResNet(SharedBasisModel, ResNet):
             norm_layer: Any = nn.BatchNorm2d,
             **kwargs: Any,
     ):
-        super().__init__(BasicBlock, layers, zero_init_last=zero_init_last, norm_layer=norm_layer, **kwargs)
+        block: Any = BasicBlock  # timm's annotation names its instances
+        super().__init__(block, layers, zero_init_last=zero_init_last, norm_layer=norm_layer, **kwargs)
         self.sb_decay = sb_decay
         if sb_double and not sb_rank:
             raise ValueError('sb_double asks for two bases per stage, but sb_rank is 0; give sb_rank or leave it out.')
@@ -99,7 +100,8 @@ class SharedBottleneckResNet(SharedBasisModel, ResNet):
             zero_init_last: bool = False,
             **kwargs: Any,
     ):
-        super().__init__(Bottleneck, layers, zero_init_last=zero_init_last, **kwargs)
+        block: Any = Bottleneck
+        super().__init__(block, layers, zero_init_last=zero_init_last, **kwargs)
         self.sb_decay = sb_decay
         names = ('conv2', 'conv3') if sb_expand else ('conv2',)
         for name in scope(sb_stages):
