@@ -21,9 +21,17 @@ HEADED = (
     'resnet18_xnidr',
 )
 
+# one for each kind of block with shared filters
+SHARED = (
+    'resnet18_sb_s32u1',
+    'resnet50_sbpp',
+    'mobilenetv2_100_sbpp',
+)
+
 
 def representatives() -> List[str]:
-    """Names: the table above, and every net that is not a head on one of timm's backbones."""
-    headed = {f'{backbone}_{head}' for backbone, head in VARIANTS}
-    small_nets = [name for name in timm_spinal.list_models() if name not in headed]
-    return [*HEADED, *small_nets]
+    """Names: the tables above, and every small net."""
+    left_out = {f'{backbone}_{head}' for backbone, head in VARIANTS}
+    left_out.update(name for name in timm_spinal.list_models('*_sb*') if not name.endswith('_cifar'))
+    small_nets = [name for name in timm_spinal.list_models() if name not in left_out]
+    return [*HEADED, *SHARED, *small_nets]
