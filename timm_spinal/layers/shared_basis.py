@@ -11,26 +11,27 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# on a CPU, filters are computed in groups of 16; so few more than a full group cost less one tap at a time
-MAX_UNIQUE_BY_TAPS = 4
+# filters are computed 16 at a time on a CPU: so few more than that are cheaper tap by tap
+MAX_UNIQUE_BY_TAPS = 8
 
 
 def product_by_taps(x: torch.Tensor, filters: torch.Tensor, dilation: int = 1) -> torch.Tensor:
     """The 'same' convolution of a few filters as one matrix product, of which each tap is added at its place.
 
     Args:
-        x: Images (N, C, H, W).
+        x: Images (N, C, H, W), fastest where they lie channels last.
         filters: Filters (u, C, k, k), k odd.
         dilation: Dilation; the padding is the one that keeps H and W.
 
     Returns:
         (N, u, H, W), equal to ``conv2d(x, filters, padding=dilation * (k - 1) // 2, dilation=dilation)``.
     """
+    n, chs, height, width = x.shape
     kernel = filters.shape[2]
-    taps = filters.flip(2, 3).permute(0, 2, 3, 1).reshape(-1, filters.shape[1], 1, 1)
-    products = F.conv2d(x, taps).flatten(2)
+    taps = filters.flip(2, 3).permute(0, 2, 3, 1).reshape(-1, chs)
+    products = torch.mm(taps, x.transpose(0, 1).reshape(chs, -1)).view(-1, n, height * width)
     return F.fold(
-        products, (x.shape[2], x.shape[3]), kernel, dilation=dilation, padding=dilation * (kernel - 1) // 2)
+        products.transpose(0, 1), (height, width), kernel, dilation=dilation, padding=dilation * (kernel - 1) // 2)
 
 
 @torch.fx.wrap
@@ -50,14 +51,13 @@ def basis_product(
         unique: U (u, C, k, k), or None.
         basis: B_s (s, C, k, k), or None; not both.
         dilation: Dilation of all filters.
-        apart: Compute the unique filters apart where that is faster, on a CPU without gradients and if they are few.
+        apart: Compute the unique filters apart where that is faster without gradients: channels last on a CPU.
     """
     if unique is not None and basis is not None:
         padding = dilation * (basis.shape[2] - 1) // 2
-        if apart and x.device.type == 'cpu':
-            z_unique = product_by_taps(x, unique, dilation)
-            z_shared = F.conv2d(x, basis, None, 1, padding, dilation)
-            return torch.cat([z_unique, z_shared], 1)
+        if apart and x.device.type == 'cpu' and x.is_contiguous(memory_format=torch.channels_last):
+            parts = [product_by_taps(x, unique, dilation), F.conv2d(x, basis, None, 1, padding, dilation)]
+            return torch.cat([part.permute(0, 2, 3, 1) for part in parts], 3).permute(0, 3, 1, 2)
         return F.conv2d(x, torch.cat([unique, basis]), None, 1, padding, dilation)
     filters = unique if unique is not None else basis
     assert filters is not None
