@@ -19,6 +19,8 @@ from .create_head import HEADS as HEADS
 from .create_head import create_head as create_head
 from .create_head import head_options as head_options
 from .create_head import head_takes_map as head_takes_map
+from .ic_conv import ICConv2d as ICConv2d
+from .ic_conv import check_ic_options as check_ic_options
 from .orthogonality import orthogonality_loss as orthogonality_loss
 from .primary_capsules import PrimaryCapsules as PrimaryCapsules
 from .progressive_spinal_head import ProgressiveLayers as ProgressiveLayers

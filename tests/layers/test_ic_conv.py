@@ -1,0 +1,219 @@
+"""ICConv2d against the all-ones convolution and the fused kernel, both written out."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from timm_spinal.layers import ICConv2d
+from timm_spinal.layers.ic_collide import PIECE, collide, collide_plain
+
+GEOMETRIES = (
+    dict(in_channels=8, out_channels=12, kernel_size=3, padding=1, bias=False),
+    dict(in_channels=8, out_channels=12, kernel_size=3, padding=1, stride=2),
+    dict(in_channels=8, out_channels=12, kernel_size=3, padding=2, dilation=2, groups=4),
+    dict(in_channels=8, out_channels=8, kernel_size=3, padding=1, groups=8, bias=False),
+    dict(in_channels=8, out_channels=12, kernel_size=1),
+    dict(in_channels=8, out_channels=12, kernel_size=1, stride=2, groups=2, bias=False),
+    dict(in_channels=6, out_channels=4, kernel_size=(7, 2), padding=(3, 1), stride=(2, 1)),
+    dict(in_channels=6, out_channels=4, kernel_size=3, padding=2),
+    dict(in_channels=6, out_channels=4, kernel_size=4, padding='same', groups=2),
+    dict(in_channels=6, out_channels=4, kernel_size=3, padding='valid'),
+    dict(in_channels=6, out_channels=4, kernel_size=3, padding=1, padding_mode='reflect', stride=2),
+)
+OPTIONS = [
+    dict(ic_mode=mode, ic_scale=scale, ic_norm=norm)
+    for mode in ('filter', 'layer', 'pair') for scale in ('mean', 'raw') for norm in ('', 'bias', 'bn')
+]
+
+
+def ids(options):
+    return '-'.join(str(value) for value in options.values())
+
+
+def make(seed: int = 0, **kwargs) -> ICConv2d:
+    """A layer with random parameters of the collision, in float64."""
+    torch.manual_seed(seed)
+    layer = ICConv2d(**kwargs, dtype=torch.float64)
+    for name, p in layer.named_parameters():
+        if name.startswith('ic_'):
+            scale = 0.1 if kwargs.get('ic_scale') == 'raw' and name == 'ic_weight' else 1.
+            nn.init.normal_(p, std=scale)
+    return layer
+
+
+def image(layer: ICConv2d, batch: int = 2) -> torch.Tensor:
+    g = torch.Generator().manual_seed(1)
+    return torch.rand(batch, layer.in_channels, 9, 10, dtype=torch.float64, generator=g)
+
+
+def dense_w(layer: ICConv2d, scale: str) -> torch.Tensor:
+    """w' as a kernel of the size of ``weight``."""
+    w = layer.ic_weight.view(layer.ic_weight.shape[0], -1, 1, 1).expand_as(layer.weight)
+    return w if scale == 'raw' else w / layer.weight[0].numel()
+
+
+def plain_conv(layer: ICConv2d, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    names = ('in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'padding_mode')
+    conv = nn.Conv2d(**{name: getattr(layer, name) for name in names}, bias=False, dtype=x.dtype)
+    del conv.weight
+    conv.weight = weight
+    return conv(x)
+
+
+@pytest.mark.filterwarnings('ignore:.*even kernel')
+@pytest.mark.parametrize('geometry', GEOMETRIES, ids=ids)
+def test_local_mean_is_the_all_ones_convolution(geometry):
+    layer = make(**geometry)
+    x = image(layer)
+    box = plain_conv(layer, x, torch.ones_like(layer.weight)) / layer.weight[0].numel()
+    _, s, _ = layer.parts(x)
+    assert s.shape[1] == layer.groups
+    torch.testing.assert_close(s.repeat_interleave(layer.out_channels // layer.groups, 1), box)
+
+
+@pytest.mark.parametrize('options', OPTIONS, ids=ids)
+@pytest.mark.parametrize('geometry', GEOMETRIES, ids=ids)
+def test_output_is_that_of_the_fused_kernel(geometry, options):
+    """z + N(conv(x; W - w')) + b2, the second convolution with the whole kernel."""
+    layer = make(**geometry, **options)
+    x = image(layer)
+    z, u = (plain_conv(layer, x, w) for w in (layer.weight, layer.weight - dense_w(layer, options['ic_scale'])))
+    if layer.ic_bias is not None:
+        u = u + layer.ic_bias.view(-1, 1, 1)
+    if layer.ic_bn is not None:
+        u = F.batch_norm(u, None, None, layer.ic_bn.weight, layer.ic_bn.bias, training=True)
+    expected = z + u.clamp(min=0)
+    if layer.bias is not None:
+        expected = expected + layer.bias.view(-1, 1, 1)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize('groups', [1, 4])
+def test_w_above_all_weights_is_exactly_the_plain_convolution(groups):
+    layer = make(in_channels=8, out_channels=12, kernel_size=3, padding=1, groups=groups, ic_scale='raw')
+    nn.init.constant_(layer.ic_weight, layer.weight.max().item() + 1e-6)
+    x = image(layer)
+    plain = F.conv2d(x, layer.weight, None, 1, 1, 1, groups) + layer.bias.view(-1, 1, 1)
+    assert torch.equal(layer(x), plain)
+    layer(x).sum().backward()
+    assert not layer.ic_weight.grad.any()  # the dead branch of spec 2.5
+
+
+def test_zero_w_before_a_relu_is_twice_the_relu():
+    layer = make(in_channels=8, out_channels=12, kernel_size=3, padding=1, bias=False, ic_init=0.)
+    layer.reset_collision()
+    x = image(layer) - 0.5
+    z = F.conv2d(x, layer.weight, None, 1, 1)
+    torch.testing.assert_close(F.relu(layer(x)), 2 * F.relu(z))
+    assert (z < 0).any() and (z > 0).any()
+
+
+@pytest.mark.parametrize('mode, count', [('filter', 12), ('layer', 1), ('pair', 12 * 2)])
+@pytest.mark.parametrize('norm, more', [('', 0), ('bias', 12), ('bn', 24)])
+def test_parameters_and_state_dict(mode, count, norm, more):
+    geometry = dict(in_channels=8, out_channels=12, kernel_size=3, groups=4)
+    plain = nn.Conv2d(**geometry)
+    layer = ICConv2d(**geometry, ic_mode=mode, ic_norm=norm)
+    extra = {name: p.numel() for name, p in layer.named_parameters() if name not in dict(plain.named_parameters())}
+    assert sum(extra.values()) == count + more and all(name.startswith('ic_') for name in extra)
+    missing, unexpected = layer.load_state_dict(plain.state_dict(), strict=False)
+    assert unexpected == [] and missing and all(name.startswith('ic_') for name in missing)
+    assert torch.equal(layer.weight, plain.weight)
+
+
+@pytest.mark.parametrize('mode', ['filter', 'layer', 'pair'])
+def test_both_scales_start_as_the_same_function(mode):
+    geometry = dict(in_channels=8, out_channels=12, kernel_size=3, padding=1, ic_mode=mode, ic_init=1.5)
+    torch.manual_seed(0)
+    mean, raw = (ICConv2d(**geometry, ic_scale=scale, dtype=torch.float64) for scale in ('mean', 'raw'))
+    raw.weight, raw.bias = mean.weight, mean.bias
+    assert (mean.ic_weight == 1.5).all() and torch.allclose(raw.ic_weight, torch.tensor(1.5 / 72).double())
+    x = image(mean)
+    z, s, w = mean.parts(x)
+    torch.testing.assert_close(mean.pre_sigma(z, s, w), z - 1.5 * F.avg_pool2d(x.mean(1, True), 3, 1, 1))
+    torch.testing.assert_close(raw(x), mean(x))
+
+
+@pytest.mark.parametrize('groups', [1, 2])
+def test_gradients_of_the_in_place_form(groups):
+    torch.manual_seed(0)
+    z, s, w = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in (
+        (2, 4, 2, 3), (2, groups, 2, 3), (4,)))
+
+    def run(z, s, w):
+        return collide(z * 1, s, w, groups)  # collide may overwrite its first argument
+
+    assert torch.autograd.gradcheck(run, (z, s, w)) and torch.autograd.gradgradcheck(run, (z, s, w))
+    torch.testing.assert_close(run(z, s, w), collide_plain(z, s, w, groups))
+    with torch.no_grad():
+        torch.testing.assert_close(run(z, s, w), collide_plain(z, s, w, groups))
+
+
+def test_pieces_are_put_together_in_order():
+    """Batches of several pieces, the last one smaller, and an image larger than a piece."""
+    for shape in ((7, 16, 80, 80), (2, 4, 300, 300)):
+        assert shape[0] > 1 and torch.Size(shape).numel() > PIECE
+        g = torch.Generator().manual_seed(0)
+        z, s = torch.randn(shape, generator=g), torch.rand(shape[0], 2, *shape[2:], generator=g)
+        w = torch.randn(shape[1], generator=g).requires_grad_()
+        expected = collide_plain(z, s, w, 2)
+        torch.testing.assert_close(collide(z.clone(), s, w, 2), expected)
+        with torch.no_grad():
+            torch.testing.assert_close(collide(z.clone(), s, w, 2), expected)
+
+
+def test_an_empty_batch_gives_an_empty_map():
+    layer = make(in_channels=8, out_channels=12, kernel_size=3)
+    assert layer(image(layer)[:0]).shape == (0, 12, 7, 8)
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('options', [dict(), dict(ic_mode='pair'), dict(ic_norm='bn', ic_scale='raw')], ids=ids)
+@pytest.mark.parametrize('geometry', GEOMETRIES[1:3], ids=ids)
+def test_scripted_traced_and_compiled(geometry, options):
+    layer = make(**geometry, **options).eval()
+    x = image(layer)
+    expected = layer(x)
+    traced = torch.fx.symbolic_trace(layer)
+    torch._dynamo.reset()
+    for other in (
+            torch.jit.script(layer), torch.jit.trace(layer, x), traced, torch.jit.script(traced), copy.deepcopy(layer),
+            torch.compile(layer, fullgraph=True, backend='eager'), torch.export.export(layer, (x,)).module()):
+        torch.testing.assert_close(other(x), expected)
+
+
+@pytest.mark.parametrize('groups', [1, 4])
+def test_bfloat16_autocast_and_channels_last(groups):
+    layer = make(in_channels=8, out_channels=12, kernel_size=3, padding=1, groups=groups).float()
+    x = image(layer).float()
+    expected = layer(x)
+    torch.testing.assert_close(layer(x.contiguous(memory_format=torch.channels_last)), expected)
+    with torch.autocast('cpu', torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == torch.bfloat16
+        y.float().sum().backward()
+    torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05)
+    assert layer.ic_weight.grad.dtype == torch.float32 and torch.isfinite(layer.ic_weight.grad).all()
+    half = layer.to(torch.bfloat16)(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+
+
+def test_meta_device():
+    layer = ICConv2d(8, 12, 3, ic_norm='bn', device='meta')
+    assert all(t.device.type == 'meta' for t in [*layer.parameters(), *layer.buffers()])
+    assert layer(torch.empty(2, 8, 9, 9, device='meta')).shape == (2, 12, 7, 7)
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(ic_mode='fiter'), "ic_mode 'fiter' is unknown; it is one of 'filter', 'layer', 'pair'"),
+    (dict(ic_scale='sum'), "ic_scale 'sum' is unknown"),
+    (dict(ic_norm='none'), "ic_norm 'none' is unknown; it is one of '', 'bias', 'bn'"),
+    (dict(ic_init='1'), "ic_init '1' is no finite number"),
+    (dict(ic_init=float('nan')), 'ic_init nan is no finite number'),
+])
+def test_unknown_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        ICConv2d(8, 12, 3, **options)

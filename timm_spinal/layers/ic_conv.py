@@ -1,0 +1,182 @@
+"""Inter-layer collision (IC) convolution, a drop-in for ``nn.Conv2d``.
+
+Paper: "IC Networks: Remodeling the Basic Unit for Convolutional Neural Networks", An, Liu, Zhao and Shen, 2021,
+https://arxiv.org/abs/2102.03495. Its full text was not available (spec ic_networks_wld): the neuron is sourced, the
+convolution derived from it; what neither settles is reconstructed, and an option.
+"""
+
+from typing import Any, Literal, Tuple, Union
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import nn
+
+from .ic_collide import collide
+
+torch.fx.wrap('collide')  # one node for FX
+
+IC_CHOICES = {
+    'mode': ('filter', 'layer', 'pair'),
+    'scale': ('mean', 'raw'),
+    'norm': ('', 'bias', 'bn'),
+}
+
+
+def check_ic_options(ic_mode: str = 'filter', ic_scale: str = 'mean', ic_norm: str = '', ic_init: float = 1.) -> None:
+    """Refuse values that :class:`ICConv2d` does not know.
+
+    Raises:
+        ValueError: If a value is unknown.
+    """
+    for name, value in (('mode', ic_mode), ('scale', ic_scale), ('norm', ic_norm)):
+        if value not in IC_CHOICES[name]:
+            raise ValueError(f'ic_{name} {value!r} is unknown; it is one of {", ".join(map(repr, IC_CHOICES[name]))}.')
+    if isinstance(ic_init, bool) or not isinstance(ic_init, (int, float)) or not abs(ic_init) < float('inf'):
+        raise ValueError(f'ic_init {ic_init!r} is no finite number.')
+
+
+def box_mean(
+        x: torch.Tensor,
+        channels: int,
+        kernel_size: Tuple[int, int],
+        stride: Tuple[int, int],
+        padding: Tuple[int, int],
+        dilation: Tuple[int, int],
+) -> torch.Tensor:
+    """Mean of each window of each channel, zeros of the padding counted: (N, channels, H, W) -> (N, channels, H', W').
+
+    Args as in ``nn.Conv2d``.
+    """
+    if kernel_size == (1, 1) and stride == (1, 1) and padding == (0, 0):
+        return x
+    if dilation == (1, 1) and 2 * padding[0] <= kernel_size[0] and 2 * padding[1] <= kernel_size[1]:
+        return F.avg_pool2d(x, kernel_size, stride, padding)
+    # what pooling cannot do, a constant filter for each channel can
+    kh, kw = kernel_size
+    box = torch.full((channels, 1, kh, kw), 1. / (kh * kw), device=x.device, dtype=x.dtype)
+    return F.conv2d(x, box, None, stride, padding, dilation, channels)
+
+
+class ICConv2d(nn.Conv2d):
+    """Inter-layer collision convolution, (N, C_in, H, W) -> (N, C_out, H', W').
+
+    For output channel o at position p, over the n pairs of an input channel c of o's group and a window place k::
+
+        z = sum_ck W_ock x_c(p + k)                       what nn.Conv2d gives without bias
+        S = sum_ck x_c(p + k)                             the box sum, one for all filters of a group
+        y = z + ReLU(z - w'_o S + b1_o) + b2_o
+
+    It is the paper's neuron y = f(w.x + sigma(w.x - w' 1.x + b1) + b2), sourced (spec ic_networks_wld 2.1), at each
+    position, derived (2.3), with sigma = ReLU, derived (2.1); f and the norm before it are the host's. ``bias`` is b2.
+
+    ``ic_weight`` holds v = n w' (reconstructed, 2.5), then w' S is v times the mean of the window, or w' itself. On
+    inputs that come out of a ReLU a w' far above 1/n leaves sigma 0 everywhere and without gradient (2.5): therefore
+    both start at v = 1, and :func:`timm_spinal.ic_active_share` shows where sigma is alive.
+
+    A state dict of ``nn.Conv2d`` lacks ``ic_weight``, and ``ic_bias`` or ``ic_bn.*`` with an inner norm, and no more.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: As nn.Conv2d.
+        ic_mode: What has a w' of its own. 'filter': each filter, the direct reading of the neuron. 'layer': the layer,
+            for a single number more. 'pair': each input channel of each filter, where channels shall be reweighted one
+            by one; on more than the 3x3 convolutions that is more costly than the paper says.
+        ic_scale: 'mean': learns v, with steps like other weights'. 'raw': learns w' as the neuron has it; its steps
+            move the output n^2 times as far, for small learning rates only.
+        ic_norm: Inside sigma. '': nothing. 'bias': b1, where inputs may be negative or centred. 'bn': BatchNorm, which
+            keeps about half of the positions active, for any ic_init.
+        ic_init: v at the start, in either scale: 1 subtracts the window's mean, 0 starts at z + ReLU(z).
+
+    Raises:
+        ValueError: If a value of an option is unknown.
+    """
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: Union[int, Tuple[int, int]],
+            stride: Union[int, Tuple[int, int]] = 1,
+            padding: Union[str, int, Tuple[int, int]] = 0,
+            dilation: Union[int, Tuple[int, int]] = 1,
+            groups: int = 1,
+            bias: bool = True,
+            padding_mode: Literal['zeros', 'reflect', 'replicate', 'circular'] = 'zeros',
+            device=None,
+            dtype=None,
+            ic_mode: str = 'filter',
+            ic_scale: str = 'mean',
+            ic_norm: str = '',
+            ic_init: float = 1.,
+    ):
+        check_ic_options(ic_mode, ic_scale, ic_norm, ic_init)
+        dd: Any = {'device': device, 'dtype': dtype}
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, **dd)
+        kernel_area = self.kernel_size[0] * self.kernel_size[1]
+        n = kernel_area * in_channels // groups
+        divisor = 1 if ic_scale == 'raw' else n
+        self.ic_mode = ic_mode
+        self.ic_init = ic_init * divisor / n
+        self.ic_factor = (kernel_area if ic_mode == 'pair' else n) / divisor  # w'S = ic_factor ic_weight local_mean
+        # padding other than the same number of zeros on both sides comes in front of the convolution
+        self.ic_pad_mode = 'constant' if padding_mode == 'zeros' else padding_mode
+        self.ic_pad_first = isinstance(padding, str) or padding_mode != 'zeros'
+        self.ic_padding = (0, 0) if self.ic_pad_first else (int(self.padding[0]), int(self.padding[1]))
+
+        shape = {'filter': (out_channels,), 'layer': (1,), 'pair': (out_channels, in_channels // groups)}[ic_mode]
+        self.ic_weight = nn.Parameter(torch.empty(shape, **dd))
+        self.ic_bias = nn.Parameter(torch.empty(out_channels, **dd)) if ic_norm == 'bias' else None
+        self.ic_bn = nn.BatchNorm2d(out_channels, **dd) if ic_norm == 'bn' else None
+        self.reset_collision()
+
+    @torch.jit.ignore
+    def reset_collision(self) -> None:
+        """Start the collision anew; ``weight`` and ``bias`` stay."""
+        nn.init.constant_(self.ic_weight, self.ic_init)
+        if self.ic_bias is not None:
+            nn.init.zeros_(self.ic_bias)
+        if self.ic_bn is not None:
+            self.ic_bn.reset_parameters()
+
+    def local_mean(self, x: torch.Tensor) -> torch.Tensor:
+        """S / n of each group, (N, groups, H', W'); in mode 'pair' of each input channel, (N, C_in, H', W')."""
+        channels = self.in_channels
+        if self.ic_mode != 'pair':
+            channels = self.groups
+            x = x.mean(1, keepdim=True) if channels == 1 else x.unflatten(1, (channels, -1)).mean(2)
+        return box_mean(
+            x, channels, self.kernel_size, self.stride, self.ic_padding, self.dilation)  # type: ignore[arg-type]
+
+    def parts(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """z, (N, C_out, H', W'), :meth:`local_mean`, and its factors, (C_out,) or for pairs (C_out, C_in / groups)."""
+        if self.ic_pad_first:
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.ic_pad_mode)
+        z = F.conv2d(x, self.weight, None, self.stride, self.ic_padding, self.dilation, self.groups)
+        w = self.ic_weight * self.ic_factor
+        if self.ic_mode == 'layer':
+            w = w.expand(self.out_channels)
+        return z, self.local_mean(x), w
+
+    def pre_sigma(self, z: torch.Tensor, s: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """u = z - w'S + b1, which sigma gets, (N, C_out, H', W'), from :meth:`parts`."""
+        u = z - F.conv2d(s, w.reshape(self.out_channels, -1, 1, 1), groups=self.groups)
+        if self.ic_bias is not None:
+            u = u + self.ic_bias.view(-1, 1, 1).to(u.dtype)
+        if self.ic_bn is not None:
+            u = self.ic_bn(u)
+        return u
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z, s, w = self.parts(x)
+        if self.ic_mode != 'pair' and self.ic_bias is None and self.ic_bn is None:
+            y = collide(z, s, w, self.groups)
+        else:
+            y = z + F.relu(self.pre_sigma(z, s, w))
+        bias = self.bias  # TorchScript believes what is said of a local name
+        if bias is not None:
+            y = y + bias.view(-1, 1, 1).to(y.dtype)
+        return y
+
+    def extra_repr(self) -> str:
+        return f'{super().extra_repr()}, ic_mode={self.ic_mode}'
