@@ -6,6 +6,7 @@ import timm
 
 from . import (
     capsule_net,
+    cifar_resnet,
     head_variants,
     shared_basis_mobilenet,
     shared_basis_resnet,
@@ -22,8 +23,8 @@ from .head_variants import register_head_variant as register_head_variant
 _MODULES = [
     module.__name__.rpartition('.')[2]
     for module in (
-        capsule_net, head_variants, shared_basis_mobilenet, shared_basis_resnet, spinal_cifar, spinal_cnn, spinal_mlp,
-        spinal_vgg5,
+        capsule_net, cifar_resnet, head_variants, shared_basis_mobilenet, shared_basis_resnet, spinal_cifar, spinal_cnn,
+        spinal_mlp, spinal_vgg5,
     )
 ]
 
