@@ -30,6 +30,9 @@ def write(path, **changes):
 def test_configs_are_shared_options_and_those_of_the_variant(tmp_path):
     sweep = read_sweep(write(tmp_path / 's.yaml', shared=dict(SHARED, model_kwargs=dict(head_dropout=0.1))))
     assert sweep.control == 'linear' and sweep.seeds == [0] and sweep.output == tmp_path / 'out'
+    moved = read_sweep(tmp_path / 's.yaml', 'elsewhere', 'my/data')
+    assert {c.data_dir for c in moved.configs.values()} == {'my/data'} and moved.output == Path('elsewhere')
+    assert sweep.configs['spinal'].data_dir == ''
     spinal = sweep.configs['spinal']
     assert (spinal.model, spinal.lr, spinal.img_size) == ('test_resnet_spinal', 0.003, 32)
     assert spinal.model_kwargs == dict(head_dropout=0.1, head_width=8)

@@ -55,6 +55,7 @@ def _sweep(argv: list[str], command: str) -> int:
     parser = _Parser(prog='timm-spinal compare --sweep', description='Whole trainings, from a file of variants.')
     parser.add_argument('--sweep', required=True, metavar='FILE', help='YAML of shared options, variants and seeds')
     parser.add_argument('--jobs', type=int, default=1, help='trainings at a time')
+    parser.add_argument('--data-dir', default='', help='folder of the data, over that of the file')
     parser.add_argument('--output', default='', help='folder of the comparison, over that of the file')
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     args = parser.parse_args(argv)
@@ -62,7 +63,7 @@ def _sweep(argv: list[str], command: str) -> int:
         raise UserError(f'--jobs {args.jobs}: give at least 1')
     from .sweep import run_sweep
     from .sweep_file import read_sweep
-    output, failed = run_sweep(read_sweep(Path(args.sweep), args.output), args.jobs, command)
+    output, failed = run_sweep(read_sweep(Path(args.sweep), args.output, args.data_dir), args.jobs, command)
     show(output)
     return 1 if failed else 0
 

@@ -61,12 +61,13 @@ class Sweep:
     grid: list[dict[str, Any]] = field(default_factory=list)
 
 
-def read_sweep(path: Path, output: str = '') -> Sweep:
+def read_sweep(path: Path, output: str = '', data_dir: str = '') -> Sweep:
     """Read and check the file of a sweep.
 
     Args:
         path: The YAML file.
         output: Folder of the comparison, over that of the file.
+        data_dir: Folder of the data, over that of the file.
 
     Raises:
         UserError: No such file, an unknown key or option (all variants are checked first), an empty list of seeds.
@@ -92,7 +93,8 @@ def read_sweep(path: Path, output: str = '') -> Sweep:
             options = {**_without_head(variants[like]), **options, 'model': _control_model(path, variants, like)}
         values = _options(path, f'variant {name}', options)
         kwargs = {**shared.get('model_kwargs', {}), **values.pop('model_kwargs', {})}
-        configs[name] = TrainConfig(**{**shared, **values, 'model_kwargs': kwargs})
+        values.update(model_kwargs=kwargs, **(dict(data_dir=data_dir) if data_dir else {}))
+        configs[name] = TrainConfig(**{**shared, **values})
         check_model_name(configs[name].model)
     _check_names(path, configs)
     _check_teachers(path, configs, bool(raw.get('tune')))
