@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.task import TrainingTask
+from timm.task import TrainingTask, resume_task_checkpoint
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.wld import WLDTask
@@ -200,13 +200,13 @@ def new_run(accum):
 
 
 @pytest.mark.parametrize('accum', [1, 2])
-def test_timms_loop_and_resume(accum):
+def test_timms_loop_and_resume(accum, tmp_path):
     whole = train_like_timm(*new_run(accum), 0, 4, accum)
     saved = train_like_timm(*new_run(accum), 0, 2, accum)
     assert saved['task_state'] == dict(batches=10) and 'task_state_ema' not in saved
     task, optimizer = new_run(accum)
-    optimizer.load_state_dict(saved['optimizer'])
-    task.load_checkpoint_state(saved['state_dict'], saved['task_state'])
+    torch.save(dict(saved, epoch=1, version=2), tmp_path / 'last.pth.tar')  # as timm's CheckpointSaver has it
+    assert resume_task_checkpoint(task, str(tmp_path / 'last.pth.tar'), optimizer, log_info=False) == 2
     task.load_checkpoint_state(saved['state_dict_ema'], ema=True)
     expected = {1: 1 - 10 / 16, 2: 1 - 6 / 9.6}[accum]
     assert task.distill_weight == pytest.approx(expected)
