@@ -36,6 +36,7 @@ def test_a_backbone_is_needed():
 
 
 @pytest.mark.parametrize('changes, message', [
+    (dict(dataset='multimnist'), 'two classes, .* use --sweep'),
     (dict(mixup=0.2), '--mixup: has no effect'), (dict(freeze='bn'), '--freeze: has no effect'),
     (dict(model='resnet18'), '--model: .*the model is the --backbone'), (dict(drop=0.1), '--drop'),
 ])

@@ -30,6 +30,23 @@ def make_folder(root: Path, splits=('train', 'validation'), **kwargs) -> Path:
     return root
 
 
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """A file of the idx format, packed when its name ends in .gz."""
+    header = bytes([0, 0, 8, array.ndim]) + b''.join(n.to_bytes(4, 'big') for n in array.shape)
+    data = header + array.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == '.gz' else data)
+
+
+def make_mnist(root: Path, train: int = 40, test: int = 20, packed: bool = False) -> Path:
+    """The four files of MNIST with noise in place of digits, all different; label i % 10."""
+    root.mkdir(parents=True, exist_ok=True)
+    for part, count in (('train', train), ('t10k', test)):
+        images = np.random.default_rng(count).integers(0, 256, (count, 28, 28))
+        for kind, array in (('images-idx3', images), ('labels-idx1', np.arange(count) % 10)):
+            write_idx(root / f'{part}-{kind}-ubyte{".gz" if packed else ""}', array)
+    return root
+
+
 class TinyModel:
     """What the data need of a model: channels, classes, a pretrained_cfg and modules."""
     in_chans = 3

@@ -20,7 +20,7 @@ class Answers(torch.nn.Module):
 def dataset(logits, targets):
     images = torch.zeros(len(logits), 1, 1, 8)
     images[:, 0, 0, :7] = logits
-    return [(image, int(target)) for image, target in zip(images, targets)]
+    return [(image, int(target) if target.ndim == 0 else target) for image, target in zip(images, targets)]
 
 
 def run(logits, targets, batch_size=4, **kwargs):
@@ -101,6 +101,12 @@ for count in (11, 1, 8):
     exact = torch.nn.functional.cross_entropy(logits, targets).item()
     right = 100 * (logits.argmax(1) == targets).float().mean().item()
     assert metrics['images'] == count, metrics
+    pairs = torch.eye(7)[targets] + torch.eye(7)[(targets + 2) % 7]
+    loader = accelerator.prepare(DataLoader(dataset(logits, pairs), batch_size=2))
+    found = evaluate(accelerator, Answers(), loader, multi_label=True)
+    both = 100 * (pairs.gather(1, logits.topk(2).indices).sum(1) == 2).float().mean().item()
+    bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, pairs).item()
+    assert found['images'] == count and abs(found['exact'] - both) < 1e-4 and abs(found['loss'] - bce) < 1e-6, found
     assert abs(metrics['loss'] - exact) < 1e-6 and abs(metrics['top1'] - right) < 1e-4, (metrics, exact, right)
 accelerator.print('exact')
 accelerator.end_training()

@@ -40,11 +40,23 @@ def test_kinds_of_targets(loss):
     assert loss()(scores, dense).item() == pytest.approx(loss()(scores, index).item())
     smooth = dense * 0.8 + 0.2 / 5
     assert loss(smoothing=0.2)(scores, index).item() == pytest.approx(loss()(scores, smooth).item())
-    assert loss(smoothing=0.2)(scores, smooth).item() == pytest.approx(loss()(scores, smooth).item())
+    # several classes per image: every membership towards a half, as timm's binary cross-entropy does it
+    pairs = torch.eye(5)[[0, 1, 2, 3]] + torch.eye(5)[[4, 0, 1, 2]]
+    assert loss(smoothing=0.2)(scores, pairs).item() == pytest.approx(loss()(scores, pairs * 0.8 + 0.1).item())
 
 
 def test_half_precision_scores_are_summed_in_float32():
     assert MarginLoss()(torch.zeros(2, 3, dtype=torch.float16), torch.tensor([0, 1])).dtype == torch.float32
+
+
+@pytest.mark.parametrize('name, loss', [('margin', MarginLoss), ('squared_hinge', SquaredHingeLoss)])
+def test_trainer_uses_them_for_several_classes_per_image(name, loss):
+    config = parse_config(['--loss', name, '--smoothing', '0.3'])
+    model = timm_spinal.attach_head(timm.create_model('test_efficientnet'), 'caps', num_classes=4, head_capsules=8)
+    task = build_task(config, model.eval(), False, CPU, multi_label=True)
+    images, target = torch.randn(2, 3, 64, 64), torch.tensor([[1., 0., 1., 0.], [0., 0., 1., 1.]])
+    expected = loss()(model(images), target * 0.7 + 0.15).item()
+    assert task(images, target)['loss'].item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize('name, loss', [('margin', MarginLoss), ('squared_hinge', SquaredHingeLoss)])

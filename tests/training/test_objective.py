@@ -2,8 +2,20 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask
+from timm.loss import (
+    AsymmetricLossMultiLabel,
+    BinaryCrossEntropy,
+    LabelSmoothingCrossEntropy,
+    PolyBinaryCrossEntropy,
+    SoftTargetCrossEntropy,
+)
+from timm.task import (
+    ClassificationTask,
+    FeatureDistillationTask,
+    LogitDistillationTask,
+    MultiLabelClassificationTask,
+    TokenDistillationTask,
+)
 
 from timm_spinal.errors import UserError
 from timm_spinal.training import objective
@@ -44,6 +56,28 @@ def test_classification_value():
     images, target = torch.randn(3, 3, 64, 64), torch.tensor([0, 3, 1])
     parts = build_task(TrainConfig(smoothing=0.), model, False, CPU)(images, target)
     assert parts['loss'].item() == pytest.approx(F.cross_entropy(model(images), target).item())
+
+
+@pytest.mark.parametrize('options, mixup, loss, smoothing', [
+    (dict(smoothing=0.1), False, BinaryCrossEntropy, 0.1),
+    (dict(loss='bce', smoothing=0.1), True, BinaryCrossEntropy, 0.),
+    (dict(loss='asl', smoothing=0.), False, AsymmetricLossMultiLabel, 0.),
+    (dict(loss='poly', smoothing=0.), False, PolyBinaryCrossEntropy, 0.),
+])
+def test_losses_of_several_classes_per_image(options, mixup, loss, smoothing):
+    task = build_task(TrainConfig(**options), student(), mixup, CPU, multi_label=True)
+    assert type(task) is MultiLabelClassificationTask and type(task.criterion) is loss
+    assert task.criterion.smoothing == smoothing
+    target = torch.tensor([[1., 0., 0., 1.], [0., 1., 1., 0.]])
+    assert task(torch.randn(2, 3, 64, 64), target)['loss'].isfinite()
+
+
+def test_value_of_several_classes_per_image():
+    model = student()
+    images, target = torch.randn(2, 3, 64, 64), torch.tensor([[1., 0., 0., 1.], [0., 1., 1., 0.]])
+    parts = build_task(TrainConfig(smoothing=0.2), model, False, CPU, multi_label=True)(images, target)
+    expected = F.binary_cross_entropy_with_logits(model(images), target * 0.8 + 0.1).item()
+    assert parts['loss'].item() == pytest.approx(expected)
 
 
 def test_options_reach_bce():

@@ -39,6 +39,8 @@ def test_epoch_line():
     assert epoch_line(HISTORY[0], 2) == 'epoch 1/2: train loss 2.0000, lr 0.1, 10 images/s'
     assert epoch_line(dict(HISTORY[1], ema_top1=61.), 2) == (
         'epoch 2/2: train loss 1.0000, top-1 60.00 %, loss 1.5000, ema top-1 61.00 %, lr 0.05, 20 images/s')
+    row = dict(HISTORY[0], eval_loss=1.5, eval_exact=40., eval_digit=60.)
+    assert epoch_line(row, 2).startswith('epoch 1/2: train loss 2.0000, exact pairs 40.00 %, loss 1.5000, lr')
 
 
 def test_final_lines(tmp_path):
@@ -51,6 +53,10 @@ def test_final_lines(tmp_path):
     assert lines[3] == f'12.3 s, 100 images/s, results in {tmp_path}'
     assert lines[4] == ("load it: import timm, timm_spinal; timm_spinal.ensure_registered('convnext_nano_mlp'); "
                         f"model = timm.create_model('local-dir:{tmp_path}', pretrained=True)")
+    pairs = dict(exact=61.5, digit=80., top2=75., test_exact=60., test_digit=79., test_top2=74.)
+    lines = final_lines({**{k: v for k, v in result.items() if 'top' not in k}, **pairs}, tmp_path)
+    assert lines[0] == 'exact pairs 61.50 %, digits 80.00 %, top-2 75.00 %, loss 1.2500 of epoch 2 (ema)'
+    assert lines[1] == 'test exact pairs 60.00 %, digits 79.00 %, top-2 74.00 %, loss 1.3000 (once, best weights)'
 
 
 def test_export_is_what_timm_reads(tmp_path):

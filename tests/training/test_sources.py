@@ -13,7 +13,7 @@ from timm_spinal.training.data import create_datasets
 from timm_spinal.training.sources import open_source
 from timm_spinal.training.torch_sources import TORCH_SETS, torch_labels, torch_split
 
-from .images import make_folder, make_split, need_cifar10, need_mnist, quick_config
+from .images import make_folder, make_split, need_cifar10, need_mnist, quick_config, write_idx
 
 
 def one_line(error):
@@ -134,6 +134,7 @@ def test_more_classes_than_the_data_have_is_only_a_warning(tmp_path, caplog):
 
 @pytest.mark.parametrize('name, words', [
     ('digit', 'did you mean digits?'),
+    ('multi_mnist', 'did you mean multimnist?'),
     ('torch/fashionmnist', 'did you mean torch/fashion_mnist?'),
     ('torch/emnist', 'did you mean torch/emnist_'),
     ('mnist', 'did you mean torch/mnist?'),
@@ -188,11 +189,6 @@ def test_missing_and_undownloadable_sets_say_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(UserError, match='check the network') as error:
         create_datasets(quick_config(**config, dataset_download=True))
     one_line(error)
-
-
-def write_idx(path, array):
-    header = bytes([0, 0, 8, array.ndim]) + b''.join(n.to_bytes(4, 'big') for n in array.shape)
-    path.write_bytes(header + array.astype(np.uint8).tobytes())
 
 
 def test_emnist_letters_count_from_zero(tmp_path):

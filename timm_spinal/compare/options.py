@@ -72,6 +72,9 @@ def check_frozen(config: FrozenConfig) -> None:
     """
     if not config.backbone:
         raise UserError('no backbone: give one with --backbone, for instance --backbone resnet50 --pretrained')
+    if config.dataset == 'multimnist':
+        raise UserError('--dataset multimnist: its images have two classes, which whole trainings can be compared on, '
+                        'but not heads on frozen features; use --sweep')
     defaults = TrainConfig()
     for name, reason in NO_EFFECT.items():
         if getattr(config, name) != getattr(defaults, name):

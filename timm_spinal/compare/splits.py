@@ -82,10 +82,11 @@ def open_splits(config: TrainConfig, test_fraction: float = 0.2, train_size: int
         train, validation = rest.subset(first), rest.subset(second)
         note = f'The data have one split only. Test: {100 * test_fraction:g} % of each class; validation: ' \
                f'{100 * config.val_split_fraction:g} % of the rest.'
-    whole = _joined(train, validation) if config.val_split_fraction else _labels(train)
-    _check_class_sizes(whole, found.class_names, least)
-    for source in (validation, test):
-        _check_labels(source, train, found.class_names)
+    if not found.multi_label:  # else splits and classes are the set's own
+        whole = _joined(train, validation) if config.val_split_fraction else _labels(train)
+        _check_class_sizes(whole, found.class_names, least)
+        for source in (validation, test):
+            _check_labels(source, train, found.class_names)
     if train_size:
         train = _part(train, train_size, config.seed)
         note += f' Training: a stratified part of {train_size:,} images.'

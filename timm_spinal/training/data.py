@@ -42,6 +42,7 @@ class Datasets:
     test: Source | None
     num_classes: int
     class_names: list[str] | None
+    multi_label: bool = False
 
 
 @dataclass
@@ -50,12 +51,13 @@ class TrainData:
 
     Attributes:
         train_loader: Shuffled and augmented batches of (B, C, H, W) float images and (B,) classes; drops the last
-            incomplete batch, as timm does.
+            incomplete batch, as timm does. Where images have several classes, float memberships (B, num_classes).
         eval_loader: Every image of the evaluation split once; class -1 marks an image to leave out.
         test_loader: The same for --test-split, or None.
         mixup: To call on each training batch, or None.
         data_config: As `timm.data.resolve_data_config`.
         streamed: The training data come from a stream: no exact resume within an epoch.
+        multi_label: Images have several classes.
     """
     train_loader: DataLoader
     eval_loader: DataLoader
@@ -68,6 +70,7 @@ class TrainData:
     eval_size: int
     test_size: int
     streamed: bool
+    multi_label: bool
 
     def set_epoch(self, epoch: int) -> None:
         """Set order and augmentation of the epoch that is iterated next; also after `accelerator.prepare`."""
@@ -102,6 +105,9 @@ def create_datasets(config: TrainConfig | ValidateConfig, train: bool = True) ->
     train_source: Source | None
     if config.val_split_fraction:
         whole = open_source(config, config.train_split, whole=True)
+        if whole.multi_label:
+            raise UserError(f'--val-split-fraction: the pairs of {config.dataset} share digits, so that a part of them '
+                            f'is not apart from the rest; leave it out: its split validation has digits of its own')
         if whole.labels is None:
             raise UserError(f'--val-split-fraction: the classes of {whole.name} are not known beforehand; '
                             f'name a split with --val-split')
@@ -118,6 +124,7 @@ def create_datasets(config: TrainConfig | ValidateConfig, train: bool = True) ->
         test_source,
         _num_classes(config, [s for s in (train_source, eval_source, test_source) if s is not None]),
         (train_source or eval_source).class_names,
+        eval_source.multi_label,
     )
 
 
@@ -145,6 +152,8 @@ def _num_classes(config: TrainConfig | ValidateConfig, sources: list[Source]) ->
     if found > config.num_classes:
         raise UserError(f'--num-classes {config.num_classes}: the data have {found} classes; give {found} or leave it '
                         f'out')
+    if any(source.multi_label for source in sources) and found < config.num_classes:
+        raise UserError(f'--num-classes {config.num_classes}: dataset {config.dataset} has {found}; leave it out')
     if 0 < found < config.num_classes:
         _logger.warning(f'--num-classes {config.num_classes}: the data have {found} classes, the rest stays unused')
     return config.num_classes
@@ -200,7 +209,7 @@ def create_data(
         train_loader=_loader(config, dataset, sampler, config.batch_size, drop_last=True),
         eval_loader=_eval_loader(config, datasets.eval, eval_transform(data_config), mode),
         test_loader=_eval_loader(config, datasets.test, eval_transform(data_config), mode) if datasets.test else None,
-        mixup=_mixup(config, datasets.num_classes) if mixing else None,
+        mixup=_mixup(config, datasets) if mixing else None,
         num_classes=datasets.num_classes,
         class_names=datasets.class_names,
         data_config=data_config,
@@ -208,6 +217,7 @@ def create_data(
         eval_size=len(datasets.eval),
         test_size=len(datasets.test) if datasets.test else 0,
         streamed=train.streamed,
+        multi_label=datasets.multi_label,
     )
 
 
@@ -229,7 +239,7 @@ def create_eval_loader(
         UserError: The data have not the model's classes, or its images cannot be cropped so.
     """
     have, want = datasets.num_classes, getattr(model, 'num_classes', datasets.num_classes)
-    if have > want or (have < want and not config.dataset and not config.class_map):
+    if have > want or (have < want and (datasets.multi_label or not config.dataset and not config.class_map)):
         raise UserError(f'classes: {datasets.eval.name} has {have}, the model {want}; use the data it was trained for'
                         f', or number the folders with --class-map')
     data_config = resolve_data(config, model)
@@ -252,7 +262,7 @@ def _check_batch(config: TrainConfig, train: Source, num_processes: int) -> None
         raise UserError(f'--batch-size {batch}: mixup and cutmix pair the images of a batch; use an even number')
 
 
-def _mixup(config: TrainConfig, num_classes: int) -> Mixup:
+def _mixup(config: TrainConfig, datasets: Datasets) -> Mixup:
     return Mixup(
         mixup_alpha=config.mixup,
         cutmix_alpha=config.cutmix,
@@ -261,7 +271,8 @@ def _mixup(config: TrainConfig, num_classes: int) -> Mixup:
         switch_prob=config.mixup_switch_prob,
         mode=config.mixup_mode,
         label_smoothing=config.smoothing,
-        num_classes=num_classes,
+        num_classes=datasets.num_classes,
+        multi_label=datasets.multi_label,
     )
 
 

@@ -43,6 +43,7 @@ class Source:
         class_names: Names by index, or None where the source has none.
         label_offset: Subtracted from the labels of `dataset` (not from `labels`), for sets that count from 1.
         indices: The part of `dataset` that belongs to the split; None is all of it.
+        multi_label: An image has several classes: `dataset` gives their memberships (C,), float32.
     """
     name: str
     dataset: Any
@@ -51,6 +52,7 @@ class Source:
     label_offset: int = 0
     indices: np.ndarray | None = None
     streamed: bool = field(default=False)
+    multi_label: bool = False
 
     def __len__(self) -> int:
         return len(self.dataset) if self.indices is None else len(self.indices)
@@ -64,8 +66,8 @@ class Source:
         """Number of an image of the split in `dataset`."""
         return index if self.indices is None else int(self.indices[index])
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """The decoded image and its class."""
+    def read(self, index: int) -> tuple[Image.Image, Any]:
+        """The decoded image and its class, or the memberships of its classes."""
         index = self.number(index)
         if isinstance(self.dataset, ImageDataset):
             # around ImageDataset.__getitem__, which puts another image in the place of one it cannot read
@@ -75,6 +77,8 @@ class Source:
                 image.load()
         else:
             image, target = self.dataset[index]
+        if self.multi_label:
+            return image, target
         return image, SKIPPED_TARGET if target is None else int(target) - self.label_offset
 
     def describe(self, index: int) -> str:
@@ -85,7 +89,7 @@ class Source:
 
 
 class ImageData(Dataset):
-    """Map-style split: ``data[index, seed]`` is a (C, H, W) tensor and a class.
+    """Map-style split: ``data[index, seed]`` is a (C, H, W) tensor and a class, or a list of memberships.
 
     The transform draws from Python's, numpy's and torch's global generators (timm's and torchvision's use all three).
     They are seeded for each batch from the seed of its first image (None: left alone), not for each image, which would
@@ -120,14 +124,17 @@ class ImageData(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, item: tuple[int, int | None]) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, item: tuple[int, int | None]) -> tuple[torch.Tensor, Any]:
         images, targets, *_ = self.collate(self.__getitems__([item]))
-        return images[0], int(targets[0])
+        return images[0], targets[0].tolist()
 
     def collate(self, samples: list[tuple]) -> tuple[torch.Tensor, ...]:
-        """Images (B, C, H, W), classes (B,) and rows of what `__getitems__` gives; the loader's ``collate_fn``."""
+        """Images (B, C, H, W), targets and rows of what `__getitems__` gives; the loader's ``collate_fn``.
+
+        Targets are classes (B,), or memberships (B, classes).
+        """
         images, targets, *rows = zip(*samples)
-        return self.finish(torch.stack(images)), torch.tensor(targets), *map(torch.stack, rows)
+        return self.finish(torch.stack(images)), torch.from_numpy(np.asarray(targets)), *map(torch.stack, rows)
 
     def __getitems__(self, items: list[tuple[int, int | None]]) -> list[tuple]:
         seed = items[0][1]

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 import torch.nn as nn
 from accelerate import Accelerator
-from timm.task import ClassificationEvaluator
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from timm_spinal.errors import UserError
+
+from .metrics import evaluator_for
 
 
 @torch.no_grad()
@@ -20,6 +21,7 @@ def evaluate(
         loader: DataLoader,
         channels_last: bool = False,
         description: str = 'evaluate',
+        multi_label: bool = False,
 ) -> dict[str, Any]:
     """Loss and accuracy of a model over a loader.
 
@@ -30,20 +32,22 @@ def evaluate(
     Args:
         accelerator: The loader must have been prepared by it.
         model: Left in eval mode. The first output counts when it returns several.
-        loader: Yields images (B, C, H, W), or crops of them (B, N, C, H, W), and class indices (B,).
+        loader: Yields images (B, C, H, W), or crops of them (B, N, C, H, W), and class indices (B,), or memberships
+            (B, classes).
         channels_last: Give the images in that memory format.
         description: Title of the progress bar.
+        multi_label: Images have two classes, and targets are memberships.
 
     Returns:
-        ``loss`` in nats, ``top1`` and ``top5`` in percent, ``images`` counted, ``nonfinite`` (images among them with
-        a NaN or infinite logit) and ``seconds``. The same on every process.
+        ``loss`` in nats, ``top1`` and ``top5`` in percent (or what `PairEvaluator` measures), ``images`` counted,
+        ``nonfinite`` (images among them with a NaN or infinite logit) and ``seconds``. The same on every process.
 
     Raises:
         UserError: No readable image.
     """
     start = time.perf_counter()
     model.eval()
-    evaluator = ClassificationEvaluator(device=accelerator.device)
+    evaluator = evaluator_for(multi_label)(device=accelerator.device)
     nonfinite = torch.zeros((), dtype=torch.int64, device=accelerator.device)
     bar = tqdm(loader, desc=description, leave=False, disable=None if accelerator.is_main_process else True)
     for images, target in bar:
@@ -57,7 +61,7 @@ def evaluate(
         if crops:
             output = _mean_over_crops(output.view(-1, *crops, output.shape[-1]))
         output, target = accelerator.gather_for_metrics((output.contiguous(), target))
-        readable = target >= 0
+        readable = target >= 0 if target.ndim == 1 else (target >= 0).all(-1)
         output, target = output[readable], target[readable]
         evaluator.update(output, target)
         nonfinite += (~output.isfinite().all(dim=-1)).sum()

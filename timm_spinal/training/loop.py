@@ -23,6 +23,7 @@ from .config import TrainConfig
 from .data import TrainData
 from .evaluate import evaluate
 from .meter import Meter, NotFinite
+from .metrics import accuracies
 from .objective import Penalty
 from .optim import clip_gradients, scheduler_state
 from .progress import Progress
@@ -34,6 +35,7 @@ from .wld import WLDTask
 class Run:
     """Everything the loop works on; loaders, optimizer and the task's trainable module are prepared."""
     config: TrainConfig
+    metric: str  # of the best epoch
     accelerator: Accelerator
     folder: Path
     task: TrainingTask
@@ -45,6 +47,7 @@ class Run:
     eval_loader: DataLoader
     penalties: dict[str, Penalty]
     kept_in_eval: list[nn.Module]
+    signs: torch.Tensor  # of the binary weights at the start
     description: dict[str, Any]  # config and data, for checkpoints
     on_best: Callable[['Run', str], None]  # write the weights, 'model' or 'ema'
     on_epoch: Callable[['Run'], None]  # write the reports
@@ -85,13 +88,13 @@ def fit(run: Run) -> None:
                 row = dict(epoch=progress.epoch, **train_epoch(run, flag))
                 if (progress.epoch + 1) % config.val_interval == 0 or progress.epoch + 1 == run.last_epoch:
                     row.update(_evaluate_epoch(run))
-                    if weights := progress.judge(row, config.eval_metric):
+                    if weights := progress.judge(row, run.metric):
                         run.on_best(run, weights)
                     patience = config.early_stop_patience
                     progress.stopped_early = _any(run, bool(patience) and progress.stale >= patience)
                 row['seconds'] = progress.seconds
                 if run.scheduler is not None:
-                    run.scheduler.step(progress.epoch + 1, row.get(f'eval_{config.eval_metric}'))
+                    run.scheduler.step(progress.epoch + 1, row.get(f'eval_{run.metric}'))
                 progress.end_epoch(row)
                 save(run)
             except NotFinite as e:
@@ -226,9 +229,10 @@ def _evaluate_epoch(run: Run) -> dict[str, float]:
     row = {}
     for name in names:
         model = eval_model(run.task, name == 'ema')
-        metrics = evaluate(run.accelerator, model, run.eval_loader, run.config.channels_last, name)
+        metrics = evaluate(
+            run.accelerator, model, run.eval_loader, run.config.channels_last, name, run.data.multi_label)
         run.progress.eval_seconds += metrics['seconds']
-        row.update({f'{name}_{k}': metrics[k] for k in ('loss', 'top1', 'top5')})
+        row.update({f'{name}_{k}': metrics[k] for k in ('loss', *accuracies(run.data.multi_label))})
         if metrics['nonfinite']:
             run.accelerator.print(f'warning: {name}: NaN or infinite logits for {metrics["nonfinite"]} of '
                                   f'{metrics["images"]} images')

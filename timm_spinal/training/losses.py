@@ -1,8 +1,9 @@
 """Losses on capsule lengths (spec capsule_xnor_heads 6).
 
 Both take scores (B, C) >= 0 and targets: class indices (B,), or memberships (B, C) in [0, 1], as mixup gives them or
-as several classes per image have them. They are defined on lengths. With label smoothing s a class index becomes the
-membership 1 - s + s / C, the others s / C; the papers use none (``--smoothing 0``).
+as several classes per image have them. They are defined on lengths. Label smoothing s is timm's: a class index becomes
+the membership 1 - s + s / C, the others s / C; memberships y become (1 - s) y + s / 2. The papers use none
+(``--smoothing 0``).
 """
 import torch
 import torch.nn as nn
@@ -13,7 +14,7 @@ class CapsuleLoss(nn.Module):
     """What both share: targets of either kind as memberships.
 
     Args:
-        smoothing: Label smoothing s in [0, 1), for class indices only: mixup smooths by itself.
+        smoothing: Label smoothing s in [0, 1); 0 with mixup, which smooths by itself.
     """
 
     def __init__(self, smoothing: float = 0.):
@@ -23,7 +24,7 @@ class CapsuleLoss(nn.Module):
     def memberships(self, scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Targets (B,) or (B, C) as (B, C)."""
         if target.ndim == scores.ndim:
-            return target.to(scores.dtype)
+            return target.to(scores.dtype) * (1. - self.smoothing) + 0.5 * self.smoothing
         one_hot = F.one_hot(target, scores.shape[-1]).to(scores.dtype)
         return one_hot * (1. - self.smoothing) + self.smoothing / scores.shape[-1]
 

@@ -13,6 +13,7 @@ from timm.task import (
     ClassificationTask,
     FeatureDistillationTask,
     LogitDistillationTask,
+    MultiLabelClassificationTask,
     TokenDistillationTask,
     TrainingTask,
 )
@@ -29,9 +30,9 @@ Builder = Callable[[TrainConfig, nn.Module, dict[str, Any]], TrainingTask]
 Penalty = Callable[[], torch.Tensor]
 
 
-def criterion_kwargs(config: TrainConfig, mixup_active: bool) -> dict[str, Any]:
+def criterion_kwargs(config: TrainConfig, mixup_active: bool, multi_label: bool = False) -> dict[str, Any]:
     """Arguments of `timm.loss.create_classification_loss` for a config; targets are soft when mixup is active."""
-    loss = config.loss or ('bce' if config.bce_loss else 'ce')
+    loss = config.loss or ('bce' if config.bce_loss or multi_label else 'ce')
     kwargs: dict[str, Any] = dict(loss_type=loss, smoothing=config.smoothing, soft_targets=mixup_active)
     options = dict(bce_target_thresh=config.bce_target_thresh, pos_weight=config.bce_pos_weight)
     kwargs.update({k: v for k, v in options.items() if v is not None}, bce_sum=config.bce_sum)
@@ -42,14 +43,19 @@ def criterion_kwargs(config: TrainConfig, mixup_active: bool) -> dict[str, Any]:
     return kwargs
 
 
-def criterion_options(config: TrainConfig, model: nn.Module, mixup_active: bool) -> dict[str, Any]:
+def criterion_options(
+        config: TrainConfig,
+        model: nn.Module,
+        mixup_active: bool,
+        multi_label: bool = False,
+) -> dict[str, Any]:
     """The loss of a config as arguments of timm's tasks.
 
     Raises:
         UserError: A loss of capsule lengths on a model that makes logits of them.
     """
     if config.loss not in CAPSULE_LOSSES:
-        return dict(criterion_kwargs=criterion_kwargs(config, mixup_active))
+        return dict(criterion_kwargs=criterion_kwargs(config, mixup_active, multi_label))
     if any(getattr(module, 'logit_scale', None) is True for module in model.modules()):
         raise UserError(f'--loss {config.loss}: it is defined on capsule lengths, and this model makes logits of them; '
                         'leave out head_logit_scale, or use --loss ce')
@@ -58,6 +64,10 @@ def criterion_options(config: TrainConfig, model: nn.Module, mixup_active: bool)
 
 def _classification(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
     return ClassificationTask(model, **common)
+
+
+def _multi_label(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
+    return MultiLabelClassificationTask(model, **common)
 
 
 def _logit(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
@@ -109,6 +119,7 @@ def _weights(config: TrainConfig) -> dict[str, Any]:
 
 OBJECTIVES: dict[str, Builder] = {
     'classification': _classification,
+    'multi_label': _multi_label,
     'logit': _logit,
     'feature': _feature,
     'token': _token,
@@ -127,6 +138,7 @@ def build_task(
         device: torch.device,
         data_config: dict[str, Any] | None = None,
         class_names: list[str] | None = None,
+        multi_label: bool = False,
 ) -> TrainingTask:
     """The training task of a config around a model that is on its device and not yet prepared.
 
@@ -140,13 +152,20 @@ def build_task(
         device: Where the model is.
         data_config: Normalisation and size of the images, as `timm.data.resolve_data_config`; the model's when None.
         class_names: Names of the classes, to compare with those of a teacher.
+        multi_label: Images have several classes, targets are memberships (B, C).
 
     Raises:
-        UserError: Loss options that exclude each other, a teacher that is unknown or does not fit, a student that
-            cannot be distilled so.
+        UserError: Loss options that exclude each other or the data, a teacher that is unknown or does not fit, a
+            student that cannot be distilled so.
     """
-    name = config.kd_distill_type if config.kd_model_name else 'classification'
-    common = dict(criterion_options(config, model, mixup_active), device=device, verbose=False)
+    name = config.kd_distill_type if config.kd_model_name else 'multi_label' if multi_label else 'classification'
+    if multi_label and config.kd_model_name:
+        raise UserError(f'--kd-model-name {config.kd_model_name}: distillation is for images with one class, and those '
+                        f'of dataset {config.dataset} have two; leave it out')
+    if multi_label and config.loss == 'ce':
+        raise UserError(f'--loss ce: is for images with one class, and those of dataset {config.dataset} have two; use '
+                        f'bce, asl, poly, margin or squared_hinge')
+    common = dict(criterion_options(config, model, mixup_active, multi_label), device=device, verbose=False)
     if name in NEED_LOGITS:
         check_logits(model, f'--kd-distill-type {name}: the student', 'add --model-kwargs head_logit_scale=True')
     if name in ('logit', 'feature', 'token'):

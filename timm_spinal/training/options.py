@@ -34,16 +34,19 @@ class DataOptions:
     """Data set"""
     data_dir: str = option('', 'folder (or .tar) with the data; where torch/, hfds/ and tfds/ sources keep their files')
     dataset: str = option(
-        '', 'source: empty for a folder or tar, digits, torch/NAME, hfds/NAME, hfids/NAME, wds/NAME, tfds/NAME')
+        '', 'source: empty for a folder or tar, digits, multimnist (from the MNIST files in --data-dir), torch/NAME, '
+        'hfds/NAME, hfids/NAME, wds/NAME, tfds/NAME')
     train_split: str = option('train', 'name of the training split')
     val_split: str = option('validation', 'name of the evaluation split, which chooses the best epoch')
     val_split_fraction: float = option(
         0., 'cut this part out of the training split, stratified by class and fixed by --seed, and use it in place of '
         '--val-split: for data sets whose only other split is the test set', low=0., high=0.9)
     test_split: str = option('', 'split that is evaluated once, at the end, with the best weights; never for choosing')
-    train_num_samples: int | None = option(None, 'images in the training split, for streamed sources', low=1)
-    val_num_samples: int | None = option(None, 'images in the evaluation split, for streamed sources', low=1)
-    dataset_download: bool = option(False, 'allow torch/ and tfds/ sources to download')
+    train_num_samples: int | None = option(
+        None, 'images in the training split, for streamed sources; pairs of multimnist, any number', low=1)
+    val_num_samples: int | None = option(
+        None, 'images in the evaluation split, for streamed sources; pairs of multimnist, in the test split too', low=1)
+    dataset_download: bool = option(False, 'allow torch/ and tfds/ sources and multimnist to download')
     dataset_trust_remote_code: bool = option(False, 'let hfds/ and hfids/ run code from the data set repository')
     class_map: str = option('', 'file that maps class names to indices')
     input_img_mode: str | None = option(
@@ -227,7 +230,9 @@ class RunOptions:
     output: str = option('', 'folder for runs; not given: output/train')
     experiment: str = option('', 'name of the run folder; not given: date, model and image size')
     resume: str = option('', "go on from 'auto' (the run folder of --experiment) or from this run folder or checkpoint")
-    eval_metric: str = option('top1', 'metric of the best epoch', choices=('top1', 'top5', 'loss'))
+    eval_metric: str = option(
+        'top1', 'metric of the best epoch; exact, digit and top2 are those of multimnist, where top1 means exact',
+        choices=('top1', 'top5', 'loss', 'exact', 'digit', 'top2'))
     val_interval: int = option(1, 'epochs between evaluations', low=1)
     early_stop_patience: int = option(0, 'stop after so many evaluations without a better metric, when above 0', low=0)
     checkpoint_steps: int = option(0, 'write a checkpoint every so many updates too, when above 0', low=0)

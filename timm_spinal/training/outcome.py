@@ -12,7 +12,9 @@ from .agree import agree
 from .evaluate import evaluate
 from .export import WEIGHTS, export_model
 from .loop import Run, eval_model
+from .metrics import accuracies
 from .model import needs_registration
+from .signs import changed_percent
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -65,9 +67,11 @@ def finish(run: Run) -> dict[str, Any]:
 def summarise(run: Run) -> dict[str, Any]:
     """``result.json``: accuracies in percent and losses in nats of the best epoch, counts, speed, origin.
 
+    The accuracies are ``top1`` and ``top5``, or those of `metrics.PairEvaluator` where images have two classes.
     ``epoch`` is the number of epochs done, ``best_epoch`` counts from zero as summary.csv does; ``seconds`` and
     ``images_per_second`` are of training and evaluation, and of training alone. ``teacher_top1`` is what --kd-check
-    found.
+    found. ``sign_flips`` is the part of the binary weights (XnODR), in percent, whose sign is another after the last
+    update than before the first; None without any.
     """
     progress, best, config = run.progress, run.progress.best, run.config
     module = unwrap_model(eval_model(run.task))
@@ -75,8 +79,7 @@ def summarise(run: Run) -> dict[str, Any]:
     teacher = dict(teacher=config.kd_model_name, teacher_top1=progress.teacher_top1) if config.kd_model_name else {}
     return dict(
         model=config.model,
-        top1=best.get('top1'),
-        top5=best.get('top5'),
+        **{name: best.get(name) for name in accuracies(run.data.multi_label)},
         loss=best.get('loss'),
         epoch=progress.epoch,
         best_epoch=best.get('epoch'),
@@ -93,6 +96,8 @@ def summarise(run: Run) -> dict[str, Any]:
         skipped=int(run.accelerator.reduce(skipped)),
         stopped_early=progress.stopped_early,
         **teacher,
+        # a process of a sharded run holds a part of the weights only
+        sign_flips=None if run.accelerator.distributed_type in SHARDED else changed_percent(run.signs, module),
         dataset=config.dataset or config.data_dir,
         seed=config.seed,
         processes=run.accelerator.num_processes,
@@ -106,5 +111,6 @@ def _test(run: Run) -> dict[str, Any]:
     model = eval_model(run.task)
     unwrap_model(model).load_state_dict(load_file(run.folder / WEIGHTS))
     loader = run.accelerator.prepare(run.data.test_loader)
-    metrics = evaluate(run.accelerator, model, loader, run.config.channels_last, 'test')
-    return {f'test_{k}': metrics[k] for k in ('loss', 'top1', 'top5', 'images')}
+    multi_label = run.data.multi_label
+    metrics = evaluate(run.accelerator, model, loader, run.config.channels_last, 'test', multi_label)
+    return {f'test_{k}': metrics[k] for k in ('loss', *accuracies(multi_label), 'images')}

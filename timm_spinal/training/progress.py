@@ -43,7 +43,7 @@ class Progress:
 
         Args:
             row: Row of the summary, with ``eval_*`` and, when there is a moving average, ``ema_*``.
-            metric: ``top1``, ``top5`` (higher is better) or ``loss`` (lower is better).
+            metric: ``loss`` (lower is better) or the name of an accuracy (higher is better).
 
         Returns:
             Which weights are the new best, ``model`` or ``ema``; empty when there is no new best.
@@ -58,7 +58,8 @@ class Progress:
             if best is None or sign * value > sign * best:
                 best, chosen = value, weights
                 self.best = dict(epoch=row['epoch'], weights=weights, metric=metric, value=value)
-                self.best.update({m: row[f'{prefix}_{m}'] for m in ('loss', 'top1', 'top5')})
+                measured = {k.removeprefix(f'{prefix}_'): v for k, v in row.items() if k.startswith(f'{prefix}_')}
+                self.best.update(measured)
         self.stale = 0 if chosen else self.stale + 1
         return chosen
 

@@ -11,6 +11,7 @@ import torch
 from timm_spinal.version import __version__
 
 from .files import write_atomically
+from .metrics import TITLES, main_accuracy
 
 
 def write_text(path: Path, text: str) -> None:
@@ -49,10 +50,11 @@ def save_figure(figure: Any, path: Path, dpi: int = 110) -> None:
 
 
 def write_curves(path: Path, history: list[dict[str, Any]]) -> None:
-    """Draw loss, top-1 and learning rate over the epochs."""
+    """Draw loss, the main accuracy and learning rate over the epochs."""
+    name = main_accuracy((column for row in history for column in row), 'eval_')
     panels = (
         ('loss (nats)', ('train_loss', 'eval_loss', 'ema_loss')),
-        ('top-1 (%)', ('eval_top1', 'ema_top1')),
+        (f'{TITLES[name]} (%)', (f'eval_{name}', f'ema_{name}')),
         ('learning rate', ('lr',)),
     )
     figure = new_figure(12, 3.5)
@@ -92,13 +94,19 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
     write_text(path, json.dumps(result, indent=2) + '\n')
 
 
+def accuracy_text(metrics: dict[str, Any], digits: int = 2) -> str:
+    """The accuracies among some metrics, for people."""
+    return ', '.join(f'{title} {metrics[name]:.{digits}f} %' for name, title in TITLES.items() if name in metrics)
+
+
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
     """What is printed after an epoch."""
     parts = [f'epoch {row["epoch"] + 1}/{epochs}: train loss {row["train_loss"]:.4f}']
-    if 'eval_top1' in row:
-        parts.append(f'top-1 {row["eval_top1"]:.2f} %, loss {row["eval_loss"]:.4f}')
-    if 'ema_top1' in row:
-        parts.append(f'ema top-1 {row["ema_top1"]:.2f} %')
+    name = main_accuracy(row, 'eval_')
+    if f'eval_{name}' in row:
+        parts.append(f'{TITLES[name]} {row[f"eval_{name}"]:.2f} %, loss {row["eval_loss"]:.4f}')
+    if f'ema_{name}' in row:
+        parts.append(f'ema {TITLES[name]} {row[f"ema_{name}"]:.2f} %')
     return ', '.join([*parts, f'lr {row["lr"]:.3g}', f'{row["images_per_second"]:.0f} images/s'])
 
 
@@ -111,15 +119,17 @@ def final_lines(result: dict[str, Any], folder: Path, register: str = '') -> lis
         register: Name of the architecture, when importing timm_spinal does not register it.
     """
     lines = []
-    if result['top1'] is not None:
+    name = main_accuracy(result)
+    if result[name] is not None:
         best = f'epoch {result["best_epoch"] + 1}' + (' (ema)' if result['best_weights'] == 'ema' else '')
-        lines.append(f'top-1 {result["top1"]:.2f} %, top-5 {result["top5"]:.2f} %, loss {result["loss"]:.4f} of {best}')
-    if result.get('test_top1') is not None:
-        lines.append(f'test top-1 {result["test_top1"]:.2f} %, loss {result["test_loss"]:.4f} (once, best weights)')
+        lines.append(f'{accuracy_text(result)}, loss {result["loss"]:.4f} of {best}')
+    if result.get(f'test_{name}') is not None:
+        text = accuracy_text({name: result[f'test_{name}'] for name in TITLES if f'test_{name}' in result})
+        lines.append(f'test {text}, loss {result["test_loss"]:.4f} (once, best weights)')
     if result['skipped']:
         lines.append(f'{result["skipped"]} unreadable images skipped')
     lines.append(f'{result["seconds"]:.1f} s, {result["images_per_second"]:.0f} images/s, results in {folder}')
-    if result['top1'] is None:
+    if result[name] is None:
         return [*lines, 'no finite evaluation, so no weights were written']
     known = f' timm_spinal.ensure_registered({register!r});' if register else ''
     load = f'timm.create_model({"local-dir:" + str(folder)!r}, pretrained=True)'

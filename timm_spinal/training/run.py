@@ -22,11 +22,13 @@ from .folder import run_folder
 from .freeze import apply_freeze
 from .identity import SCHEDULE, SILENT, check_same_run
 from .loop import Run, fit, trainable
+from .metrics import choosing_metric
 from .model import check_batch_of_one, check_model_name, create_model
 from .objective import build_penalties, build_task
 from .optim import apply_settings, create_optimizer, create_scheduler, load_scheduler_state, resolve_lr
 from .outcome import SHARDED, export_best, finish, write_reports
 from .progress import Progress, batches_done
+from .signs import signs_of
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -94,9 +96,11 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
     with accelerator.main_process_first():
         datasets = create_datasets(config)
     config = replace(config, num_classes=datasets.num_classes)
+    metric = choosing_metric(config.eval_metric, datasets.multi_label)
     set_seed(config.seed)
     with accelerator.main_process_first():
         model = create_model(config, datasets.num_classes)
+    signs = signs_of(model)
     data = create_data(config, model, datasets, num_processes=accelerator.num_processes)
     kept_in_eval = apply_freeze(model, config.freeze, config.freeze_modules)
     if config.batch_size == 1:
@@ -108,7 +112,8 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
     model.to(accelerator.device)
     with accelerator.main_process_first():  # a teacher may be downloaded
         task = build_task(
-            config, model, data.mixup is not None, accelerator.device, data.data_config, data.class_names)
+            config, model, data.mixup is not None, accelerator.device, data.data_config, data.class_names,
+            data.multi_label)
     penalties = build_penalties(config, model)
     images = config.batch_size * accelerator.num_processes * accelerator.gradient_accumulation_steps
     optimizer = create_optimizer(config, trainable(task), resolve_lr(config, images))
@@ -120,8 +125,8 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run:
     updates = -(-len(train_loader) // accelerator.gradient_accumulation_steps)
     scheduler, epochs = create_scheduler(config, optimizer, updates)
     run = Run(
-        config, accelerator, folder, task, optimizer, scheduler, epochs, data, train_loader, eval_loader, penalties,
-        kept_in_eval, describe(config, datasets, data), export_best, write_reports)
+        config, metric, accelerator, folder, task, optimizer, scheduler, epochs, data, train_loader, eval_loader,
+        penalties, kept_in_eval, signs, describe(config, datasets, data), export_best, write_reports)
     prepare_teacher(run, datasets, checkpoint)
     _open_folder(run)
     set_seed(config.seed, device_specific=True)

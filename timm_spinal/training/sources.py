@@ -1,7 +1,8 @@
 """Open one split of any data set by its name.
 
-'' is a folder or tar file, ``digits`` the digits of scikit-learn, ``torch/`` a torchvision set, ``hfds/``, ``hfids/``,
-``wds/`` and ``tfds/`` timm's readers of these names. Failures come out as one-line errors that say what to do.
+'' is a folder or tar file, ``digits`` the digits of scikit-learn, ``multimnist`` pairs of MNIST digits, ``torch/`` a
+torchvision set, ``hfds/``, ``hfids/``, ``wds/`` and ``tfds/`` timm's readers of these names. Failures come out as
+one-line errors that say what to do.
 """
 import difflib
 from typing import Any
@@ -16,6 +17,7 @@ from .config import TrainConfig, ValidateConfig
 from .dataset import Source
 from .digits import open_digits
 from .folders import class_index, find_split, open_images
+from .multimnist import find_mnist, open_multimnist
 from .torch_sources import NAMES, open_torch, torch_class_names, torch_labels, torch_split
 
 STREAMED = ('hfids', 'wds', 'tfds')
@@ -34,7 +36,7 @@ def open_source(
     Args:
         config: Where the data are: `DataOptions`, and batch_size, workers and seed for streamed sources.
         split: Name of the split.
-        training: Streamed sources shuffle when training.
+        training: Streamed sources shuffle when training; it decides the number and the seed of the pairs of multimnist.
         whole: A folder without splits, or a single tar file, is the split itself.
         class_map: Class name to index, in place of ``config.class_map``.
 
@@ -50,6 +52,10 @@ def open_source(
         return Source(str(path), dataset, _reader_labels(dataset.reader), _names(index))
     if config.dataset == 'digits':
         return open_digits(split)
+    if config.dataset == 'multimnist':
+        if config.dataset_download and config.data_dir and not find_mnist(config.data_dir, 'train', 'images-idx3'):
+            _open_torch(config, 'mnist', 'train')
+        return open_multimnist(config, split, training)
     if sep and prefix == 'torch':
         return _open_torch(config, name.lower(), split)
     if sep and prefix in _PACKAGES:
@@ -132,12 +138,13 @@ def _names(index: dict[str, int]) -> list[str] | None:
 
 
 def _nearest(name: str) -> str:
-    known = ['digits', *(f'torch/{n}' for n in NAMES)]
-    full = name if '/' in name or name.startswith('digit') else f'torch/{name}'
+    known = ['digits', 'multimnist', *(f'torch/{n}' for n in NAMES)]
+    full = name if '/' in name or name.startswith(('digit', 'multi')) else f'torch/{name}'
     close = [n for n in known if n.startswith(full)] or difflib.get_close_matches(full, known, n=1)
     if close:
         return f'did you mean {" or ".join(close[:6])}?'
-    return 'use digits, torch/NAME, hfds/NAME, hfids/NAME, wds/NAME or tfds/NAME, or --data-dir for a folder'
+    return ('use digits, multimnist, torch/NAME, hfds/NAME, hfids/NAME, wds/NAME or tfds/NAME, or --data-dir for a '
+            'folder')
 
 
 def _line(error: BaseException) -> str:

@@ -20,6 +20,7 @@ from .config import ValidateConfig
 from .data import count_skipped, create_datasets, create_eval_loader
 from .evaluate import evaluate
 from .export import CONFIG, WEIGHTS
+from .metrics import accuracies
 from .model import create_model
 from .options import ModelOptions
 
@@ -36,8 +37,9 @@ def validate(config: ValidateConfig) -> list[dict[str, Any]]:
     """Evaluate every model that a config names, print a line for each and write ``results_file`` after each.
 
     Returns:
-        One row per model: ``model``, ``top1``, ``top1_err``, ``top5``, ``top5_err`` (percent), ``loss`` (nats),
-        ``param_count`` (millions), ``img_size``, ``crop_pct``, ``crops``, ``interpolation``, ``images``, ``skipped``,
+        One row per model: ``model``, ``top1``, ``top1_err``, ``top5``, ``top5_err`` (percent; for images with two
+        classes those of `metrics.PairEvaluator`, each with its ``_err``), ``loss`` (nats), ``param_count`` (millions),
+        ``img_size``, ``crop_pct``, ``crops``, ``interpolation``, ``images``, ``skipped``, ``nonfinite``,
         ``images_per_second``; or ``model`` and ``error`` for one of several that could not be evaluated.
 
     Raises:
@@ -148,14 +150,16 @@ def validate_one(accelerator: Accelerator, candidate: Candidate) -> dict[str, An
     params = sum(p.numel() for p in model.parameters())
     if config.torchcompile:
         model.compile(backend=config.torchcompile, mode=config.torchcompile_mode)
-    metrics = evaluate(accelerator, model, accelerator.prepare(loader), config.channels_last, candidate.name)
+    multi_label = datasets.multi_label
+    metrics = evaluate(
+        accelerator, model, accelerator.prepare(loader), config.channels_last, candidate.name, multi_label)
+    measured = {}
+    for name in accuracies(multi_label):
+        measured.update({name: metrics[name], f'{name}_err': 100 - metrics[name]})
     skipped = accelerator.reduce(torch.tensor(count_skipped(loader), device=accelerator.device))
     return dict(
         model=candidate.name,
-        top1=metrics['top1'],
-        top1_err=100 - metrics['top1'],
-        top5=metrics['top5'],
-        top5_err=100 - metrics['top5'],
+        **measured,
         loss=metrics['loss'],
         param_count=round(params / 1e6, 2),
         img_size=data_config['input_size'][-1],
@@ -181,7 +185,7 @@ def _check_class_names(model: Any, found: list[str] | None, name: str) -> None:
 def _line(row: dict[str, Any]) -> str:
     skipped = f', {row["skipped"]} unreadable' if row['skipped'] else ''
     bad = f', NaN or infinite logits for {row["nonfinite"]}' if row['nonfinite'] else ''
-    return (f'{row["model"]}: top-1 {row["top1"]:.3f} %, top-5 {row["top5"]:.3f} %, loss {row["loss"]:.4f}, '
+    return (f'{row["model"]}: {report.accuracy_text(row, 3)}, loss {row["loss"]:.4f}, '
             f'{row["images"]} images{skipped}{bad}, {row["images_per_second"]:.0f} images/s')
 
 

@@ -1,0 +1,81 @@
+"""What an evaluation counts, by the kind of target, and which of it chooses the best epoch."""
+from collections import OrderedDict
+from typing import Any, Iterable
+
+import torch
+import torch.nn as nn
+from timm.task import ClassificationEvaluator
+
+from timm_spinal.errors import UserError
+
+# accuracies in percent, by the name that they have in summary.csv and result.json
+TITLES = {'top1': 'top-1', 'top5': 'top-5', 'exact': 'exact pairs', 'digit': 'digits', 'top2': 'top-2'}
+MAIN = ('top1', 'exact')  # the one of each kind of target
+
+
+class PairEvaluator(ClassificationEvaluator):
+    """Loss and accuracies of images with two classes, as timm's evaluators: (B, C) scores, (B, C) memberships.
+
+    ``loss`` is timm's for several classes per image, binary cross-entropy on the scores. The answer to an image are the
+    two classes with the highest scores. ``exact``: images of which both are right; ``digit``: classes that are among
+    the two of their image; ``top2``: images whose class of the smaller index is among the two, which is what the
+    authors of XnODR call top 2 (spec capsule_xnor_heads 5). In percent.
+    """
+
+    default_metric = 'exact'
+    metric_names = ('loss', 'exact', 'digit', 'top2')  # type: ignore[assignment]
+
+    def __init__(self, device: Any = None):
+        super().__init__(device, criterion=nn.BCEWithLogitsLoss())
+
+    def reset(self) -> None:
+        super().reset()
+        self.counts = torch.zeros(4, dtype=torch.int64, device=self.device)  # images, exact, digits, smaller digits
+
+    @torch.no_grad()
+    def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
+        output, target = self._prepare(output, target)
+        if not output.shape[0]:
+            return
+        self._accumulate_loss(self.criterion(output, target), output.shape[0])
+        answers = output.topk(2, dim=-1).indices
+        classes = target.nonzero()[:, 1].view(-1, 2)  # the smaller first
+        found = (answers[:, None] == classes[:, :, None]).any(-1)
+        self.counts[1:] += torch.stack([found.all(-1).sum(), found.sum(), found[:, 0].sum()])
+
+    def _summary(self, loss_sum: torch.Tensor, counts: torch.Tensor) -> OrderedDict:
+        images, exact, digits, smaller = counts.tolist()
+        percent = 100 / max(images, 1)
+        return OrderedDict(
+            loss=loss_sum.item() / max(images, 1), exact=percent * exact, digit=percent * digits / 2,
+            top2=percent * smaller)
+
+
+def evaluator_for(multi_label: bool) -> type[ClassificationEvaluator]:
+    """The evaluator of images with one class, or with two."""
+    return PairEvaluator if multi_label else ClassificationEvaluator
+
+
+def accuracies(multi_label: bool) -> tuple[str, ...]:
+    """Names of the accuracies in percent that are measured; the first is the main one."""
+    return tuple(name for name in evaluator_for(multi_label).metric_names if name != 'loss')
+
+
+def choosing_metric(name: str, multi_label: bool) -> str:
+    """The metric that --eval-metric means; ``top1``, its default, is ``exact`` where images have two classes.
+
+    Raises:
+        UserError: A metric that the data do not have.
+    """
+    known = evaluator_for(multi_label).metric_names
+    name = 'exact' if multi_label and name == 'top1' else name
+    if name not in known:
+        kind = 'two classes' if multi_label else 'one class'
+        raise UserError(f'--eval-metric {name}: is not measured where images have {kind}; use {", ".join(known)}')
+    return name
+
+
+def main_accuracy(names: Iterable[str], prefix: str = '') -> str:
+    """Which of the columns of a result, such as ``eval_top1`` for the prefix ``eval_``, is the main accuracy."""
+    found = set(names)
+    return next((name for name in MAIN if prefix + name in found), MAIN[0])
