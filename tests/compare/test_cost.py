@@ -1,7 +1,9 @@
+import timm
 import torch
 from torch import nn
 
-from timm_spinal.compare.cost import file_mb, head_cost, latency_ms, macs
+import timm_spinal
+from timm_spinal.compare.cost import file_mb, head_cost, latency_ms, macs, network_cost
 from timm_spinal.layers import create_head
 
 
@@ -28,3 +30,14 @@ def test_cost_of_a_head():
     assert (cost.params, cost.macs) == (1010, 1000)
     assert cost.network_ms == 7. + cost.head_ms
     assert 4040e-6 < cost.file_mb == file_mb(head) < 4400e-6
+
+
+def test_cost_of_a_network_whose_head_reads_the_map():
+    torch.manual_seed(0)
+    x = torch.zeros(1, 3, 64, 64)
+    for head in ('xnodr', 'linear'):
+        model = timm_spinal.attach_head(timm.create_model('test_resnet', num_classes=0), head, num_classes=10)
+        cost = network_cost(model, x)
+        assert cost.params == sum(p.numel() for p in model.parameters()) and cost.macs == macs(model, x)
+        assert 0 < cost.head_ms < cost.network_ms
+    assert network_cost(timm.create_model('test_resnet'), x).head_ms is None

@@ -68,8 +68,14 @@ def head_cost(head: nn.Module, backbone_ms: float, x: torch.Tensor) -> Cost:
     return Cost(count_params(head), macs(head, x), head_ms, backbone_ms + head_ms, file_mb(head))
 
 
+@torch.inference_mode()
 def network_cost(model: nn.Module, x: torch.Tensor) -> Cost:
     """Cost of a whole network for images (1, C, H, W)."""
-    head = getattr(model, 'attached_head', None)
-    head_ms = None if head is None else latency_ms(head, x.new_zeros(1, head.in_features))
+    head, head_ms = getattr(model, 'attached_head', None), None
+    if head is not None:
+        seen: list[torch.Tensor] = []  # a pooled vector, or a map
+        hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        model.eval()(x)
+        hook.remove()
+        head_ms = latency_ms(head, seen[0])
     return Cost(count_params(model), macs(model, x), head_ms, latency_ms(model, x), file_mb(model))
