@@ -141,6 +141,23 @@ def test_finished_runs_are_kept_and_a_failed_one_does_not_stop_the_others(tmp_pa
     assert [v.partition(',')[0] for v in comparison['variants']] == ['test_resnet_spinal', 'test_resnet_linear']
 
 
+def test_pairs_of_digits_and_binary_weights_are_reported(tmp_path):
+    from tests.training.images import make_mnist
+    shared = dict(
+        dataset='multimnist', data_dir=str(make_mnist(tmp_path / 'mnist')), epochs=1, batch_size=10, workers=0,
+        warmup_epochs=0, in_chans=1, img_size=36, model_kwargs=dict(head_capsules=8), loss='margin', smoothing=0.,
+        opt='adam', lr=0.01)
+    variants = {head: dict(model=f'test_efficientnet_{head}') for head in ('caps', 'xnodr')}
+    code, runs, report = run_and_read(write(tmp_path / 's.yaml', shared=shared, variants=variants, control='caps'))
+    assert code == 0 and set(runs) == {'caps', 'xnodr'}
+    result = json.loads((tmp_path / 'out' / 'runs' / 'xnodr' / 'seed-0' / 'result.json').read_text())
+    header, _, _, row = report.partition('## Results\n\n')[2].splitlines()[:4]
+    assert header.startswith('| variant | seeds | test exact pairs, % (95 % interval) |') and 'top-1' not in report
+    assert 'validation exact pairs, % | signs changed, % |' in header
+    assert f'| {result["test_exact"]:.2f} (no interval) |' in row and f'| {result["sign_flips"]:.2f} |' in row
+    assert 'test_exact' in (tmp_path / 'out' / 'results.csv').read_text()
+
+
 @pytest.mark.slow
 def test_teacher_is_the_run_of_the_same_seed(tmp_path):
     """Two at a time: the student waits for its teacher, though there is room for both."""

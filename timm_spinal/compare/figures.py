@@ -3,12 +3,11 @@ from pathlib import Path
 
 import numpy as np
 
+from timm_spinal.training.metrics import TITLES, main_accuracy
 from timm_spinal.training.report import new_figure, save_figure
 
-from .runs import Row, read_history
+from .runs import METRICS, Row, read_history
 from .statistics import Values, calibration, estimate
-
-_METRICS = {'test_top1': 'test top-1 (%)', 'val_top1': 'validation top-1 (%)'}
 
 
 def draw_accuracy(path: Path, values: dict[str, Values], params: dict[str, int], metric: str) -> None:
@@ -21,7 +20,7 @@ def draw_accuracy(path: Path, values: dict[str, Values], params: dict[str, int],
         axes.plot([x] * len(points), points, '.', color=color, alpha=0.4)
         error = None if found.half is None else [[found.half], [found.half]]
         axes.errorbar([x], [found.mean], yerr=error, fmt='o', capsize=5, color=color, label=variant)
-    axes.set(xscale='log', xlabel='parameters', ylabel=_METRICS[metric],
+    axes.set(xscale='log', xlabel='parameters', ylabel=f'{METRICS[metric]} (%)',
              title='points: seeds; bars: mean and 95 % interval over seeds')
     axes.grid(alpha=0.3)
     if values:
@@ -32,9 +31,10 @@ def draw_accuracy(path: Path, values: dict[str, Values], params: dict[str, int],
 def draw_curves(path: Path, rows: list[Row]) -> None:
     """Training loss and validation accuracy over the epochs: mean over seeds, band from lowest to highest."""
     figure = new_figure(12, 4.5)
-    panels = (('train_loss', 'training loss (nats)'), ('eval_top1', 'validation top-1 (%)'))
     variants = list(dict.fromkeys(row.variant for row in rows))
     histories = {v: [read_history(Path(r.folder)) for r in rows if r.variant == v] for v in variants}
+    name = main_accuracy((c for of_variant in histories.values() for h in of_variant for r in h for c in r), 'eval_')
+    panels = (('train_loss', 'training loss (nats)'), (f'eval_{name}', f'validation {TITLES[name]} (%)'))
     for axes, (column, title) in zip(figure.subplots(1, len(panels)), panels):
         for i, variant in enumerate(variants):
             lines = [[(r['epoch'] + 1, r[column]) for r in history if column in r] for history in histories[variant]]

@@ -17,13 +17,13 @@ def findings(
         rows: All its runs.
         values: The metric of the finished ones.
         gaps: The differences of `Comparison.pairs`.
-        metric: 'test_top1' or 'val_top1'.
+        metric: One of `runs.METRICS`.
     """
     if not values:
         return ['No run has finished, so there is nothing to compare.', *_failures(rows)]
     against = [gap for gap in gaps if gap.control == comparison.control]
     sentences = [*_against_control(comparison, against), *_equal_size(comparison, gaps), *_costs(comparison, rows)]
-    if metric == 'val_top1':
+    if metric.startswith('val_'):
         sentences.append('The runs have read no test split: these are the accuracies that chose the epoch, and are too '
                          'high by an unknown amount.')
     return [*sentences, *_sampling(comparison, values, metric), *_failures(rows)]
@@ -94,13 +94,13 @@ def _costs(comparison: Comparison, rows: list[Row]) -> list[str]:
 
 
 def _sampling(comparison: Comparison, values: dict[str, Values], metric: str) -> list[str]:
-    images = comparison.data.get('test_size' if metric == 'test_top1' else 'validation_size')
+    images = comparison.data.get('test_size' if metric.startswith('test_') else 'validation_size')
     measured = values.get(comparison.control)
     if not images or not measured:
         return []
-    top1 = sum(measured.values()) / len(measured)
+    accuracy = sum(measured.values()) / len(measured)
     return [f'Intervals are over seeds on one fixed split of {images:,} images; another sample of as many images would '
-            f'move every number by about {sampling_error(top1, images):.2f} points (standard error).']
+            f'move every number by about {sampling_error(accuracy, images):.2f} points (standard error).']
 
 
 def _failures(rows: list[Row]) -> list[str]:

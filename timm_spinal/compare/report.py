@@ -12,7 +12,7 @@ from timm_spinal.training.report import write_table, write_text
 
 from .figures import draw_accuracy, draw_calibration, draw_curves
 from .findings import count_text, findings
-from .runs import Comparison, Row, metric_of, read_comparison, read_rows, values_by_variant
+from .runs import METRICS, Comparison, Row, metric_of, read_comparison, read_rows, values_by_variant
 from .statistics import Difference, Values, differences, estimate
 
 PREDICTIONS = 'predictions.safetensors'
@@ -89,10 +89,11 @@ def table_rows(
         table.append({
             'variant': variant,
             'seeds': str(len(measured)),
-            f'{"test" if metric == "test_top1" else "validation"} top-1, % (95 % interval)': _accuracy(measured),
+            f'{METRICS[metric]}, % (95 % interval)': _accuracy(measured),
             f'difference to {comparison.control} (interval)': '' if gap is None else _gap(gap),
             'p': '' if gap is None or gap.p is None else f'{gap.p:.2g}',
-            'validation top-1, %': _mean([row.val_top1 for row in done], '.2f') if metric == 'test_top1' else '',
+            **_validation(done, metric),
+            'signs changed, %': _mean([row.sign_flips for row in done], '.2f'),
             'parameters': count_text(params[variant]) if variant in params else '',
             'MACs': count_text(cost['macs']) if cost.get('macs') else '',
             'head, ms': f'{cost["head_ms"]:.3f}' if cost.get('head_ms') is not None else '',
@@ -127,6 +128,12 @@ def _params(comparison: Comparison, rows: list[Row]) -> dict[str, int]:
     params = {row.variant: row.params for row in rows if row.params}
     params.update({v: int(c['params']) for v, c in comparison.costs.items() if c.get('params')})
     return params
+
+
+def _validation(done: list[Row], metric: str) -> dict[str, str]:
+    """The column of the split that chose the epoch, where the metric is of another split."""
+    name = metric.replace('test_', 'val_')
+    return {f'{METRICS[name]}, %': _mean([getattr(row, name) for row in done], '.2f')} if name != metric else {}
 
 
 def _accuracy(measured: Values) -> str:
@@ -182,7 +189,7 @@ def _tuning(tuned: dict[str, list[dict[str, Any]]]) -> list[str]:
         return []
     names = [name for name in next(iter(tuned.values()))[0] if name not in ('val_top1', 'chosen')]
     lines = ['', '## Tuning', '', 'Every variant had the same grid; the best mean validation accuracy was taken.', '',
-             f'| variant | {" | ".join(names)} | validation top-1, % | |', f'|---|{"---:|" * len(names)}---:|---|']
+             f'| variant | {" | ".join(names)} | validation accuracy, % | |', f'|---|{"---:|" * len(names)}---:|---|']
     for variant, points in tuned.items():
         for point in points:
             values = [str(point[name]) for name in names]

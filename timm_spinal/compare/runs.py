@@ -12,10 +12,17 @@ from typing import Any
 from timm_spinal.errors import UserError
 from timm_spinal.training.files import read_json as read_json
 from timm_spinal.training.files import write_json as write_json
+from timm_spinal.training.metrics import main_accuracy
 
 from .controls import slug
 
 Values = dict[int, float]  # seed -> measured value
+# column of results.csv: what people call it; the test split where every run has read one, exact where images have two
+# classes
+METRICS = {
+    'test_top1': 'test top-1', 'val_top1': 'validation top-1',
+    'test_exact': 'test exact pairs', 'val_exact': 'validation exact pairs',
+}
 MANIFEST, RESULT, SUMMARY, ERROR = 'compare.json', 'result.json', 'summary.csv', 'error.txt'
 
 
@@ -56,7 +63,7 @@ class Comparison:
 
 @dataclass
 class Row:
-    """One run: a line of ``results.csv``. Accuracies in percent, losses in nats, epochs counted from 1."""
+    """One run: a line of ``results.csv``. Accuracies and changed signs in percent, losses in nats, epochs from 1."""
     variant: str
     seed: int
     status: str
@@ -64,12 +71,15 @@ class Row:
     val_loss: float | None = None
     test_top1: float | None = None
     test_loss: float | None = None
+    val_exact: float | None = None
+    test_exact: float | None = None
     best_epoch: int | None = None
     epochs: int | None = None
     lr: float | None = None
     weight_decay: float | None = None
     params: int | None = None
     seconds: float | None = None
+    sign_flips: float | None = None
     folder: str = ''
     error: str = ''
 
@@ -119,13 +129,16 @@ def read_row(folder: Path, variant: str, seed: int) -> Row:
     if error.exists():
         row.status, row.error = 'failed', ' '.join(error.read_text(encoding='utf-8').split())
     elif result is not None:
-        value = result.get('test_top1', result.get('top1'))
+        name = main_accuracy(result)
+        value = result.get(f'test_{name}', result.get(name))
         row.status = 'done' if value is not None else 'failed'
         row.error = '' if value is not None else 'no finite evaluation'
         row.val_top1, row.val_loss = result.get('top1'), result.get('loss')
         row.test_top1, row.test_loss = result.get('test_top1'), result.get('test_loss')
+        row.val_exact, row.test_exact = result.get('exact'), result.get('test_exact')
         row.best_epoch = None if result.get('best_epoch') is None else result['best_epoch'] + 1
         row.epochs, row.params, row.seconds = (result.get(k) for k in ('epoch', 'params', 'seconds'))
+        row.sign_flips = result.get('sign_flips')
         row.lr, row.weight_decay = result.get('lr'), result.get('weight_decay')
     return row
 
@@ -142,9 +155,9 @@ def read_history(folder: Path) -> list[dict[str, float]]:
 
 
 def metric_of(rows: list[Row]) -> str:
-    """'test_top1' where every finished run has read a test split, else 'val_top1'."""
+    """The one of `METRICS` that every finished run has: of the test split if it can be."""
     done = [row for row in rows if row.status == 'done']
-    return 'test_top1' if done and all(row.test_top1 is not None for row in done) else 'val_top1'
+    return next((m for m in METRICS if done and all(getattr(row, m) is not None for row in done)), 'val_top1')
 
 
 def values_by_variant(rows: list[Row], metric: str) -> dict[str, Values]:

@@ -140,8 +140,9 @@ def _choose(
         grid: list[dict[str, Any]],
         tasks: list[Task],
 ) -> tuple[TrainConfig, list[dict[str, Any]]]:
-    points = [dict(change, val_top1=read_row(task.folder, name, FIRST_SEED).val_top1, chosen=False)
-              for change, task in zip(grid, tasks)]
+    rows = [read_row(task.folder, name, FIRST_SEED) for task in tasks]
+    points = [dict(change, val_top1=row.val_top1 if row.val_exact is None else row.val_exact, chosen=False)
+              for change, row in zip(grid, rows)]
     return replace(config, **grid[mark_best(name, points)]), points
 
 
