@@ -4,6 +4,7 @@
     accelerate launch -m timm_spinal.train --model resnet50_pspinal --pretrained --data-dir my/images
     accelerate launch --num_processes 8 --mixed_precision bf16 -m timm_spinal.train --config my.yaml --experiment first
     accelerate launch -m timm_spinal.train --config my.yaml --experiment first --resume auto
+    accelerate launch -m timm_spinal.train --config my.yaml --push-to-hub me/my_model --hub-license apache-2.0
 
 Options are timm's (`--help` shows all), devices and processes are `accelerate`'s. A run leaves in its folder
 ``args.yaml``, ``summary.csv``, ``curves.png``, ``result.json``, ``last/`` (to go on exactly from where it was) and the
@@ -16,10 +17,16 @@ from timm_spinal.cli import guard
 
 def run(argv: list[str]) -> int:
     """Train as the arguments say; returns the exit code."""
+    from timm_spinal.hub.options import TrainAndPushConfig, split_config
     from timm_spinal.training.config import parse_config
-    config = parse_config(argv, prog='timm-spinal train')
+    config, hub = split_config(parse_config(argv, TrainAndPushConfig, prog='timm-spinal train'))
     from timm_spinal.training.run import train
-    train(config)
+    if not hub.push_to_hub:
+        train(config)
+        return 0
+    from timm_spinal.hub.push import Pusher
+    pusher = Pusher(config, hub)
+    train(config, pusher.after_epoch, pusher.after_run)
     return 0
 
 

@@ -1,10 +1,12 @@
 """What a publication depends on, beside the run."""
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from timm_spinal.errors import UserError
+from timm_spinal.training.config import TrainConfig
+from timm_spinal.training.options import option
 
 WEIGHTS = ('best', 'raw', 'ema')
 DTYPES = ('fp32', 'fp16')
@@ -51,3 +53,27 @@ def check_repo_name(repo: str, flag: str = '--repo') -> None:
     except HFValidationError as e:
         raise UserError(f"{flag} {repo!r}: is no repository name; write it as owner/name, with letters, digits, '-', "
                         "'_' and '.'") from e
+
+
+@dataclass
+class HubOptions:
+    """Hub"""
+    push_to_hub: str = option('', 'repository on the Hugging Face Hub, owner/name: publish the best weights at the end')
+    push_interval: int = option(0, 'publish the best weights so far every so many epochs too, when above 0', low=0)
+    hub_license: str = option(
+        '', 'licence of the published weights, an id of the Hub such as apache-2.0; not given: that of the weights '
+        'which training starts from')
+    hub_private: bool = option(False, 'make a private repository')
+
+
+@dataclass
+class TrainAndPushConfig(HubOptions, TrainConfig):
+    """What ``timm-spinal train`` takes: a run, and where its weights go."""
+
+
+def split_config(config: TrainAndPushConfig) -> tuple[TrainConfig, HubOptions]:
+    """The run, which knows nothing of the Hub, and the rest."""
+    of_hub = {f.name for f in fields(HubOptions)}
+    values = vars(config)
+    return (TrainConfig(**{k: v for k, v in values.items() if k not in of_hub}),
+            HubOptions(**{k: v for k, v in values.items() if k in of_hub}))

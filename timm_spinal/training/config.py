@@ -56,7 +56,7 @@ class ValidateConfig(LoaderOptions, ModelOptions, DataOptions):
     results_file: str = option('', 'write the result to this .json or .csv file')
 
 
-ConfigT = TypeVar('ConfigT', TrainConfig, ValidateConfig)
+ConfigT = TypeVar('ConfigT', bound=TrainConfig | ValidateConfig)
 
 
 def parse_config(

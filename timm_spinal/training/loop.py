@@ -53,6 +53,7 @@ class Run:
     on_epoch: Callable[['Run'], None]  # write the reports
     progress: Progress = field(default_factory=Progress)
     drawn_at: float = field(default_factory=time.monotonic)  # when the curves were last drawn
+    after_epoch: Callable[['Run'], None] | None = None  # what a caller of the trainer adds
 
     @property
     def last_epoch(self) -> int:
@@ -102,6 +103,8 @@ def fit(run: Run) -> None:
                 kept = f'the last good checkpoint is {good[0]}' if good else 'no checkpoint had been written yet'
                 raise UserError(f'{e}: training stopped; {kept}; lower --lr or set --clip-grad') from e
             run.on_epoch(run)
+            if run.after_epoch is not None:
+                run.after_epoch(run)
             if _any(run, flag.signum != 0):
                 raise StopRequested(flag.signum or signal.SIGTERM)
 

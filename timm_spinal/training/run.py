@@ -2,7 +2,7 @@
 import hashlib
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from accelerate import Accelerator
@@ -31,10 +31,19 @@ from .progress import Progress, batches_done
 from .signs import signs_of
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(
+        config: TrainConfig,
+        after_epoch: Callable[[Run], None] | None = None,
+        after_run: Callable[[Run, dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
     """Train a model as a config says, and write its run folder.
 
     Every process of a launch calls it. Random states, thread and process settings stay as the run leaves them.
+
+    Args:
+        config: The run's config.
+        after_epoch: Called by every process after the reports of each epoch.
+        after_run: Called by every process at the end, with the result.
 
     Returns:
         The content of ``result.json``; see `outcome.summarise`.
@@ -48,8 +57,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
     accelerator = create_accelerator(config)
     try:
         run = prepare(config, accelerator)
+        run.after_epoch = after_epoch
         fit(run)
-        return finish(run)
+        result = finish(run)
+        if after_run is not None:
+            after_run(run, result)
+        return result
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
