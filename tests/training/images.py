@@ -68,14 +68,30 @@ def make_data(config: TrainConfig, model=TinyModel, **kwargs):
 
 def need_mnist(tmp_path: Path) -> Path:
     """torchvision's ROOT/MNIST/raw, unpacked from the real idx files; skips the test without them."""
-    source = REAL / 'mnist'
+    return need_idx('mnist', tmp_path)
+
+
+def need_idx(name: str, tmp_path: Path) -> Path:
+    """The same for 'mnist' or 'fashion_mnist'."""
+    source = REAL / name
     if not source.is_dir():
-        pytest.skip(f'no real data under {REAL}')
-    raw = tmp_path / 'MNIST' / 'raw'
+        pytest.skip(f'no real data under {source}')
+    raw = tmp_path / dict(mnist='MNIST', fashion_mnist='FashionMNIST')[name] / 'raw'
     raw.mkdir(parents=True)
     for packed in source.glob('*.gz'):
         (raw / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
     return tmp_path
+
+
+def data_of(config: TrainConfig, tmp_path: Path) -> Path:
+    """The folder for --data-dir of a recipe on real data; skips the test where they are not there."""
+    if config.dataset == 'digits':
+        return tmp_path
+    if config.dataset in ('torch/mnist', 'torch/fashion_mnist'):
+        return need_idx(config.dataset.partition('/')[2], tmp_path)
+    if not config.dataset and (REAL / Path(config.data_dir).name).is_dir():
+        return REAL / Path(config.data_dir).name
+    pytest.skip(f'no real data for {config.dataset or config.data_dir} under {REAL}')
 
 
 def need_cifar10() -> Path:

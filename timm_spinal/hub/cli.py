@@ -3,6 +3,7 @@
     timm-spinal publish runs/my_run --repo me/resnet50_pspinal.pets              weights, config, card, curves, recipe
     timm-spinal publish runs/my_run --repo me/... --dry-run --output folder      the same on disk, nothing is sent
     timm-spinal publish runs/my_run --repo me/... --beside 'runs/other_*'        with other runs in the card's table
+    timm-spinal publish runs/my_run --local fashion_mnist                       into this package's source, if small
 
 It is one commit. Before it, the weights are loaded back and the card is checked; after it, everything is downloaded
 into an empty cache and compared to the bit. Publishing the same run again changes nothing. The token is the one of
@@ -36,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .package import built, keep
     from .publish import check_account, publish
     from .source import open_run
+    if args.local:
+        from .packaged import install
+        name = install(open_run(args.run, options.weights), options, args.local)
+        print(f"{name}: in timm_spinal/weights and hub_cards; timm.create_model({name!r}, pretrained=True)")
+        return 0
     if not args.dry_run:
         options = check_account(options)
     source = open_run(args.run, options.weights)
@@ -55,7 +61,10 @@ def _parser() -> Parser:
     parser = Parser(prog='timm-spinal publish', description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('run', type=Path, metavar='RUN', help='run folder of the trainer')
-    parser.add_argument('--repo', required=True, metavar='OWNER/NAME', help='repository on the Hub')
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument('--repo', default='', metavar='OWNER/NAME', help='repository on the Hub')
+    where.add_argument('--local', default='', metavar='TAG',
+                       help='make it ARCH.TAG inside the source tree of this package')
     parser.add_argument('--dry-run', action='store_true', help='make and check the folder, send nothing')
     parser.add_argument('--output', type=Path, metavar='DIR', help='folder of a dry run; not given: RUN/hub')
     parser.add_argument('--license', default='', metavar='ID', dest='licence',
@@ -77,7 +86,8 @@ def _parser() -> Parser:
 
 
 def _options(args: argparse.Namespace) -> PublishOptions:
-    check_repo_name(args.repo)
+    if not args.local:
+        check_repo_name(args.repo)
     if args.dataset_id:
         check_repo_name(args.dataset_id, '--dataset-id')
     if args.output and not args.dry_run:

@@ -15,6 +15,7 @@ from . import (
     spinal_mlp,
     spinal_vgg5,
 )
+from ._packaged import packaged_names
 from .attach_head import attach_head as attach_head
 from .head_variants import ensure_registered as ensure_registered
 from .head_variants import register_head_variant as register_head_variant
@@ -27,6 +28,9 @@ _MODULES = [
         spinal_mlp, spinal_vgg5,
     )
 ]
+
+for _name in packaged_names():
+    ensure_registered(_name)
 
 
 def list_models(

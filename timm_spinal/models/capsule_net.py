@@ -10,9 +10,10 @@ weights of its own, so maps of larger images are pooled to 4x4 and smaller ones 
 from typing import Any, List
 
 import torch
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from torch import nn
 
+from ._packaged import generate_default_cfgs
 from ._small_net import SmallNet, build_small_net, small_net_cfg, strip_head_prefix
 
 __all__ = ['CapsuleNet']

@@ -28,6 +28,7 @@ from timm.models._pretrained import DefaultCfg
 from torch import nn
 
 from ..layers import HEADS, head_options
+from ._packaged import packaged_cfgs
 from .attach_head import CLASSIFIER_NAME, HEAD_NAME, TimmModel, attach_head
 
 _logger = logging.getLogger(__name__)
@@ -54,14 +55,17 @@ VARIANTS = (
 default_cfgs: Dict[str, DefaultCfg] = {}
 
 
-def _backbone_cfgs(backbone: str) -> DefaultCfg:
-    """timm's cfgs of a backbone under tags that say that the head is not in them."""
+def _variant_cfgs(backbone: str, head: str) -> DefaultCfg:
+    """timm's cfgs of a backbone under tags that say that the head is not in them; and packaged weights, with head."""
     cfgs = {}
     for name, cfg in get_arch_pretrained_cfgs(backbone).items():
         tag = split_model_name_tag(name)[1]
         backbone_tag = f'backbone_{tag}' if tag else 'backbone' if cfg.has_weights else ''
         cfgs[backbone_tag] = replace(cfg, classifier=CLASSIFIER_NAME)
-    return DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=any(cfg.has_weights for cfg in cfgs.values()))
+    whole = packaged_cfgs(f'{backbone}_{head}', next(iter(cfgs.values())))
+    has_weights = any(cfg.has_weights for cfg in cfgs.values())
+    cfgs = {**cfgs, **whole} if has_weights else whole or cfgs
+    return DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=has_weights or bool(whole))
 
 
 def _read_state_dict(cfg: Dict[str, Any], cache_dir: Any) -> Dict[str, torch.Tensor]:
@@ -169,7 +173,7 @@ def register_head_variant(backbone: str, head: str) -> str:
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__doc__ = f"timm's {backbone} with a {head} head in place of its classifier."
-    default_cfgs[name] = _backbone_cfgs(backbone)
+    default_cfgs[name] = _variant_cfgs(backbone, head)
     globals()[name] = register_model(entrypoint)
     return name
 

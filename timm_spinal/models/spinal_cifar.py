@@ -12,9 +12,10 @@ from typing import Any, Dict, Sequence
 
 import torch
 from timm.layers import ConvNormAct
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from torch import nn
 
+from ._packaged import generate_default_cfgs
 from ._small_net import (
     CIFAR_MEAN,
     CIFAR_STD,

@@ -13,11 +13,12 @@ from typing import Any, List, Optional
 import torch
 import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from torch import nn
 
 from ..layers import ClassifierHead, SpinalLayers
 from ..layers.classifier_head import hidden_block
+from ._packaged import generate_default_cfgs
 from ._small_heads import PlainHead
 from ._small_net import SPINAL_PAPER, SmallNet, build_small_net, small_net_cfg, strip_head_prefix
 

@@ -14,11 +14,12 @@ twice and never uses the two that it declares last (spec 6, D2). The MNIST scrip
 from typing import Any, Dict, List, Sequence
 
 import torch
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, checkpoint, register_model
 from torch import nn
 
 from ..layers import ClassifierHead, create_head
 from ..layers.classifier_head import hidden_block
+from ._packaged import generate_default_cfgs
 from ._small_heads import GridPool
 from ._small_net import (
     PROGRESSIVE_PAPER,

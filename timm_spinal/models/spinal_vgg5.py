@@ -11,9 +11,10 @@ log_softmax, these models in logits: cross entropy on either is equal.
 from typing import Any
 
 from timm.layers import ConvNormAct
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from torch import nn
 
+from ._packaged import generate_default_cfgs
 from ._small_net import PROGRESSIVE_PAPER, SPINAL_PAPER, SmallNet, build_small_net, small_net_cfg, strip_head_prefix
 
 __all__ = ['Vgg5']
