@@ -74,8 +74,8 @@ def full_disk():
 
 @pytest.fixture
 def quick(monkeypatch):
-    """The waits between tries, ours and the client's, a hundred times shorter."""
-    monkeypatch.setattr(time, 'sleep', lambda seconds, sleep=time.sleep: sleep(seconds / 100))
+    """The waits between tries, ours and the client's, a thousand times shorter."""
+    monkeypatch.setattr(time, 'sleep', lambda seconds, sleep=time.sleep: sleep(seconds / 1000))
 
 
 def send(run, *flags, repo=REPO, licence='mit') -> int:

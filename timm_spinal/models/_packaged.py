@@ -43,8 +43,10 @@ def packaged_cfg(base: PretrainedCfg, config: Dict[str, Any], file: Path) -> Pre
         file: The weights.
     """
     saved = dict(config['pretrained_cfg'], num_classes=config['num_classes'])
-    changes: Dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in _OF_THE_WEIGHTS}
-    return replace(base, **dict.fromkeys(_SOURCE_KEYS), **changes, file=str(file))
+    changes: Dict[str, Any] = dict.fromkeys(_SOURCE_KEYS)
+    changes.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in _OF_THE_WEIGHTS})
+    changes['file'] = str(file)
+    return replace(base, **changes)
 
 
 def packaged_cfgs(arch: str, base: PretrainedCfg) -> Dict[str, PretrainedCfg]:

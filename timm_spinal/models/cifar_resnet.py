@@ -9,10 +9,11 @@ from typing import Any, Dict
 import torch
 import torch.nn.functional as F
 from timm.layers import ConvNormAct
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from timm.models.resnet import BasicBlock
 from torch import nn
 
+from ._packaged import generate_default_cfgs
 from ._small_net import CIFAR_MEAN, CIFAR_STD, SmallNet, build_small_net, small_net_cfg
 
 __all__ = ['SmallResNet']

@@ -12,10 +12,11 @@ attention is not built (spec 6, item 3).
 from functools import partial
 from typing import Any
 
-from timm.models import EfficientNet, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import EfficientNet, build_model_with_cfg, register_model
 from timm.models._efficientnet_builder import decode_arch_def, resolve_act_layer, resolve_bn_args
 from torch import nn
 
+from ._packaged import generate_default_cfgs
 from ._shared_blocks import SharedInvertedResidual, share_convs
 from ._shared_model import SharedBasisModel, shared_cfg
 

@@ -12,10 +12,11 @@ from typing import Any, Type
 
 import torch
 from timm.layers import get_norm_layer
-from timm.models import ResNet, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import ResNet, build_model_with_cfg, register_model
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
+from ._packaged import generate_default_cfgs
 from ._shared_blocks import SharedBottleneck, share_basic_stage, share_convs
 from ._shared_model import SharedBasisModel, checkpoint_filter_fn, shared_cfg
 
