@@ -12,14 +12,21 @@ def randn(*shape, seed=0):
 
 
 def random_conv(shared=5, unique=2, channels=6, out=7, **kwargs):
-    """A decomposed convolution whose norm has seen something, negative weights included."""
+    """A decomposed convolution whose norms have seen something, negative weights included."""
     torch.manual_seed(1)
     conv = SharedBasisConv2d(channels, out, shared, unique, **kwargs)
-    conv.norm.weight.data.normal_()
-    conv.norm.bias.data.normal_()
-    conv.norm.running_mean.normal_()
-    conv.norm.running_var.uniform_(0.5, 2.)
+    for norm in (conv.basis_norm, conv.norm):
+        norm.weight.data.normal_()
+        norm.bias.data.normal_()
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2.)
     return conv
+
+
+def batch_norm(x, norm):
+    mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+    x = (x - mean[:, None, None]) / (var[:, None, None] + norm.eps).sqrt()
+    return x * norm.weight[:, None, None] + norm.bias[:, None, None], mean
 
 
 @pytest.mark.parametrize('dilation', [1, 2])
@@ -33,6 +40,7 @@ def test_taps_give_the_convolution(unique, dilation):
 @pytest.mark.parametrize('apart', [False, True])
 def test_product_has_the_unique_filters_first(apart):
     x, unique, basis = randn(2, 6, 8, 8), randn(2, 6, 3, 3, seed=1), randn(5, 6, 3, 3, seed=2)
+    x = x.to(memory_format=torch.channels_last)
     z = basis_product(x, unique, basis, apart=apart)
     torch.testing.assert_close(z[:, :2], F.conv2d(x, unique, padding=1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(z[:, 2:], F.conv2d(x, basis, padding=1), rtol=1e-5, atol=1e-5)
@@ -40,28 +48,24 @@ def test_product_has_the_unique_filters_first(apart):
     assert torch.equal(basis_product(x, None, basis), F.conv2d(x, basis, padding=1))
 
 
-def test_train_mode_is_basis_norm_coefficients():
+def test_train_mode_is_basis_norm_coefficients_norm():
     conv, x, basis = random_conv().train(), randn(4, 6, 8, 8), randn(5, 6, 3, 3, seed=2)
-    z = F.conv2d(x, torch.cat([conv.unique, basis]), padding=1)
-    mean, var = z.mean((0, 2, 3)), z.var((0, 2, 3), unbiased=False)
-    norm = conv.norm
-    z = (z - mean[:, None, None]) / (var[:, None, None] + norm.eps).sqrt()
-    z = z * norm.weight[:, None, None] + norm.bias[:, None, None]
-    expected = torch.einsum('tr,nrhw->nthw', conv.coeff.flatten(1), z)
-    before = norm.running_mean.clone()
+    z, mean = batch_norm(F.conv2d(x, torch.cat([conv.unique, basis]), padding=1), conv.basis_norm)
+    expected, _ = batch_norm(torch.einsum('tr,nrhw->nthw', conv.coeff.flatten(1), z), conv.norm)
+    before = conv.basis_norm.running_mean.clone()
     torch.testing.assert_close(conv(x, basis), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(norm.running_mean, 0.9 * before + 0.1 * mean.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(conv.basis_norm.running_mean, 0.9 * before + 0.1 * mean.detach(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('unique', [2, MAX_UNIQUE_BY_TAPS + 1])
 @pytest.mark.parametrize('dilation', [1, 2])
-def test_eval_mode_folds_the_norm(unique, dilation):
+def test_eval_mode_folds_the_norms(unique, dilation):
     """The same numbers and gradients as the three steps one after the other."""
     conv, x = random_conv(unique=unique, dilation=dilation).eval(), randn(2, 6, 9, 9)
     basis = randn(5, 6, 3, 3, seed=2).requires_grad_()
     parameters = [basis, *conv.parameters()]
     z = F.conv2d(x, torch.cat([conv.unique, basis]), padding=dilation, dilation=dilation)
-    expected = F.conv2d(conv.norm(z), conv.coeff)
+    expected = conv.norm(F.conv2d(conv.basis_norm(z), conv.coeff))
     got = conv(x, basis)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     weights = randn(*expected.shape, seed=3)
@@ -71,19 +75,20 @@ def test_eval_mode_folds_the_norm(unique, dilation):
 
 
 def test_effective_kernel_is_the_sum_over_the_basis():
-    """W[t, c] = sum_r A[t, r] B[r, c] (spec shared_basis 1.1), with a norm that does nothing."""
+    """W[t, c] = sum_r A[t, r] B[r, c] (spec shared_basis 1.1), with norms that do nothing."""
     conv, x, basis = SharedBasisConv2d(6, 7, 5, 2).double().eval(), randn(2, 6, 8, 8), randn(5, 6, 3, 3, seed=2)
     x, basis = x.double(), basis.double()
-    conv.norm.eps = 0.
+    conv.basis_norm.eps = conv.norm.eps = 0.
     kernel = torch.einsum('tr,rcij->tcij', conv.coeff.flatten(1), torch.cat([conv.unique, basis]))
     torch.testing.assert_close(conv(x, basis), F.conv2d(x, kernel, padding=1))
 
 
 def test_other_norms_are_called():
-    conv = SharedBasisConv2d(6, 7, 5, 1, norm_layer=lambda chs, **dd: nn.GroupNorm(2, chs, **dd)).eval()
+    conv = SharedBasisConv2d(6, 7, 5, 1, norm_layer=lambda chs, **dd: nn.GroupNorm(1, chs, **dd)).eval()
     x, basis = randn(2, 6, 8, 8), randn(5, 6, 3, 3, seed=2)
     z = F.conv2d(x, torch.cat([conv.unique, basis]), padding=1)
-    torch.testing.assert_close(conv(x, basis), F.conv2d(conv.norm(z), conv.coeff), rtol=1e-4, atol=1e-5)
+    expected = conv.norm(F.conv2d(conv.basis_norm(z), conv.coeff))
+    torch.testing.assert_close(conv(x, basis), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_folded_form_has_a_bias_and_no_norm():

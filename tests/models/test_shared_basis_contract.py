@@ -54,7 +54,7 @@ def test_channels_last_gives_the_same(model):
 def test_gradients_are_finite_and_whole(model):
     F.cross_entropy(model.train()(100. * images(4)), torch.tensor([0, 1, 2, 3])).backward()
     for name, p in model.named_parameters():
-        assert torch.isfinite(p.grad).all() and (p.grad.any() or 'norm.bias' in name), name
+        assert torch.isfinite(p.grad).all() and (p.grad.any() or 'basis_norm.bias' in name), name
 
 
 def test_layer_decay_has_each_parameter_once(model):

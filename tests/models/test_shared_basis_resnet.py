@@ -126,7 +126,7 @@ def test_checkpoint_filter(small):
     state = official_resnet34(s=4, u=1, double=False)
     converted = checkpoint_filter_fn(state, small)
     bases = {f'layer{g}.basis' for g in (1, 2, 3, 4)}
-    assert {name for name in converted if 'basis' in name} == bases
+    assert {name for name in converted if 'basis' in name and 'norm' not in name} == bases
     assert 'layer2.0.downsample.0.weight' in converted and 'layer2.1.conv1.unique' in converted
     own = small.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in checkpoint_filter_fn(own, small).items())
@@ -151,7 +151,7 @@ def test_init_weights_draws_all_anew(small):
     convs = [p for p in model.parameters() if p.ndim == 4]
     assert all(p.std() > 0 for p in convs) and model.orthogonality_loss().item() < 1e-12
     # no zero-gamma (spec 1.8): a residual branch answers from the start
-    assert timm.create_model('resnet34_sb_s32u1', device='cpu').layer1[1].bn2.weight.eq(1).all()
+    assert timm.create_model('resnet34_sb_s32u1', device='cpu').layer1[1].conv2.norm.weight.eq(1).all()
 
 
 def test_weight_decay_of_the_bases_is_an_option(small):
@@ -236,11 +236,9 @@ def test_state_dict_keys_are_stable():
     keys = [k for k in timm.create_model('resnet34_sb_s48u1d', device='meta').state_dict() if k.startswith('layer2.')]
     assert keys[:2] == ['layer2.basis', 'layer2.basis2']
     block = [k[len('layer2.1.'):] for k in keys if k.startswith('layer2.1.') and 'num_batches' not in k]
-    norm = ['weight', 'bias', 'running_mean', 'running_var']
-    site = ['unique', 'coeff', *(f'norm.{k}' for k in norm)]
-    assert block == [
-        *(f'conv1.{k}' for k in site), *(f'bn1.{k}' for k in norm),
-        *(f'conv2.{k}' for k in site), *(f'bn2.{k}' for k in norm)]
+    norm = ('weight', 'bias', 'running_mean', 'running_var')
+    site = ['unique', 'coeff', *(f'{name}.{k}' for name in ('basis_norm', 'norm') for k in norm)]
+    assert block == [f'conv{i}.{k}' for i in (1, 2) for k in site]
 
 
 def test_stages_are_shared_stages_for_features_only():

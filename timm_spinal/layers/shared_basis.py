@@ -5,7 +5,7 @@ https://arxiv.org/abs/2006.05066 (spec shared_basis 1). The paper's symbols: W t
 filters, u of them unique to one convolution (U) and s shared by the stage (B_s), A the coefficients.
 """
 
-from typing import TYPE_CHECKING, Any, Optional, Type
+from typing import TYPE_CHECKING, Any, Optional, Tuple, Type
 
 import torch
 import torch.nn.functional as F
@@ -64,18 +64,23 @@ def basis_product(
     return F.conv2d(x, filters, None, 1, dilation * (filters.shape[2] - 1) // 2, dilation)
 
 
+@torch.fx.wrap
+def combine(z: torch.Tensor, coeff: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """y = A . z + b, a 1x1 convolution: (N, R, H, W) -> (N, T, H, W)."""
+    # a dilation means nothing to a 1x1 filter, but has PyTorch take oneDNN on one thread too, which is faster here
+    return F.conv2d(z, coeff, bias, dilation=2 if z.device.type == 'cpu' else 1)
+
+
 class SharedBasisConv2d(nn.Module):
-    """A convolution decomposed over a basis of which a part is shared: (N, C, H, W) -> (N, T, H, W).
+    """A convolution decomposed over a basis of which a part is shared, and its norm: (N, C, H, W) -> (N, T, H, W).
 
     ::
 
-        z = BN([U; B_s] * x)    R = u + s channels; no ReLU
-        y = A . z               1x1, R -> T
+        z = BN_basis([U; B_s] * x)    R = u + s channels; no ReLU
+        y = BN(A . z)                 1x1, R -> T
 
-    Stride 1, padding that keeps H and W, no bias (spec shared_basis 1.2). U, the norm and A are its own; B_s belongs to
-    the stage and comes with each call. In eval mode the norm is folded into A on the way (spec shared_basis 8.1 a).
-
-    Folded for good (``folded``), A carries that norm and the one behind the convolution, and there is a bias b'.
+    Stride 1, padding that keeps H and W (spec shared_basis 1.2). U, A and both norms are its own; B_s belongs to the
+    stage and comes with each call. In eval mode the norms are folded into A and a bias on the way (spec 8.1 a).
 
     Args:
         in_channels: C.
@@ -84,12 +89,16 @@ class SharedBasisConv2d(nn.Module):
         unique: Number u of unique filters.
         kernel_size: k, odd.
         dilation: Dilation of the filters.
-        folded: Without norm, with bias.
-        norm_layer: The norm between basis and coefficients.
+        folded: For good without norms, with a bias: y = A' . ([U; B_s] * x) + b'.
+        norm_layer: Both norms.
+
+    Raises:
+        ValueError: If there are no filters, or more than the k k C that can be independent.
     """
 
     if TYPE_CHECKING:  # TorchScript reads annotations at run time
         unique: Optional[nn.Parameter]
+        basis_norm: Any
         norm: Any
         bias: Optional[nn.Parameter]
 
@@ -116,9 +125,10 @@ class SharedBasisConv2d(nn.Module):
         self.few_unique = unique <= MAX_UNIQUE_BY_TAPS
         shape = (unique, in_channels, kernel_size, kernel_size)
         self.register_parameter('unique', nn.Parameter(torch.empty(shape, **dd)) if unique else None)
-        self.norm = None if folded else norm_layer(rank, **dd)
+        self.basis_norm = None if folded else norm_layer(rank, **dd)
         self.coeff = nn.Parameter(torch.empty(out_channels, rank, 1, 1, **dd))
         self.register_parameter('bias', nn.Parameter(torch.zeros(out_channels, **dd)) if folded else None)
+        self.norm = None if folded else norm_layer(out_channels, **dd)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -129,15 +139,22 @@ class SharedBasisConv2d(nn.Module):
 
     def forward(self, x: torch.Tensor, basis: Optional[torch.Tensor] = None) -> torch.Tensor:
         z = basis_product(x, self.unique, basis, self.dilation, self.few_unique and not self.training)
-        if self.norm is None:
-            return F.conv2d(z, self.coeff, self.bias)
-        elif hasattr(self.norm, 'running_var') and not self.norm.training:
-            scale = self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)
-            shift = self.norm.bias - self.norm.running_mean * scale
-            coeff = self.coeff.flatten(1)
-            return F.conv2d(z, (coeff * scale)[:, :, None, None], coeff @ shift)
+        if self.basis_norm is None:
+            return combine(z, self.coeff, self.bias)
+        elif hasattr(self.basis_norm, 'running_var') and not (self.basis_norm.training or self.norm.training):
+            coeff, bias = self.fold()
+            return combine(z, coeff, bias)
         else:
-            return F.conv2d(self.norm(z), self.coeff)
+            return self.norm(combine(self.basis_norm(z), self.coeff))
+
+    def fold(self) -> Tuple[torch.Tensor, torch.Tensor]:
+        """A' = diag(g2) A diag(g) and b' = g2 (A h) + h2, with g and h the scale and shift of a norm (spec 8.1 a)."""
+        scale = self.basis_norm.weight * torch.rsqrt(self.basis_norm.running_var + self.basis_norm.eps)
+        shift = self.basis_norm.bias - self.basis_norm.running_mean * scale
+        scale2 = self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)
+        coeff = self.coeff.flatten(1) * scale2.unsqueeze(1)
+        bias = torch.addmv(self.norm.bias - self.norm.running_mean * scale2, coeff, shift)
+        return (coeff * scale).unsqueeze(2).unsqueeze(3), bias
 
     def extra_repr(self) -> str:
         unique = 0 if self.unique is None else len(self.unique)

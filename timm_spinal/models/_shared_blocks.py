@@ -11,7 +11,11 @@ from ..layers import SharedBasisConv2d, SharedConv2d, SharedStage, check_ranks
 
 
 class SharedBasicBlock(BasicBlock):
-    """timm's BasicBlock, both 3x3 convolutions decomposed over the stage's basis (spec shared_basis 1.2)."""
+    """timm's BasicBlock, both 3x3 convolutions with their norms decomposed over the stage's basis (spec 1.2)."""
+
+    def zero_init_last(self) -> None:
+        if self.conv2.norm is not None:
+            nn.init.zeros_(self.conv2.norm.weight)
 
     def forward(  # type: ignore[override]
             self,
@@ -21,11 +25,9 @@ class SharedBasicBlock(BasicBlock):
     ) -> torch.Tensor:
         shortcut = x
         x = self.conv1(x, basis)
-        x = self.bn1(x)
         x = self.drop_block(x)
         x = self.act1(x)
         x = self.conv2(x, basis2)
-        x = self.bn2(x)
         if self.se is not None:
             x = self.se(x)
         if self.drop_path is not None:
@@ -108,7 +110,7 @@ def share_basic_stage(
         unique: Filters of each convolution's own.
         double: One basis for the first convolutions, one for the second (the paper's asterisk), instead of one for all.
         folded: Without the norms that :func:`fold_bases` folds into the coefficients.
-        norm_layer: The norm on the basis.
+        norm_layer: The norms on the basis and on the convolution.
 
     Raises:
         ValueError: If the filters are none, or more than the width allows.
@@ -123,8 +125,7 @@ def share_basic_stage(
                 chs, chs, shared, unique, dilation=getattr(block, name).dilation[0], folded=folded,
                 norm_layer=norm_layer, **dd)
             setattr(block, name, conv)
-            if folded:
-                setattr(block, norm, nn.Identity())
+            delattr(block, norm)
         block.__class__ = SharedBasicBlock
     shape = (shared, chs, 3, 3) if shared else None
     return SharedStage(blocks, shape, shape if double else None, **dd)

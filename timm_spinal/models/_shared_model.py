@@ -16,11 +16,12 @@ _OFFICIAL_NAMES = (
     (r'^shared_basis_(\d)(?:_1)?\.weight$', r'layer\1.basis'),
     (r'^shared_basis_(\d)_2\.weight$', r'layer\1.basis2'),
     (r'^(.+)\.basis_conv(\d)\.weight$', r'\1.conv\2.unique'),
-    (r'^(.+)\.basis_bn(\d)\.', r'\1.conv\2.norm.'),
+    (r'^(.+)\.basis_bn(\d)\.', r'\1.conv\2.basis_norm.'),
     (r'^(.+)\.coeff_conv(\d)\.weight$', r'\1.conv\2.coeff'),
     (r'^(.+)\.shortcut\.', r'\1.downsample.'),
 )
-_ALIAS = re.compile(r'^(layer(\d)\.\d+)\.shared_basis(_\d)?\.weight$')
+_ALIAS = re.compile(r'^layer(\d)\.\d+\.shared_basis(_\d)?\.weight$')
+_NORM = re.compile(r'^(.+)\.bn(\d)\.')
 
 
 class SharedBasisModel:
@@ -82,15 +83,17 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     state_dict = {name.removeprefix('module.'): value for name, value in state_dict.items()}
     converted = {}
     for name, value in state_dict.items():
-        alias = _ALIAS.match(name)
-        if alias is None:
-            for pattern, replacement in _OFFICIAL_NAMES:
-                name = re.sub(pattern, replacement, name)
-            converted[name] = value
+        if alias := _ALIAS.match(name):
+            owner = f'shared_basis_{alias[1]}{alias[2] or ""}.weight'
+            if owner not in state_dict or not torch.equal(state_dict[owner], value):
+                raise ValueError(f"The checkpoint's '{name}' differs from its '{owner}'; a basis is one tensor.")
             continue
-        owner = f'shared_basis_{alias[2]}{alias[3] or ""}.weight'
-        if owner not in state_dict or not torch.equal(state_dict[owner], value):
-            raise ValueError(f"The checkpoint's '{name}' differs from its '{owner}'; a basis is one tensor.")
+        norm = _NORM.match(name)
+        if norm and f'{norm[1]}.coeff_conv{norm[2]}.weight' in state_dict:
+            name = f'{norm[1]}.conv{norm[2]}.norm.{name[norm.end():]}'
+        for pattern, replacement in _OFFICIAL_NAMES:
+            name = re.sub(pattern, replacement, name)
+        converted[name] = value
     return converted
 
 
