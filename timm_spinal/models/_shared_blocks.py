@@ -14,8 +14,9 @@ class SharedBasicBlock(BasicBlock):
     """timm's BasicBlock, both 3x3 convolutions with their norms decomposed over the stage's basis (spec 1.2)."""
 
     def zero_init_last(self) -> None:
-        if self.conv2.norm is not None:
-            nn.init.zeros_(self.conv2.norm.weight)
+        norm: Any = self.conv2.norm
+        if norm is not None:
+            nn.init.zeros_(norm.weight)
 
     def forward(  # type: ignore[override]
             self,
