@@ -22,12 +22,13 @@ from timm_spinal.errors import UserError
 
 from .config import TrainConfig
 from .losses import CAPSULE_LOSSES
+from .penalties import Penalty as Penalty
+from .penalties import orthogonality
 from .teacher import check_logits, open_teacher
 from .transforms import resolve_data
 from .wld import WLDTask
 
 Builder = Callable[[TrainConfig, nn.Module, dict[str, Any]], TrainingTask]
-Penalty = Callable[[], torch.Tensor]
 
 
 def criterion_kwargs(config: TrainConfig, mixup_active: bool, multi_label: bool = False) -> dict[str, Any]:
@@ -128,7 +129,7 @@ OBJECTIVES: dict[str, Builder] = {
 
 NEED_LOGITS = ('logit', 'token', 'wld')  # of student and teacher
 
-PENALTIES: dict[str, Callable[[TrainConfig, nn.Module], Penalty | None]] = {}
+PENALTIES: dict[str, Callable[[TrainConfig, nn.Module], Penalty | None]] = {'ortho': orthogonality}
 
 
 def build_task(

@@ -211,6 +211,10 @@ class ObjectiveOptions:
     asl_gamma_pos: float = option(1., 'focusing of positives of asl', low=0.)
     asl_gamma_neg: float = option(4., 'focusing of negatives of asl', low=0.)
     poly_epsilon: float = option(2., 'Poly-1 coefficient')
+    sb_ortho: float = option(0., 'weight of the orthogonality penalty on shared filter bases; 10 in the paper', low=0.)
+    sb_ortho_mode: str = option(
+        'official', 'mean over all stages as in the paper, or sum of one term per stage, which weight decay does not '
+        'overpower', choices=('official', 'stage'))
 
 
 @dataclass

@@ -50,14 +50,16 @@ def save_figure(figure: Any, path: Path, dpi: int = 110) -> None:
 
 
 def write_curves(path: Path, history: list[dict[str, Any]]) -> None:
-    """Draw loss, the main accuracy and learning rate over the epochs."""
+    """Draw loss, the main accuracy and learning rate over the epochs, and a penalty where there is one."""
     name = main_accuracy((column for row in history for column in row), 'eval_')
     panels = (
         ('loss (nats)', ('train_loss', 'eval_loss', 'ema_loss')),
         (f'{TITLES[name]} (%)', (f'eval_{name}', f'ema_{name}')),
         ('learning rate', ('lr',)),
     )
-    figure = new_figure(12, 3.5)
+    if any('train_ortho' in row for row in history):
+        panels += (('orthogonality penalty', ('train_ortho',)),)
+    figure = new_figure(4 * len(panels), 3.5)
     for axes, (title, columns) in zip(figure.subplots(1, len(panels)), panels):
         for column in columns:
             points = [(row['epoch'] + 1, row[column]) for row in history if row.get(column) is not None]

@@ -93,6 +93,7 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
         (config.model_ema, '--model-ema'),
         (config.clip_grad is not None and config.clip_mode != 'norm', f'--clip-mode {config.clip_mode}'),
         (bool(config.kd_model_name) and config.kd_distill_type == 'feature', '--kd-distill-type feature'),
+        (bool(config.sb_ortho), '--sb-ortho'),
     ):
         if sharded and asked:
             raise UserError(f'{flag} needs whole weights on each device and does not go with '
