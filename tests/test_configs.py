@@ -6,17 +6,19 @@ import timm
 import yaml
 
 import timm_spinal
+from timm_spinal.compare.sweep_file import read_sweep, size_control
 from timm_spinal.training.config import TrainConfig, parse_config
 from timm_spinal.training.data import create_datasets
 from timm_spinal.training.torch_sources import NAMES, torch_split
 from timm_spinal.training.transforms import resolve_data, train_transform
 
 CONFIGS = sorted((Path(__file__).parents[1] / 'configs').glob('*.yaml'))
+SWEEPS = sorted((Path(__file__).parents[1] / 'configs' / 'sweeps').glob('*.yaml'))
 # data sets that the papers report on, and models of theirs
 COVERED = (
     'quickstart', 'mnist_', 'fashion_mnist_', 'kmnist_', 'qmnist_', 'emnist_letters_', 'emnist_digits_',
     'emnist_balanced_', 'cifar10_', 'cifar100_', 'stl10_', 'caltech101_', 'flowers102_', 'stanford_cars_',
-    'fruits360_', 'birds_',
+    'fruits360_', 'birds_', 'multimnist_',
 )
 
 
@@ -51,11 +53,27 @@ def test_config_is_sound(path):
 def test_model_and_transform_can_be_made(path):
     config = parse_config(['--config', str(path)])
     timm_spinal.ensure_registered(config.model)
-    model = timm.create_model(config.model, num_classes=7, device='meta', **config.model_kwargs)
+    kwargs = dict(config.model_kwargs, **({'in_chans': config.in_chans} if config.in_chans else {}))
+    model = timm.create_model(config.model, num_classes=7, device='meta', **kwargs)
     data = resolve_data(config, model)
     assert data['input_size'][0] == model.in_chans and data['crop_pct'] == 1.
     assert data['input_size'][1] in (28, 32) or config.img_size == data['input_size'][1]
     train_transform(config, data)
+
+
+@pytest.mark.parametrize('path', SWEEPS, ids=lambda p: p.stem)
+def test_sweep_is_sound(path):
+    sweep = read_sweep(path)
+    for name, config in sweep.configs.items():
+        kwargs = dict(size_control(sweep, name, 7).model_kwargs)
+        if config.in_chans:
+            kwargs['in_chans'] = config.in_chans
+        model = timm.create_model(config.model, num_classes=7, device='meta', **kwargs)
+        data = resolve_data(config, model)
+        assert data['input_size'][0] == model.in_chans and data['crop_pct'] == 1.
+        train_transform(config, data)
+        # capsule lengths are not logits
+        assert (config.loss == 'margin') == (config.model.rpartition('_')[2] in ('caps', 'xnodr', 'xnidr'))
 
 
 def test_quickstart_has_data_without_a_network():
