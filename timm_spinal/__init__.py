@@ -3,8 +3,10 @@
 from .layers import HEAD_PRESETS as HEAD_PRESETS
 from .layers import HEADS as HEADS
 from .layers import head_options as head_options
+from .layers import xnor_backend as xnor_backend
 from .models import attach_head as attach_head
 from .models import ensure_registered as ensure_registered
 from .models import list_models as list_models
+from .models import pack_xnodr as pack_xnodr
 from .models import register_head_variant as register_head_variant
 from .version import __version__ as __version__

@@ -19,7 +19,7 @@ def test_defaults_are_those_of_the_papers():
     for head in ('caps', 'xnodr', 'xnidr'):
         assert head_options(head) == dict(
             primary='depthwise', capsules=0, capsule_dim=8, class_dim=16, iterations=3, dropout=0., pool_first=True,
-            logit_scale=False, norm_momentum=0.01, norm_eps=1e-3, memory='auto')
+            logit_scale=False, norm_momentum=0.01, norm_eps=1e-3, memory='auto', packed=False)
 
 
 @pytest.mark.parametrize('head, preset, in_features, num_classes, count', [

@@ -13,6 +13,7 @@ from torch import nn
 from .capsule import length
 from .capsule_routing import CapsuleRouting, check_routed_classes
 from .classifier_head import ClassifierHead
+from .packed_routing import PackedRouting, check_packed_state, pack_routing
 from .primary_capsules import BN_EPS, BN_MOMENTUM, VECTOR, PrimaryCapsules
 
 PAPER_CLASSES = 10
@@ -86,6 +87,7 @@ class CapsuleHead(ClassifierHead):
         norm_momentum: Momentum of the head's BNs. The authors' 0.01 wants some hundred steps before evaluation.
         norm_eps: Epsilon of the head's BNs; that of the class capsules is smaller above ten classes.
         memory: 'auto', 'whole' or 'lean', see :class:`CapsuleRouting`.
+        packed: Make the capsule layer of XnODR or XnIDR a :class:`PackedRouting`, to load packed weights into.
         input_fmt: 'NCHW' or 'NHWC', the format of the map.
 
     Raises:
@@ -112,6 +114,7 @@ class CapsuleHead(ClassifierHead):
             norm_momentum: float = BN_MOMENTUM,
             norm_eps: float = BN_EPS,
             memory: str = 'auto',
+            packed: bool = False,
             input_fmt: str = 'NCHW',
             device=None,
             dtype=None,
@@ -120,6 +123,7 @@ class CapsuleHead(ClassifierHead):
         self.takes_map = primary != VECTOR
         self.channels_last = input_fmt == 'NHWC'
         self.plain = False
+        self.packed = packed
         self.capsule_dim = capsule_dim
         self._create_scores = partial(
             CapsuleScores, class_dim, logit_scale=logit_scale, momentum=norm_momentum, eps=norm_eps)
@@ -153,16 +157,40 @@ class CapsuleHead(ClassifierHead):
         self.scores = scores
         if not has_capsules:
             return super()._create_fc(**dd)
-        return self._create_routing(self.hidden_size // self.capsule_dim, num_classes=self.num_classes, **dd)
+        routing = self._create_routing(self.hidden_size // self.capsule_dim, num_classes=self.num_classes, **dd)
+        return pack_routing(routing) if self.packed else routing
+
+    @torch.jit.ignore
+    def pack(self) -> None:
+        """Turn the trained capsule layer into its form for inference, :class:`PackedRouting`.
+
+        Raises:
+            ValueError: CapsFC, a head without capsule layer, or one that is packed.
+        """
+        if not isinstance(self.fc, CapsuleRouting):
+            reason = 'is packed already' if self.packed else 'has no capsule layer'
+            raise ValueError(f"The head {reason}; give a trained float 'xnodr' or 'xnidr' head to pack.")
+        self.fc = pack_routing(self.fc)
+        self.packed = True
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        if isinstance(self.fc, (CapsuleRouting, PackedRouting)):
+            check_packed_state(state_dict, f'{prefix}fc.', self.packed, self.num_classes)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.jit.ignore
     def check_classes(self, num_classes: int, reset_other: bool = False) -> None:
         """Refuse a number of classes that :meth:`reset` with the same arguments could not take.
 
         Raises:
-            ValueError: If it is negative, or 1.
+            ValueError: If it is negative, or 1, or another one for a packed head, which could not learn it.
         """
         super().check_classes(num_classes, reset_other)
+        made = 'fc' in self._modules
+        if made and self.packed and not (self.plain or reset_other) and num_classes not in (0, self.num_classes):
+            raise ValueError(
+                f'A packed head is for inference and cannot be reset to {num_classes} classes; create the model '
+                'without head_packed, train it and pack it afterwards.')
         if num_classes == 1 and not (self.plain or reset_other):
             check_routed_classes(num_classes)
 

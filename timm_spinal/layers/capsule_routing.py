@@ -29,8 +29,12 @@ def route_whole(
         xnor_agreement: bool,
 ) -> torch.Tensor:
     """Routing that keeps all predictions u_hat (B, N, J, D); arguments as :func:`route_lean`."""
-    u_hat = _predictions(x, weight, xnor_projector)
-    coupling = torch.full_like(u_hat[..., 0], 1. / weight.shape[1])  # softmax of zeros
+    return route_predictions(_predictions(x, weight, xnor_projector), iterations, xnor_agreement)
+
+
+def route_predictions(u_hat: torch.Tensor, iterations: int, xnor_agreement: bool) -> torch.Tensor:
+    """Predictions u_hat (B, N, J, D) -> class capsules v (B, J, D)."""
+    coupling = torch.full_like(u_hat[..., 0], 1. / u_hat.shape[2])  # softmax of zeros
     logits = torch.zeros_like(coupling)
     v = squash(torch.einsum('bij,bijd->bjd', coupling, u_hat))
     for _ in range(iterations - 1):
@@ -138,7 +142,7 @@ def classes_per_chunk(
     return max(1, min(classes, chunk_limit // (rows * capsules * dim)))
 
 
-def _without_autocast(x: torch.Tensor) -> ContextManager:
+def without_autocast(x: torch.Tensor) -> ContextManager:
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
@@ -182,7 +186,7 @@ def dynamic_routing(
     if torch.jit.is_scripting():
         return _route(x, weight, iterations, xnor_projector, xnor_agreement, chunk)
     else:
-        with _without_autocast(x):
+        with without_autocast(x):
             return _route(x, weight, iterations, xnor_projector, xnor_agreement, chunk)
 
 

@@ -19,6 +19,7 @@ from ._packaged import packaged_names
 from .attach_head import attach_head as attach_head
 from .head_variants import ensure_registered as ensure_registered
 from .head_variants import register_head_variant as register_head_variant
+from .pack import pack_xnodr as pack_xnodr
 
 # timm's registry knows a model by the last part of the module that defines it
 _MODULES = [

@@ -28,6 +28,7 @@ from timm.models._pretrained import DefaultCfg
 from torch import nn
 
 from ..layers import HEADS, head_options
+from ..layers.packed_routing import check_packed_state
 from ._packaged import packaged_cfgs
 from .attach_head import CLASSIFIER_NAME, HEAD_NAME, TimmModel, attach_head
 
@@ -89,6 +90,8 @@ def _load_head(model: TimmModel, state_dict: Dict[str, torch.Tensor], num_classe
         raise RuntimeError(f"The weights lack {len(missing)} keys of the backbone, such as '{min(missing)}'.")
     head = {name[len(prefix):]: value for name, value in state_dict.items() if name.startswith(prefix)}
     same_classes = model.num_classes == num_classes
+    if not same_classes and getattr(model.attached_head, 'packed', False):
+        check_packed_state(head, 'fc.', packed=True, num_classes=model.num_classes)
     if not same_classes:
         new = tuple(f'{part}.' for part in model.attached_head.class_parts)
         head = {name: value for name, value in head.items() if not name.startswith(new)}

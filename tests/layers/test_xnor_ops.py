@@ -1,0 +1,211 @@
+"""Bit arithmetic against floats: C code with and without AVX2 or NEON, and torch where there is no C code."""
+
+import pytest
+import torch
+
+from timm_spinal.layers import dynamic_routing, xnor_kernel, xnor_ops, xnorize
+
+BUILT = xnor_kernel.xnor_backend() != 'torch'
+BACKENDS = ('auto', 'portable', 'torch')
+# N, J, d, D, batch: the papers' 8 and 16; rows that are no multiple of 32; several bytes; more than a batch of 8
+SIZES = [(5, 3, 8, 16, 4), (6, 7, 5, 9, 5), (4, 33, 13, 16, 3), (3, 5, 24, 7, 11), (2, 2, 1, 1, 1), (3, 4, 8, 16, 9)]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    if request.param != 'torch' and not BUILT:
+        pytest.skip('the C code is not built')
+    monkeypatch.setenv(xnor_kernel.ENVIRONMENT, request.param)
+    return request.param
+
+
+def sgn(x):
+    return torch.where(x > 0, 1., -1.).to(x)
+
+
+def inputs(capsules=6, classes=5, d=8, dim=16, batch=3):
+    """Half of the inputs are exactly zero, as behind a ReLU, and so are some weights."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, capsules, d, generator=g).relu()
+    weight = 0.7 * torch.randn(capsules, classes, d, dim, generator=g)
+    weight[:, 0, 0] = 0.
+    return x, weight
+
+
+@pytest.mark.parametrize('size', SIZES)
+def test_products_are_the_same_whole_numbers(size, backend):
+    x, weight = inputs(*size)
+    bits, scale = xnor_ops.pack_signs(weight)
+    found = xnor_ops.xnodr_predictions(sgn(x), bits, torch.ones_like(scale))
+    assert torch.equal(found, torch.einsum('bik,ijkd->bijd', sgn(x), sgn(weight)))
+
+
+@pytest.mark.parametrize('size', SIZES)
+def test_packing_is_undone_by_unpacking(size):
+    weight = inputs(*size)[1]
+    bits, scale = xnor_ops.pack_signs(weight)
+    capsules, classes, d, dim, _ = size
+    assert bits.dtype == torch.uint8 and bits.shape == (capsules, -(-d // 8), classes, dim)
+    assert torch.equal(xnor_ops.unpack_signs(bits, scale, d), xnorize(weight, 2))
+
+
+def test_a_zero_is_a_minus(backend):
+    bits, scale = xnor_ops.pack_signs(torch.tensor([0., 1., -1., -0.]).view(1, 1, 4, 1))
+    assert bits.item() == 0b0010
+    x = torch.tensor([[[0., 0., 0., 1.]]])
+    assert xnor_ops.xnodr_predictions(x, bits, torch.ones_like(scale)).item() == 0.25 * (1 - 1 + 1 - 1)
+
+
+@pytest.mark.parametrize('size', SIZES)
+def test_predictions(size, backend):
+    x, weight = inputs(*size)
+    found = xnor_ops.xnodr_predictions(x, *xnor_ops.pack_signs(weight))
+    expected = torch.einsum('bik,ijkd->bijd', xnorize(x, 2), xnorize(weight, 2))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize('size', SIZES[:-1])
+@pytest.mark.parametrize('iterations', [1, 2, 3, 4])
+def test_routing(size, iterations, backend):
+    x, weight = inputs(*size)
+    if size[1] > 1:
+        found = xnor_ops.xnodr_routing(x, *xnor_ops.pack_signs(weight), iterations)
+        torch.testing.assert_close(found, dynamic_routing(x, weight, iterations, True, False), atol=1e-5, rtol=1e-5)
+        found = xnor_ops.xnidr_routing(x, weight.transpose(1, 2).contiguous(), iterations)
+        torch.testing.assert_close(found, dynamic_routing(x, weight, iterations, False, True), atol=1e-5, rtol=1e-5)
+
+
+def test_predictions_beyond_the_cache_and_unaligned(backend):
+    x, weight = inputs(classes=200, capsules=20, batch=34)  # 8.7 MB
+    bits, scale = xnor_ops.pack_signs(weight)
+    expected = torch.einsum('bik,ijkd->bijd', xnorize(x, 2), xnorize(weight, 2))
+    torch.testing.assert_close(xnor_ops.xnodr_predictions(x, bits, scale), expected, atol=1e-6, rtol=1e-6)
+    if backend != 'torch':
+        shifted = torch.empty(expected.numel() + 1)[1:].view_as(expected)
+        found = xnor_kernel.run(x, bits, scale, shifted, 20, 8, 0)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize('threads', [1, 2, 3, 8])
+def test_threads_change_nothing(threads, backend, monkeypatch):
+    x, weight = inputs(batch=7)
+    one = [xnor_ops.xnodr_routing(x, *xnor_ops.pack_signs(weight), 3),
+           xnor_ops.xnidr_routing(x, weight.transpose(1, 2).contiguous(), 3)]
+    monkeypatch.setattr(xnor_kernel, 'GRAIN', 1)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
+    several = [xnor_ops.xnodr_routing(x, *xnor_ops.pack_signs(weight), 3),
+               xnor_ops.xnidr_routing(x, weight.transpose(1, 2).contiguous(), 3)]
+    assert all(torch.equal(a, b) for a, b in zip(one, several))
+
+
+def test_xnidr_in_parts_of_the_batch(backend, monkeypatch):
+    x, weight = inputs(batch=7)
+    projector = weight.transpose(1, 2).contiguous()
+    whole = xnor_ops.xnidr_routing(x, projector, 3)
+    monkeypatch.setattr(xnor_ops, 'CHUNK', 3 * 6 * 5 * 16)
+    torch.testing.assert_close(xnor_ops.xnidr_routing(x, projector, 3), whole, atol=1e-6, rtol=1e-6)
+
+
+def test_large_logits_and_dead_capsules(backend):
+    x, weight = inputs(classes=40)
+    x, weight = 30. * x, 30. * weight
+    x[0] = 0.
+    found = xnor_ops.xnodr_routing(x, *xnor_ops.pack_signs(weight), 3)
+    assert (found[0] == 0.).all() and found.isfinite().all()
+    torch.testing.assert_close(found, dynamic_routing(x, weight, 3, True, False), atol=1e-5, rtol=1e-5)
+
+
+def test_not_a_number_stays_one(backend):
+    x, weight = inputs()
+    x[1, 2, 3] = float('nan')
+    found = xnor_ops.xnodr_routing(x, *xnor_ops.pack_signs(weight), 3)
+    assert found[1].isnan().all() and found[0].isfinite().all() and found[2].isfinite().all()
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_other_types(dtype, backend):
+    x, weight = inputs()
+    bits, scale = xnor_ops.pack_signs(weight)
+    found = xnor_ops.xnodr_routing(x.to(dtype), bits, scale.to(dtype), 3)
+    assert found.dtype == dtype
+    expected = dynamic_routing(x.to(dtype).double(), xnor_ops.unpack_signs(bits, scale.to(dtype).double(), 8), 3, True)
+    torch.testing.assert_close(found.double(), expected, atol=1e-2, rtol=1e-2)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert torch.equal(xnor_ops.xnodr_routing(x, bits, scale, 3), xnor_ops.xnodr_routing(x, bits, scale, 3))
+        found = xnor_ops.xnidr_routing(x, weight.transpose(1, 2).contiguous(), 3)
+    torch.testing.assert_close(found, dynamic_routing(x, weight, 3, False, True), atol=1e-5, rtol=1e-5)
+
+
+def test_strides_of_the_weights_do_not_matter(backend):
+    x, weight = inputs()
+    bits, scale = xnor_ops.pack_signs(weight)
+    expected = xnor_ops.xnodr_routing(x, bits, scale, 3)
+    other = bits.to(memory_format=torch.channels_last)
+    assert torch.equal(xnor_ops.xnodr_routing(x, other, scale, 3), expected)
+    assert xnor_ops.xnodr_routing(x[:0], bits, scale, 3).shape == (0, 5, 16)
+
+
+def test_operators_are_well_formed(backend):
+    x, weight = inputs()
+    bits, scale = xnor_ops.pack_signs(weight)
+    checks = ('test_schema', 'test_faketensor', 'test_aot_dispatch_dynamic')
+    torch.library.opcheck(xnor_ops.xnodr_predictions, (x, bits, scale), test_utils=checks)
+    torch.library.opcheck(xnor_ops.xnodr_routing, (x, bits, scale, 3), test_utils=checks)
+    torch.library.opcheck(xnor_ops.xnidr_routing, (x, weight.transpose(1, 2).contiguous(), 3), test_utils=checks)
+
+
+def test_there_is_no_gradient():
+    x, weight = inputs()
+    v = xnor_ops.xnodr_routing(x.requires_grad_(), *xnor_ops.pack_signs(weight), 3)
+    with pytest.raises(RuntimeError, match='has no gradient; train the float model'):
+        v.sum().backward()
+
+
+@pytest.mark.parametrize('change', [
+    lambda x, bits, scale: (x[:, :5], bits, scale),
+    lambda x, bits, scale: (x, bits[:, :, :4], scale),
+    lambda x, bits, scale: (x, bits, scale[:5]),
+    lambda x, bits, scale: (x[..., :0], bits, scale),
+    lambda x, bits, scale: (x, bits.float(), scale),
+])
+def test_sizes_that_do_not_fit_are_refused(change, backend):
+    x, weight = inputs()
+    with pytest.raises(ValueError, match='do not fit capsules'):
+        xnor_ops.xnodr_routing(*change(x, *xnor_ops.pack_signs(weight)), 3)
+
+
+def test_iterations_are_at_least_one(backend):
+    x, weight = inputs()
+    with pytest.raises(ValueError, match='at least 1, got 0'):
+        xnor_ops.xnodr_routing(x, *xnor_ops.pack_signs(weight), 0)
+    with pytest.raises(ValueError, match='at least 1, got 0'):
+        xnor_ops.xnidr_routing(x, weight.transpose(1, 2).contiguous(), 0)
+
+
+def test_backend_by_the_environment(monkeypatch):
+    monkeypatch.setenv(xnor_kernel.ENVIRONMENT, 'torch')
+    assert xnor_kernel.xnor_backend() == 'torch'
+    monkeypatch.setenv(xnor_kernel.ENVIRONMENT, 'portable')
+    assert xnor_kernel.xnor_backend() == ('portable' if BUILT else 'torch')
+    monkeypatch.setenv(xnor_kernel.ENVIRONMENT, 'fast')
+    with pytest.raises(ValueError, match="TIMM_SPINAL_XNOR='fast' is unknown; use auto, portable, torch"):
+        xnor_kernel.xnor_backend()
+
+
+@pytest.mark.parametrize('content', [None, b'no library'])
+def test_without_the_library(content, monkeypatch, tmp_path):
+    """Not built, or built for another system: torch takes over."""
+    x, weight = inputs()
+    packed = xnor_ops.pack_signs(weight)
+    expected = xnor_ops.xnodr_routing(x, *packed, 3)
+    spec = None
+    if content is not None:
+        (tmp_path / '_xnor.so').write_bytes(content)
+        spec = type('Spec', (), {'origin': str(tmp_path / '_xnor.so')})
+    monkeypatch.setattr(xnor_kernel.importlib.util, 'find_spec', lambda name: spec)
+    xnor_kernel._library.cache_clear()
+    try:
+        assert xnor_kernel.xnor_backend() == 'torch'
+        torch.testing.assert_close(xnor_ops.xnodr_routing(x, *packed, 3), expected, atol=1e-6, rtol=1e-6)
+    finally:
+        xnor_kernel._library.cache_clear()
