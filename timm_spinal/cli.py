@@ -28,6 +28,8 @@ class Verb(NamedTuple):
 VERBS = {
     'train': Verb('timm_spinal.train', 'run', 'train a model'),
     'validate': Verb('timm_spinal.validate', 'run', 'measure loss and accuracy of models'),
+    'pack': Verb('timm_spinal.pack', 'run', 'an XnODR or XnIDR model in its form for inference'),
+    'env': Verb('timm_spinal.env', 'run', 'versions, and what computes with bits'),
     'list': Verb('timm_spinal.cli', 'list_models', 'names of the models that this package adds to timm'),
     'coverage': Verb('timm_spinal.bench.coverage', 'main', 'which timm models can take a head'),
     'compare': Verb('timm_spinal.compare.cli', 'main', 'which head, or any other choice, helps on some data'),
@@ -38,6 +40,7 @@ VERBS = {
     'bench features': Verb('timm_spinal.bench.features', 'main', 'speed of compare on a frozen backbone'),
     'bench heads': Verb('timm_spinal.bench.heads', 'main', 'speed of models with and without a head'),
     'bench routing': Verb('timm_spinal.bench.routing', 'main', 'memory and speed of capsule routing, whole and lean'),
+    'bench xnor': Verb('timm_spinal.bench.xnor', 'main', 'speed of packed capsule layers against float ones'),
 }
 
 

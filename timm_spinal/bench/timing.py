@@ -22,6 +22,31 @@ class Ratio:
         return f'{self.median:.3f} (min {self.min:.3f}, max {self.max:.3f}, {self.rounds} rounds)'
 
 
+def times_in_turns(
+        calls: Sequence[Callable[[], object]],
+        rounds: int = 50,
+        warmup: int = 3,
+        progress: bool = False,
+) -> Tuple[List[float], ...]:
+    """Seconds of each call of every side: B C A, C A B, A B C, ... so that none always comes first.
+
+    Args:
+        calls: Each calls one side once, and returns when its work is done.
+        rounds: Rounds that count, at least 1.
+        warmup: Rounds before them that do not.
+        progress: Show a progress bar.
+    """
+    times: Tuple[List[float], ...] = tuple([] for _ in calls)
+    for i in tqdm(range(warmup + rounds), unit='round', leave=False, disable=not progress):
+        for k in range(len(calls)):
+            side = (i + k + 1) % len(calls)
+            start = time.perf_counter()
+            calls[side]()
+            if i >= warmup:
+                times[side].append(time.perf_counter() - start)
+    return times
+
+
 def paired_times(
         a: Callable[[], object],
         b: Callable[[], object],
@@ -29,23 +54,9 @@ def paired_times(
         warmup: int = 3,
         progress: bool = False,
 ) -> Tuple[List[float], List[float]]:
-    """Seconds of each call of both sides: A B, B A, A B, ... so that neither always comes first.
-
-    Args:
-        a: Calls one side once, and returns when its work is done.
-        b: Likewise for the other side.
-        rounds: Pairs that count, at least 1.
-        warmup: Pairs before them that do not.
-        progress: Show a progress bar.
-    """
-    times: Tuple[List[float], List[float]] = ([], [])
-    for i in tqdm(range(warmup + rounds), unit='round', leave=False, disable=not progress):
-        for side in ((0, 1) if i % 2 else (1, 0)):
-            start = time.perf_counter()
-            (a, b)[side]()
-            if i >= warmup:
-                times[side].append(time.perf_counter() - start)
-    return times
+    """:func:`times_in_turns` of two sides."""
+    first, second = times_in_turns((a, b), rounds, warmup, progress)
+    return first, second
 
 
 def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:

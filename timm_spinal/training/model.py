@@ -59,6 +59,9 @@ def create_model(config: TrainConfig | ValidateConfig, num_classes: int | None) 
     if config.pretrained and not config.pretrained_path:
         cfg: Any = model.pretrained_cfg
         check_download(config.model, cfg.get('hf_hub_id'))
+    if isinstance(config, TrainConfig) and any(getattr(module, 'packed', False) for module in model.modules()):
+        raise UserError(f'model {config.model}: its capsule head is packed, for inference only; train the float model '
+                        'and pack it afterwards')
     return model
 
 

@@ -138,9 +138,9 @@ def validate_one(accelerator: Accelerator, candidate: Candidate) -> dict[str, An
     if candidate.state_dict is not None:
         try:
             model.load_state_dict(candidate.state_dict)
-        except RuntimeError as e:
+        except (RuntimeError, ValueError) as e:
             raise UserError(f'checkpoint {candidate.name}: the weights are not of {config.model} '
-                            f'({" ".join(str(e).split())[:150]})') from e
+                            f'({" ".join(str(e).split())[:250]})') from e
     _check_class_names(model, datasets.class_names, candidate.name)
     loader, data_config = create_eval_loader(config, model, datasets, config.crops)
     if config.crops > 1 and data_config['crop_pct'] >= 1.:
