@@ -16,7 +16,8 @@ from torch import nn
 import timm_spinal
 
 # one for each head and each way of building a backbone, and nets of our own
-MODELS = ('test_resnet_spinal', 'test_vit_pspinal', 'test_convnext_mlp', 'vgg5_spinal', 'spinalcnn_a1', 'spinalcnn_a2')
+MODELS = ('test_resnet_spinal', 'test_vit_pspinal', 'test_convnext_mlp', 'vgg5_spinal', 'spinalcnn_a1', 'spinalcnn_a2',
+          'ictest_resnet_spinal')
 
 
 def make(name: str, **kwargs) -> nn.Module:

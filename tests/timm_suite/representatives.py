@@ -29,9 +29,18 @@ SHARED = (
 )
 
 
+# one for each kind of block with collisions
+COLLIDING = (
+    'icresnet18',
+    'icresnext50_32x4d',
+    'icseresnet50',
+)
+
+
 def representatives() -> List[str]:
     """Names: the tables above, and every small net."""
     left_out = {f'{backbone}_{head}' for backbone, head in VARIANTS}
     left_out.update(name for name in timm_spinal.list_models('*_sb*') if not name.endswith('_cifar'))
+    left_out.update(name for name in timm_spinal.list_models('ic*') if not name.endswith('_cifar'))
     small_nets = [name for name in timm_spinal.list_models() if name not in left_out]
-    return [*HEADED, *SHARED, *small_nets]
+    return [*HEADED, *SHARED, *COLLIDING, *small_nets]

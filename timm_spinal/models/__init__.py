@@ -8,6 +8,7 @@ from . import (
     capsule_net,
     cifar_resnet,
     head_variants,
+    ic_variants,
     shared_basis_mobilenet,
     shared_basis_resnet,
     spinal_cifar,
@@ -15,18 +16,20 @@ from . import (
     spinal_mlp,
     spinal_vgg5,
 )
+from ._ensure_registered import ensure_registered as ensure_registered
 from ._packaged import packaged_names
 from .attach_head import attach_head as attach_head
-from .head_variants import ensure_registered as ensure_registered
+from .convert_ic import convert_to_ic as convert_to_ic
 from .head_variants import register_head_variant as register_head_variant
+from .ic_variants import register_ic_variant as register_ic_variant
 from .pack import pack_xnodr as pack_xnodr
 
 # timm's registry knows a model by the last part of the module that defines it
 _MODULES = [
     module.__name__.rpartition('.')[2]
     for module in (
-        capsule_net, cifar_resnet, head_variants, shared_basis_mobilenet, shared_basis_resnet, spinal_cifar, spinal_cnn,
-        spinal_mlp, spinal_vgg5,
+        capsule_net, cifar_resnet, head_variants, ic_variants, shared_basis_mobilenet, shared_basis_resnet,
+        spinal_cifar, spinal_cnn, spinal_mlp, spinal_vgg5,
     )
 ]
 

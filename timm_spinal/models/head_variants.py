@@ -5,31 +5,18 @@ Weights of a whole model, as `timm.models.save_for_hf` writes them, load with th
 A vision transformer made with ``num_classes=0`` and no weights of a head answers with the backbone's embedding.
 """
 
-import difflib
 import logging
-from collections import deque
-from dataclasses import replace
+from functools import partial
 from typing import Any, Dict, Tuple
 
-import timm
 import torch
-from timm.models import (
-    filter_pretrained_cfg,
-    get_arch_pretrained_cfgs,
-    get_pretrained_cfg_value,
-    is_model,
-    load_pretrained,
-    model_entrypoint,
-    register_model,
-    resolve_pretrained_cfg,
-    split_model_name_tag,
-)
+from timm.models import resolve_pretrained_cfg
 from timm.models._pretrained import DefaultCfg
 from torch import nn
 
-from ..layers import HEADS, head_options
+from ..layers import head_options
 from ..layers.packed_routing import check_packed_state
-from ._packaged import packaged_cfgs
+from ._variants import create_backbone, register_variant
 from .attach_head import CLASSIFIER_NAME, HEAD_NAME, TimmModel, attach_head
 
 _logger = logging.getLogger(__name__)
@@ -54,32 +41,6 @@ VARIANTS = (
 )
 
 default_cfgs: Dict[str, DefaultCfg] = {}
-
-
-def _variant_cfgs(backbone: str, head: str) -> DefaultCfg:
-    """timm's cfgs of a backbone under tags that say that the head is not in them; and packaged weights, with head."""
-    cfgs = {}
-    for name, cfg in get_arch_pretrained_cfgs(backbone).items():
-        tag = split_model_name_tag(name)[1]
-        backbone_tag = f'backbone_{tag}' if tag else 'backbone' if cfg.has_weights else ''
-        cfgs[backbone_tag] = replace(cfg, classifier=CLASSIFIER_NAME)
-    whole = packaged_cfgs(f'{backbone}_{head}', next(iter(cfgs.values())))
-    has_weights = any(cfg.has_weights for cfg in cfgs.values())
-    cfgs = {**cfgs, **whole} if has_weights else whole or cfgs
-    return DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=has_weights or bool(whole))
-
-
-def _read_state_dict(cfg: Dict[str, Any], cache_dir: Any) -> Dict[str, torch.Tensor]:
-    """The weights that timm finds for a cfg, unchanged, wherever they lie."""
-    state_dict: Dict[str, torch.Tensor] = {}
-
-    def keep(loaded: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-        state_dict.update(loaded)
-        return {}
-
-    source_only = dict(cfg, first_conv=None, classifier=None)
-    load_pretrained(nn.Identity(), source_only, filter_fn=keep, cache_dir=cache_dir)
-    return state_dict
 
 
 def _load_head(model: TimmModel, state_dict: Dict[str, torch.Tensor], num_classes: int) -> None:
@@ -116,16 +77,11 @@ def _create_head_variant(
     default_classes = cfg['num_classes'] if cfg['num_classes'] >= 0 else 1000
     num_classes = kwargs.pop('num_classes', default_classes)
 
-    # timm builds the backbone and loads it through the family's own filters
-    backbone_cfg = dict(cfg, architecture=backbone, classifier=get_pretrained_cfg_value(backbone, 'classifier'))
-    state_dict: Dict[str, torch.Tensor] = {}
-    if pretrained and not cfg.get('custom_load'):
-        state_dict = _read_state_dict(cfg, cache_dir)
-        backbone_cfg = filter_pretrained_cfg(backbone_cfg, remove_source=True)
-        backbone_cfg['state_dict'] = {k: v for k, v in state_dict.items() if not k.startswith(f'{HEAD_NAME}.')}
-    model = model_entrypoint(backbone)(
+    model, state_dict = create_backbone(
+        backbone,
+        cfg,
+        is_ours=lambda name: name.startswith(f'{HEAD_NAME}.'),
         pretrained=pretrained,
-        pretrained_cfg=backbone_cfg,
         cache_dir=cache_dir,
         num_classes=0,
         **kwargs,
@@ -161,39 +117,10 @@ def register_head_variant(backbone: str, head: str) -> str:
         ValueError: If the backbone or the head is unknown, or the name belongs to another model.
     """
     head_options(head)
-    name = f'{backbone}_{head}'
-    if name in default_cfgs:
-        return name
-    if not is_model(backbone):
-        near = difflib.get_close_matches(backbone, timm.list_models(), n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ''
-        raise ValueError(f"Unknown timm model '{backbone}'; give a name of timm.list_models().{hint}")
-    if is_model(name):
-        raise ValueError(f"The name '{name}' belongs to another model; use attach_head on '{backbone}' instead.")
-
-    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return _create_head_variant(backbone, head, pretrained=pretrained, **kwargs)
-
-    entrypoint.__name__ = entrypoint.__qualname__ = name
-    entrypoint.__doc__ = f"timm's {backbone} with a {head} head in place of its classifier."
-    default_cfgs[name] = _variant_cfgs(backbone, head)
-    globals()[name] = register_model(entrypoint)
-    return name
-
-
-def ensure_registered(model_name: str) -> bool:
-    """Register a `<timm backbone>_<head>` that is not yet registered; True if timm knows the name afterwards.
-
-    Args:
-        model_name: A model name, with or without a tag.
-    """
-    name = split_model_name_tag(model_name)[0]
-    if is_model(name):
-        return True
-    backbone, _, head = name.rpartition('_')
-    if head in HEADS and is_model(backbone):
-        register_head_variant(backbone, head)
-    return is_model(name)
+    create = partial(_create_head_variant, backbone, head)
+    doc = f"timm's {backbone} with a {head} head in place of its classifier."
+    return register_variant(
+        __name__, f'{backbone}_{head}', backbone, create, doc, instead='attach_head', classifier=CLASSIFIER_NAME)
 
 
 def _register_table() -> Tuple[str, ...]:

@@ -1,0 +1,132 @@
+"""What registered models that are made of a plain one have in common: its weights, and their names."""
+
+import difflib
+import sys
+from collections import deque
+from dataclasses import replace
+from typing import Any, Callable, Dict, Tuple
+
+import timm
+import torch
+from timm.models import (
+    filter_pretrained_cfg,
+    get_arch_pretrained_cfgs,
+    get_pretrained_cfg_value,
+    is_model,
+    load_pretrained,
+    model_entrypoint,
+    register_model,
+    split_model_name_tag,
+)
+from timm.models._builder import pretrained_cfg_for_features
+from timm.models._pretrained import DefaultCfg
+from torch import nn
+
+from ._packaged import packaged_cfgs
+
+TAG_PREFIX = 'backbone'
+
+
+def variant_cfgs(name: str, backbone: str, **changes: Any) -> DefaultCfg:
+    """The plain model's cfgs, with changes, under tags that say that only a backbone is in the weights; and those of
+    packaged weights of the whole model."""
+    cfgs = {}
+    for plain_name, cfg in get_arch_pretrained_cfgs(backbone).items():
+        tag = split_model_name_tag(plain_name)[1]
+        if tag and not tag.startswith(TAG_PREFIX):
+            tag = f'{TAG_PREFIX}_{tag}'
+        cfgs[tag or (TAG_PREFIX if cfg.has_weights else '')] = replace(cfg, **changes)
+    whole = packaged_cfgs(name, next(iter(cfgs.values())))
+    has_weights = any(cfg.has_weights for cfg in cfgs.values())
+    cfgs = {**cfgs, **whole} if has_weights else whole or cfgs
+    return DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=has_weights or bool(whole))
+
+
+def read_state_dict(cfg: Dict[str, Any], cache_dir: Any) -> Dict[str, torch.Tensor]:
+    """The weights that timm finds for a cfg, unchanged, wherever they lie."""
+    state_dict: Dict[str, torch.Tensor] = {}
+
+    def keep(loaded: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+        state_dict.update(loaded)
+        return {}
+
+    source_only = dict(cfg, first_conv=None, classifier=None)
+    load_pretrained(nn.Identity(), source_only, filter_fn=keep, cache_dir=cache_dir)
+    return state_dict
+
+
+def create_backbone(
+        backbone: str,
+        cfg: Dict[str, Any],
+        is_ours: Callable[[str], bool],
+        pretrained: bool = False,
+        cache_dir: Any = None,
+        **kwargs: Any,
+) -> Tuple[Any, Dict[str, torch.Tensor]]:
+    """The plain model, built and loaded by timm through its family's own filters, and all weights that cfg names.
+
+    Args:
+        backbone: Its registered name.
+        cfg: Pretrained cfg of our model.
+        is_ours: Which names of parameters the plain model does not have.
+        pretrained: Load the weights; none are read otherwise.
+        cache_dir: As in ``timm.create_model``.
+        **kwargs: The plain model's arguments.
+    """
+    plain_cfg = dict(cfg, architecture=backbone, classifier=get_pretrained_cfg_value(backbone, 'classifier'))
+    state_dict: Dict[str, torch.Tensor] = {}
+    load_cfg = plain_cfg
+    if pretrained and not cfg.get('custom_load'):
+        state_dict = read_state_dict(cfg, cache_dir)
+        load_cfg = filter_pretrained_cfg(plain_cfg, remove_source=True)
+        load_cfg['state_dict'] = {name: value for name, value in state_dict.items() if not is_ours(name)}
+    model = model_entrypoint(backbone)(
+        pretrained=pretrained, pretrained_cfg=load_cfg, cache_dir=cache_dir, **kwargs)
+    plain_cfg.pop('state_dict', None)  # not to be kept with the model
+    model.pretrained_cfg = pretrained_cfg_for_features(plain_cfg) if kwargs.get('features_only') else plain_cfg
+    model.default_cfg = model.pretrained_cfg
+    return model, state_dict
+
+
+def register_variant(
+        module: str,
+        name: str,
+        backbone: str,
+        create: Callable[..., Any],
+        doc: str,
+        instead: str,
+        **cfg: Any,
+) -> str:
+    """Make a model that is made of a plain one a name that ``timm.create_model`` knows.
+
+    Args:
+        module: Name of the module whose ``default_cfgs`` will have the name.
+        name: The new name. Registering it again changes nothing.
+        backbone: The plain model's name.
+        create: Makes the model.
+        doc: Docstring of the entrypoint.
+        instead: What to use if the name belongs to another model.
+        **cfg: What differs in the plain model's pretrained cfgs.
+
+    Raises:
+        ValueError: If there is no such plain model, or the name belongs to another model.
+    """
+    home: Any = sys.modules[module]
+    if name in home.default_cfgs:
+        return name
+    if not is_model(backbone):
+        near = difflib.get_close_matches(backbone, timm.list_models(), n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ''
+        raise ValueError(f"Unknown timm model '{backbone}'; give a name of timm.list_models().{hint}")
+    if is_model(name):
+        raise ValueError(f"The name '{name}' belongs to another model; use {instead} on '{backbone}' instead.")
+
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return create(pretrained=pretrained, **kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__doc__ = doc
+    entrypoint.__module__ = module
+    home.default_cfgs[name] = variant_cfgs(name, backbone, **cfg)
+    setattr(home, name, register_model(entrypoint))
+    return name
