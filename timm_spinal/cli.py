@@ -35,6 +35,7 @@ VERBS = {
     'compare': Verb('timm_spinal.compare.cli', 'main', 'which head, or any other choice, helps on some data'),
     'plot': Verb('timm_spinal.compare.plot', 'main', 'curves of several runs, and epochs and seconds to an accuracy'),
     'publish': Verb('timm_spinal.hub.cli', 'main', 'put a run on the Hugging Face Hub'),
+    'export': Verb('timm_spinal.hub.export_cli', 'main', 'models as ONNX or torch.export files, checked'),
     'verify': Verb('timm_spinal.hub.verify', 'main', 'check what is published on the Hub'),
     'bench train': Verb('timm_spinal.bench.train', 'main', "speed of this trainer's loop against timm's"),
     'bench features': Verb('timm_spinal.bench.features', 'main', 'speed of compare on a frozen backbone'),
