@@ -26,7 +26,7 @@ from ..errors import UserError
 from ..layers import create_head, xnor_backend, xnorize
 from ..layers.xnor_kernel import run
 from ..layers.xnor_ops import pack_signs
-from ..models import pack_xnodr
+from ..models import ensure_registered, pack_xnodr
 from .heads import count_macs
 from .timing import machine_load, paired_ratio, times_in_turns
 
@@ -139,6 +139,7 @@ def print_counts(capsules: int, classes: int) -> None:
 
 def print_share(name: str, classes: int, batch: int, seconds: float) -> None:
     """What the capsule layer is of a whole network at 224 pixels."""
+    ensure_registered(name)
     model: Any = timm.create_model(name, num_classes=classes).eval()
     packed: Any = pack_xnodr(copy.deepcopy(model))
     images = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))

@@ -107,7 +107,7 @@ def check_model_name(name: str) -> None:
     near = difflib.get_close_matches(arch, timm.list_models(), n=3, cutoff=0.5)
     hint = f'the nearest are {", ".join(near)}' if near else "'timm-spinal list' shows all"
     raise UserError(f'unknown model {arch!r}; {hint}; any <timm model>_<head> and ic<timm model> '
-                    f'work too (heads: {", ".join(timm_spinal.HEADS)})')
+                    f'work too (heads: {", ".join(timm_spinal.HEADS)}; timm_spinal.register_head_variant)')
 
 
 def _unknown_option(model: str, option: str) -> str:
