@@ -7,7 +7,9 @@ from .layers import xnor_backend as xnor_backend
 from .models import attach_head as attach_head
 from .models import convert_to_ic as convert_to_ic
 from .models import ensure_registered as ensure_registered
+from .models import fold_bases as fold_bases
 from .models import list_models as list_models
+from .models import merge_bases as merge_bases
 from .models import pack_xnodr as pack_xnodr
 from .models import register_head_variant as register_head_variant
 from .models import register_ic_variant as register_ic_variant

@@ -40,6 +40,7 @@ VERBS = {
     'bench train': Verb('timm_spinal.bench.train', 'main', "speed of this trainer's loop against timm's"),
     'bench features': Verb('timm_spinal.bench.features', 'main', 'speed of compare on a frozen backbone'),
     'bench heads': Verb('timm_spinal.bench.heads', 'main', 'speed of models with and without a head'),
+    'bench basis': Verb('timm_spinal.bench.basis', 'main', 'speed and size of shared filter bases'),
     'bench routing': Verb('timm_spinal.bench.routing', 'main', 'memory and speed of capsule routing, whole and lean'),
     'bench xnor': Verb('timm_spinal.bench.xnor', 'main', 'speed of packed capsule layers against float ones'),
 }

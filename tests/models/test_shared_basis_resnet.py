@@ -8,6 +8,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import timm_spinal
 from timm_spinal.layers import SharedBasisConv2d, SharedConv2d, SharedStage
@@ -90,6 +91,21 @@ def test_uses_of_every_basis(name, uses):
     model(torch.zeros(1, 3, 64, 64, device='meta'))
     got = [[counts[id(basis)] for basis in stage.bases()] for stage in model.shared_stages().values()]
     assert got == uses
+
+
+@pytest.mark.parametrize('name, options, gmacs', [
+    ('resnet34_sb_s32u1', {}, 2.479),
+    ('resnet34_sb_s48u1d', {}, 3.250),
+    ('resnet34_sb_s48u1', dict(sb_rank=16), 1.708),
+    ('resnet50_sbpp', {}, 4.089),
+])
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_multiply_accumulates(name, options, gmacs, mode):
+    """Spec shared_basis 4.1, as torch counts them, with gradients and without."""
+    model = timm.create_model(name, device='meta', **options).eval()
+    with mode(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, 224, 224, device='meta'))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, abs=6e-4)
 
 
 def test_first_blocks_are_timms():

@@ -7,6 +7,12 @@ import torch
 from torch import nn
 
 
+@torch.fx.wrap
+def as_argument(basis: torch.Tensor) -> torch.Tensor:
+    """A parameter to call a module with; torch.utils.flop_counter takes none that asks for gradients without them."""
+    return basis if torch.is_grad_enabled() else basis.detach()
+
+
 class SharedStage(nn.Module):
     """The blocks of one stage, and the filters that they share: one tensor in, one tensor out.
 
@@ -67,19 +73,24 @@ class SharedStage(nn.Module):
         return [getattr(self, name) for name in self.basis_names()]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        basis2 = self.basis if self.basis2 is None else self.basis2
+        basis, basis2 = self._arguments()
         for block in self.children():
             if hasattr(block, 'takes_basis'):
-                x = block(x, self.basis, basis2)
+                x = block(x, basis, basis2)
             else:
                 x = block(x)
         return x
 
+    def _arguments(self):
+        basis = None if self.basis is None else as_argument(self.basis)
+        basis2 = basis if self.basis2 is None else as_argument(self.basis2)
+        return basis, basis2
+
     def __iter__(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-        basis2 = self.basis if self.basis2 is None else self.basis2
+        basis, basis2 = self._arguments()
         for block in self.children():
             if hasattr(block, 'takes_basis'):
-                yield partial(block, basis=self.basis, basis2=basis2)
+                yield partial(block, basis=basis, basis2=basis2)
             else:
                 yield block
 

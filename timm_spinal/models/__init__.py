@@ -22,6 +22,8 @@ from .attach_head import attach_head as attach_head
 from .convert_ic import convert_to_ic as convert_to_ic
 from .head_variants import register_head_variant as register_head_variant
 from .ic_variants import register_ic_variant as register_ic_variant
+from .merge_bases import fold_bases as fold_bases
+from .merge_bases import merge_bases as merge_bases
 from .pack import pack_xnodr as pack_xnodr
 
 # timm's registry knows a model by the last part of the module that defines it

@@ -177,7 +177,7 @@ def _attach(model: TimmModel, head: str, num_classes: Optional[int], options: Di
     if not was_attached:
         model.backbone_architecture = model.pretrained_cfg['architecture']
         backbone_cls: Any = type(model)
-        model.__class__ = _headed_cls(backbone_cls)
+        model.__class__ = headed_cls(backbone_cls)
     model.num_classes = num_classes
     if not model.unpooled:
         model.head_hidden_size = new_head.hidden_size
@@ -235,7 +235,7 @@ def _renamed(function: types.FunctionType, name: str) -> types.FunctionType:
 
 
 @functools.cache
-def _headed_cls(backbone_cls: Any) -> Any:
+def headed_cls(backbone_cls: Any) -> Any:
     attributes = dict(
         __doc__=f'{backbone_cls.__name__} with an attached head.',
         __module__=__name__,
@@ -251,5 +251,5 @@ def _headed_cls(backbone_cls: Any) -> Any:
 
 
 def _new_headed_model(backbone_cls: Any) -> nn.Module:
-    cls = _headed_cls(backbone_cls)
+    cls = headed_cls(backbone_cls)
     return cls.__new__(cls)
