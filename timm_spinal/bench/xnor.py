@@ -34,6 +34,7 @@ LAYERS = ('xnodr', 'xnidr')
 IN_DIM, CLASS_DIM, ITERATIONS = 8, 16, 3
 PRIMARY = {128: ('depthwise', 1280), 256: ('bottleneck', 2048)}  # the papers' block and its channels
 LARGEST = 2 ** 27  # predictions of a projector: 512 MiB for each side
+LONG = 20.  # seconds of a round of all sides
 PROJECTOR_TARGET, HEAD_TARGET = 2., 1.5  # from batch 32 with 10 and 100 classes; at 1,000 classes
 SHARED_MODELS = ('mobilenetv2_100_xnodr', 'resnet50_xnodr')
 
@@ -60,10 +61,10 @@ class Comparison:
 
 
 def compare(calls: Sequence[Callable[[], object]], seconds: float) -> Comparison:
-    """Time sides in turns for about so many seconds, 3 to 100 rounds of them after a first one."""
+    """Time sides in turns for about so many seconds, 3 to 100 rounds after a first one; 1 where a round takes long."""
     first = sum(times[0] for times in times_in_turns(calls, rounds=1, warmup=0))
-    rounds = max(3, min(100, int(seconds / first)))
-    times = times_in_turns(calls, rounds, warmup=1)
+    least = 1 if first > LONG else 3
+    times = times_in_turns(calls, max(least, min(100, int(seconds / first))), warmup=0)
     return Comparison(
         milliseconds=tuple(1000 * statistics.median(side) for side in times),
         ratios=tuple(paired_ratio(side, times[-1]).median for side in times[:-1]),
