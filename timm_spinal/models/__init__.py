@@ -9,6 +9,7 @@ from . import (
     cifar_resnet,
     head_variants,
     ic_variants,
+    shared_basis_cifar,
     shared_basis_mobilenet,
     shared_basis_resnet,
     spinal_cifar,
@@ -30,8 +31,8 @@ from .pack import pack_xnodr as pack_xnodr
 _MODULES = [
     module.__name__.rpartition('.')[2]
     for module in (
-        capsule_net, cifar_resnet, head_variants, ic_variants, shared_basis_mobilenet, shared_basis_resnet,
-        spinal_cifar, spinal_cnn, spinal_mlp, spinal_vgg5,
+        capsule_net, cifar_resnet, head_variants, ic_variants, shared_basis_cifar, shared_basis_mobilenet,
+        shared_basis_resnet, spinal_cifar, spinal_cnn, spinal_mlp, spinal_vgg5,
     )
 ]
 

@@ -132,6 +132,52 @@ def share_basic_stage(
     return SharedStage(blocks, shape, shape if double else None, **dd)
 
 
+def share_basic_stages(
+        model: nn.Module,
+        digits: str,
+        names: Sequence[str],
+        shared: int,
+        unique: int,
+        double: bool,
+        folded: bool,
+        norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+) -> None:
+    """:func:`share_basic_stage` of some of a model's stages, in place; the numbers of filters grow with the width.
+
+    Args:
+        model: A model with BasicBlocks, the width of a stage twice that of the stage before.
+        digits: Digits of the stages, the first is 1.
+        names: Names of all stages.
+        shared: Filters that the first stage shares, in each basis.
+        unique: Filters of each convolution's own in the first stage.
+        double: Two bases per stage.
+        folded: Without norms.
+        norm_layer: The norms.
+
+    Raises:
+        ValueError: If there are no filters, more than the width allows, or stages that do not exist.
+    """
+    if double and not shared:
+        raise ValueError('sb_double asks for two bases per stage, but sb_rank is 0; give sb_rank or leave it out.')
+    for name in stage_names(digits, names):
+        factor = 2 ** names.index(name)
+        stage: Any = model.get_submodule(name)
+        model.set_submodule(
+            name, share_basic_stage(stage, shared * factor, unique * factor, double, folded, norm_layer))
+
+
+def stage_names(digits: str, names: Sequence[str]) -> List[str]:
+    """Names of stages from their digits, the first stage is 1.
+
+    Raises:
+        ValueError: If there is no digit or another character.
+    """
+    known = {str(i): name for i, name in enumerate(names, start=1)}
+    if not digits or not set(digits) <= set(known):
+        raise ValueError(f"sb_stages '{digits}' must be digits of stages, such as '{''.join(known)}' or '3'.")
+    return [known[digit] for digit in digits]
+
+
 def share_convs(stage: nn.Sequential, block_cls: Type[nn.Module], names: Sequence[str]) -> SharedStage:
     """Share whole convolutions among all but the first of a stage's blocks; those blocks are changed in place.
 

@@ -59,7 +59,7 @@ class SharedBasisModel:
         if not coarse:
             blocks = matcher['blocks']
             rows = [(blocks, None)] if isinstance(blocks, str) else blocks
-            matcher['blocks'] = [(r'^(?:layer|blocks\.)(\d+)\.basis', (1,)), *rows]
+            matcher['blocks'] = [(r'^(?:layer|blocks\.|stages\.)(\d+)\.basis', (1,)), *rows]
         return matcher
 
     @torch.jit.ignore

@@ -17,7 +17,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 from ._packaged import generate_default_cfgs
-from ._shared_blocks import SharedBottleneck, share_basic_stage, share_convs
+from ._shared_blocks import SharedBottleneck, share_basic_stages, share_convs, stage_names
 from ._shared_model import SharedBasisModel, checkpoint_filter_fn, shared_cfg
 
 __all__ = ['SharedBasisResNet', 'SharedBottleneckResNet']
@@ -61,18 +61,8 @@ class SharedBasisResNet(SharedBasisModel, ResNet):
         block: Any = BasicBlock  # timm's annotation names its instances
         super().__init__(block, layers, zero_init_last=zero_init_last, norm_layer=norm_layer, **kwargs)
         self.sb_decay = sb_decay
-        if sb_double and not sb_rank:
-            raise ValueError('sb_double asks for two bases per stage, but sb_rank is 0; give sb_rank or leave it out.')
-        for name in scope(sb_stages):
-            factor = 2 ** STAGES.index(name)
-            setattr(self, name, share_basic_stage(
-                getattr(self, name),
-                sb_rank * factor,
-                sb_unique * factor,
-                sb_double,
-                sb_folded,
-                get_norm_layer(norm_layer),
-            ))
+        share_basic_stages(
+            self, sb_stages, STAGES, sb_rank, sb_unique, sb_double, sb_folded, get_norm_layer(norm_layer))
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = False) -> None:
@@ -105,25 +95,13 @@ class SharedBottleneckResNet(SharedBasisModel, ResNet):
         super().__init__(block, layers, zero_init_last=zero_init_last, **kwargs)
         self.sb_decay = sb_decay
         names = ('conv2', 'conv3') if sb_expand else ('conv2',)
-        for name in scope(sb_stages):
+        for name in stage_names(sb_stages, STAGES):
             setattr(self, name, share_convs(getattr(self, name), SharedBottleneck, names))
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = False) -> None:
         super().init_weights(zero_init_last)
         self.init_shared()
-
-
-def scope(stages: str) -> list:
-    """Names of stages from their digits.
-
-    Raises:
-        ValueError: If there is no digit or another character.
-    """
-    names = [f'layer{digit}' for digit in stages]
-    if not names or not set(names) <= set(STAGES):
-        raise ValueError(f"sb_stages '{stages}' must be digits of stages, such as '1234' or '34'.")
-    return names
 
 
 def _create(cls: Type[ResNet], variant: str, pretrained: bool = False, **kwargs: Any) -> Any:

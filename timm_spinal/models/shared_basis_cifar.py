@@ -1,0 +1,152 @@
+"""He's ResNets of 32-pixel images whose stages share filter bases, as in the paper on CIFAR-10.
+
+Paper: "Deeply Shared Filter Bases for Parameter-Efficient Convolutional Neural Networks", Kang and Kim, NeurIPS 2021,
+https://arxiv.org/abs/2006.05066 (spec shared_basis 1.7, 4.2). Parameter counts are those of the paper's code.
+
+S{s}U{u} counts the filters at width 16, they grow with the width; the suffix d, the paper's asterisk, means two bases
+per stage. Here alone the paper's orthogonality penalty counts the unique filters too (spec 2.1).
+"""
+
+import re
+from typing import Any, Dict
+
+import torch
+from timm.models import register_model
+
+from ._packaged import generate_default_cfgs
+from ._shared_blocks import share_basic_stages
+from ._shared_model import SHARED_BASIS_PAPER, SharedBasisModel, checkpoint_filter_fn
+from ._small_net import CIFAR_MEAN, CIFAR_STD, build_small_net, small_net_cfg
+from .cifar_resnet import SmallResNet
+
+__all__ = ['SharedBasisSmallResNet']
+
+STAGES = ('stages.1', 'stages.2', 'stages.3')
+
+# names of He's ImageNet ResNets, which the paper's code keeps, to SmallResNet's
+_NAMES = (
+    (r'^conv1\.', 'stages.0.conv.'),
+    (r'^bn1\.', 'stages.0.bn.'),
+    (r'^layer(\d)\.', r'stages.\1.'),
+    (r'^(?:fc|linear)\.', 'head.fc.'),
+)
+
+
+class SharedBasisSmallResNet(SharedBasisModel, SmallResNet):
+    """SmallResNet, all but the first block of each stage decomposed over the stage's basis.
+
+    Args:
+        depth: Blocks per stage.
+        sb_rank: Shared filters s of the first stage, 0 for none (a plain low-rank net); twice as many in the next.
+        sb_unique: Unique filters u of a convolution of the first stage, 0 for none (all filters shared).
+        sb_double: Two bases per stage, for the first and the second convolution of a block.
+        sb_stages: Digits of the stages that are decomposed; the others are SmallResNet's.
+        sb_folded: Without the norms that :func:`timm_spinal.fold_bases` folds into the coefficients.
+        sb_decay: Whether the bases take weight decay, as in the paper.
+        **kwargs: SmallResNet's options.
+
+    Raises:
+        ValueError: If there are no filters, more than the width allows, or stages that do not exist.
+    """
+
+    plain_cls = SmallResNet
+    sb_ortho_unique = True
+
+    def __init__(
+            self,
+            depth: int,
+            sb_rank: int = 16,
+            sb_unique: int = 1,
+            sb_double: bool = False,
+            sb_stages: str = '123',
+            sb_folded: bool = False,
+            sb_decay: bool = True,
+            **kwargs: Any,
+    ):
+        super().__init__(depth, **kwargs)
+        self.sb_decay = sb_decay
+        share_basic_stages(self, sb_stages, STAGES, sb_rank, sb_unique, sb_double, sb_folded)
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        super().init_weights()
+        self.init_shared()
+
+
+def small_checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: Any) -> Dict[str, Any]:
+    """Names of the paper's CIFAR-10 code to ours; a state dict of our own stays as it is."""
+    converted = {}
+    for name, value in checkpoint_filter_fn(state_dict, model).items():
+        for pattern, replacement in _NAMES:
+            name = re.sub(pattern, replacement, name)
+        converted[name] = value
+    return converted
+
+
+def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> SharedBasisSmallResNet:
+    return build_small_net(
+        SharedBasisSmallResNet, variant, pretrained, num_stages=4, pretrained_filter_fn=small_checkpoint_filter_fn,
+        **kwargs)
+
+
+def _cfg() -> Dict[str, Any]:
+    return small_net_cfg(
+        pool_size=(8, 8),
+        input_size=(3, 32, 32),
+        mean=CIFAR_MEAN,
+        std=CIFAR_STD,
+        first_conv='stages.0.conv',
+        **SHARED_BASIS_PAPER,
+    )
+
+
+default_cfgs = generate_default_cfgs({
+    'resnet32_sb_s8u1_cifar': _cfg(),
+    'resnet32_sb_s16u1_cifar': _cfg(),
+    'resnet32_sb_s16u1d_cifar': _cfg(),
+    'resnet56_sb_s8u1_cifar': _cfg(),
+    'resnet56_sb_s16u1_cifar': _cfg(),
+    'resnet56_sb_s16u1d_cifar': _cfg(),
+})
+
+
+@register_model
+def resnet32_sb_s8u1_cifar(pretrained: bool = False, **kwargs: Any) -> SharedBasisSmallResNet:
+    """ResNet32-S8U1; 150,666 parameters."""
+    model_args = dict(depth=5, sb_rank=8)
+    return _create('resnet32_sb_s8u1_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def resnet32_sb_s16u1_cifar(pretrained: bool = False, **kwargs: Any) -> SharedBasisSmallResNet:
+    """ResNet32-S16U1; 197,258 parameters."""
+    model_args = dict(depth=5, sb_rank=16)
+    return _create('resnet32_sb_s16u1_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def resnet32_sb_s16u1d_cifar(pretrained: bool = False, **kwargs: Any) -> SharedBasisSmallResNet:
+    """ResNet32-S16U1*; 245,642 parameters."""
+    model_args = dict(depth=5, sb_rank=16, sb_double=True)
+    return _create('resnet32_sb_s16u1d_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def resnet56_sb_s8u1_cifar(pretrained: bool = False, **kwargs: Any) -> SharedBasisSmallResNet:
+    """ResNet56-S8U1; 201,850 parameters."""
+    model_args = dict(depth=9, sb_rank=8)
+    return _create('resnet56_sb_s8u1_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def resnet56_sb_s16u1_cifar(pretrained: bool = False, **kwargs: Any) -> SharedBasisSmallResNet:
+    """ResNet56-S16U1; 270,842 parameters."""
+    model_args = dict(depth=9, sb_rank=16)
+    return _create('resnet56_sb_s16u1_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def resnet56_sb_s16u1d_cifar(pretrained: bool = False, **kwargs: Any) -> SharedBasisSmallResNet:
+    """ResNet56-S16U1*; 319,226 parameters."""
+    model_args = dict(depth=9, sb_rank=16, sb_double=True)
+    return _create('resnet56_sb_s16u1d_cifar', pretrained, **dict(model_args, **kwargs))
