@@ -38,10 +38,12 @@ from .timm_keys import ANY, NOT_OURS, RENAMED
 
 # the last base is the first group of fields
 @dataclass
-class TrainConfig(
-    RunOptions, AverageOptions, DistillOptions, ObjectiveOptions, AugmentOptions, ScheduleOptions, OptimizerOptions,
-    LoaderOptions, ModelOptions, DataOptions,
-):
+class LoopConfig(RunOptions, AverageOptions, ScheduleOptions, OptimizerOptions, LoaderOptions):
+    """What the loop depends on, whatever it trains."""
+
+
+@dataclass
+class TrainConfig(LoopConfig, DistillOptions, ObjectiveOptions, AugmentOptions, ModelOptions, DataOptions):
     """Everything that a training run depends on, under the names of timm's ``train.py``."""
 
 
@@ -56,7 +58,7 @@ class ValidateConfig(LoaderOptions, ModelOptions, DataOptions):
     results_file: str = option('', 'write the result to this .json or .csv file')
 
 
-ConfigT = TypeVar('ConfigT', bound=TrainConfig | ValidateConfig)
+ConfigT = TypeVar('ConfigT', bound=LoopConfig | ValidateConfig)
 
 
 def parse_config(
@@ -68,7 +70,7 @@ def parse_config(
 
     Args:
         argv: Arguments without the program's name; ``sys.argv[1:]`` when None.
-        cls: `TrainConfig` or `ValidateConfig`.
+        cls: `TrainConfig`, another `LoopConfig` or `ValidateConfig`.
         prog: Name of the program in the help text.
 
     Raises:
@@ -115,12 +117,12 @@ def load_yaml(path: str | Path, cls: type = TrainConfig) -> dict[str, Any]:
             allowed, advice = NOT_OURS[name]
             if allowed is not ANY and value not in allowed:
                 raise UserError(f"config {path}: {key}: {value!r} is timm's and not available here; {advice}")
-        elif name not in _fields(TrainConfig):
+        elif issubclass(cls, LoopConfig) or name not in _fields(TrainConfig):
             raise UserError(f'config {path}: unknown key {key!r}; {_nearest(str(key), fields)}')
     return values
 
 
-def to_yaml(config: TrainConfig | ValidateConfig) -> str:
+def to_yaml(config: LoopConfig | ValidateConfig) -> str:
     """The whole config as YAML (``args.yaml``); `parse_config` reads it back to an equal config."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, default_flow_style=None)
 
@@ -147,8 +149,10 @@ def _build_parser(cls: type, prog: str | None) -> argparse.ArgumentParser:
     parser = _Parser(prog=prog, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; flags win over it')
     fields = _fields(cls)
+    left = set(fields)  # a field that a subclass gives another default stays in its group
     for owner in reversed(cls.__mro__):
-        names = [n for n in owner.__dict__.get('__annotations__', {}) if n in fields]
+        names = [n for n in owner.__dict__.get('__annotations__', {}) if n in left]
+        left -= set(names)
         if names:
             group = parser.add_argument_group((owner.__doc__ or owner.__name__).splitlines()[0])
             for name in names:

@@ -26,6 +26,7 @@ from timm_spinal.errors import UserError
 
 from .config import TrainConfig, ValidateConfig
 from .dataset import ImageData, Source, StreamData
+from .options import LoaderOptions
 from .sampling import EvalSampler, TrainSampler, stratified_split
 from .sources import open_source
 from .torch_sources import torch_split
@@ -58,6 +59,8 @@ class TrainData:
         data_config: As `timm.data.resolve_data_config`.
         streamed: The training data come from a stream: no exact resume within an epoch.
         multi_label: Images have several classes.
+        mixup_off_epoch: No mixing from this epoch on, when above 0.
+        channels_last: Lay training batches out so.
     """
     train_loader: DataLoader
     eval_loader: DataLoader
@@ -69,13 +72,23 @@ class TrainData:
     train_size: int
     eval_size: int
     test_size: int
-    streamed: bool
-    multi_label: bool
+    streamed: bool = False
+    multi_label: bool = False
+    mixup_off_epoch: int = 0
+    channels_last: bool = False
 
     def set_epoch(self, epoch: int) -> None:
         """Set order and augmentation of the epoch that is iterated next; also after `accelerator.prepare`."""
         target: Any = self.train_loader.dataset if self.streamed else self.train_loader.sampler
         target.begin_epoch(epoch)
+        if self.mixup is not None and self.mixup_off_epoch:
+            self.mixup.mixup_enabled = epoch < self.mixup_off_epoch
+
+    def arrange(self, images: Any, target: Any) -> tuple[Any, Any]:
+        """A training batch on its device, laid out and mixed as the task gets it."""
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return (images, target) if self.mixup is None else self.mixup(images, target)
 
     def skipped(self) -> int:
         """Different images found to be unreadable so far, by this process and its workers."""
@@ -206,7 +219,7 @@ def create_data(
         sampler = TrainSampler(len(train), seed, config.aug_repeats, config.epoch_repeats)
     mixing = config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None
     return TrainData(
-        train_loader=_loader(config, dataset, sampler, config.batch_size, drop_last=True),
+        train_loader=create_loader(config, dataset, sampler, config.batch_size, drop_last=True),
         eval_loader=_eval_loader(config, datasets.eval, eval_transform(data_config), mode),
         test_loader=_eval_loader(config, datasets.test, eval_transform(data_config), mode) if datasets.test else None,
         mixup=_mixup(config, datasets) if mixing else None,
@@ -218,6 +231,8 @@ def create_data(
         test_size=len(datasets.test) if datasets.test else 0,
         streamed=train.streamed,
         multi_label=datasets.multi_label,
+        mixup_off_epoch=config.mixup_off_epoch,
+        channels_last=config.channels_last,
     )
 
 
@@ -284,18 +299,19 @@ def _eval_loader(
 ) -> DataLoader:
     batch = config.validation_batch_size or config.batch_size
     if source.streamed:
-        return _loader(config, StreamData(source, transform, mode, config.seed), None, batch)
+        return create_loader(config, StreamData(source, transform, mode, config.seed), None, batch)
     dataset = ImageData(source, transform, mode, 'mark' if config.skip_unreadable else 'raise')
-    return _loader(config, dataset, EvalSampler(len(source)), batch)
+    return create_loader(config, dataset, EvalSampler(len(source)), batch)
 
 
-def _loader(
-        config: TrainConfig | ValidateConfig,
+def create_loader(
+        config: LoaderOptions,
         dataset: Dataset,
         sampler: Any,
         batch_size: int,
         drop_last: bool = False,
 ) -> DataLoader:
+    """A torch loader with the workers of a config; a data set may bring a ``collate`` of its own."""
     return DataLoader(
         dataset,
         batch_size=batch_size,

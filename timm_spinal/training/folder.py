@@ -1,18 +1,19 @@
 """Where a run writes."""
 import time
 from pathlib import Path
-from typing import Sequence
-
-from timm.models import safe_model_name
 
 from timm_spinal.errors import UserError
 
 from .checkpoint import find_checkpoints
-from .config import TrainConfig
+from .options import RunOptions
 
 
-def run_folder(config: TrainConfig, input_size: Sequence[int]) -> Path:
+def run_folder(config: RunOptions, name: str) -> Path:
     """Folder of a run: ``output/experiment``, or that of the run which is resumed. Nothing is created.
+
+    Args:
+        config: The run's config.
+        name: What a run without ``experiment`` is called, after the time.
 
     Raises:
         UserError: ``--resume auto`` without a name, or a new run where there already is one.
@@ -24,8 +25,7 @@ def run_folder(config: TrainConfig, input_size: Sequence[int]) -> Path:
         path = Path(config.resume).absolute()
         return path.parents[1] if path.name.startswith('step-') else path
     if not config.experiment:
-        name = f'{time.strftime("%Y%m%d-%H%M%S")}-{safe_model_name(config.model)}-{input_size[-1]}'
-        return _unused(parent / name)
+        return _unused(parent / f'{time.strftime("%Y%m%d-%H%M%S")}-{name}')
     folder = parent / config.experiment
     if not config.resume and (find_checkpoints(folder / 'last') or (folder / 'result.json').exists()):
         raise UserError(f'run folder {folder} holds a run already; go on with --resume auto, or choose another '

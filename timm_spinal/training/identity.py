@@ -29,13 +29,19 @@ def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, st
     return {k: f'{saved[k]!r} -> {now[k]!r}' for k in now if k in saved and _plain(k, saved[k]) != _plain(k, now[k])}
 
 
-def check_same_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> dict[str, str]:
+def check_same_run(
+        saved: dict[str, Any],
+        now: dict[str, Any],
+        where: str,
+        fixed: tuple[str, ...] = FIXED,
+) -> dict[str, str]:
     """Refuse to go on with another model or data.
 
     Args:
         saved: ``config`` and ``data`` (a description of the data as found) of the checkpoint.
         now: The same of this run.
         where: Name of the checkpoint for the message.
+        fixed: Settings that must be the same.
 
     Returns:
         The other settings that changed, each as ``old -> new``.
@@ -44,7 +50,7 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> di
         UserError: Names the keys that differ.
     """
     changed = changed_settings(saved['config'], now['config'])
-    broken = {k: v for k, v in changed.items() if k in FIXED}
+    broken = {k: v for k, v in changed.items() if k in fixed}
     broken.update(changed_settings(saved['data'], now['data']))
     if broken:
         keys = ', '.join(f'{k} ({v})' for k, v in broken.items())

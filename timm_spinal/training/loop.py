@@ -4,7 +4,7 @@ import signal
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Callable, Generic, Iterable, Iterator, TypeVar
 
 import torch
 import torch.nn as nn
@@ -19,23 +19,26 @@ from tqdm import tqdm
 from timm_spinal.errors import UserError
 
 from .checkpoint import find_checkpoints, save_checkpoint
-from .config import TrainConfig
+from .config import LoopConfig
 from .data import TrainData
-from .evaluate import evaluate
+from .identity import FIXED
 from .meter import Meter, NotFinite
-from .metrics import accuracies
 from .objective import Penalty
 from .optim import clip_gradients, scheduler_state
 from .progress import Progress
 from .signals import SignalFlag, StopRequested
 from .wld import WLDTask
 
+ConfigT = TypeVar('ConfigT', bound=LoopConfig)
+
 
 @dataclass
-class Run:
+class Run(Generic[ConfigT]):
     """Everything the loop works on; loaders, optimizer and the task's trainable module are prepared."""
-    config: TrainConfig
+    config: ConfigT
     metric: str  # of the best epoch
+    measured: tuple[str, ...]  # what `measure` gives for summary.csv, the metric among it
+    measure: Callable[[nn.Module, DataLoader, str], dict[str, Any]]  # of a model over a loader; title of the bar
     accelerator: Accelerator
     folder: Path
     task: TrainingTask
@@ -45,12 +48,13 @@ class Run:
     data: TrainData
     train_loader: DataLoader
     eval_loader: DataLoader
-    penalties: dict[str, Penalty]
-    kept_in_eval: list[nn.Module]
-    signs: torch.Tensor  # of the binary weights at the start
     description: dict[str, Any]  # config and data, for checkpoints
     on_best: Callable[['Run', str], None]  # write the weights, 'model' or 'ema'
     on_epoch: Callable[['Run'], None]  # write the reports
+    fixed: tuple[str, ...] = FIXED  # settings that a resumed run may not change
+    penalties: dict[str, Penalty] = field(default_factory=dict)
+    kept_in_eval: list[nn.Module] = field(default_factory=list)
+    signs: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # of the binary weights at the start
     progress: Progress = field(default_factory=Progress)
     drawn_at: float = field(default_factory=time.monotonic)  # when the curves were last drawn
     after_epoch: Callable[['Run'], None] | None = None  # what a caller of the trainer adds
@@ -150,15 +154,13 @@ def train_epoch(run: Run, flag: SignalFlag) -> dict[str, float]:
 
 def _start_epoch(run: Run) -> Iterable:
     """The loader of the current epoch, past the batches that are done, with the model in train mode."""
-    epoch, loader, mixup = run.progress.epoch, run.train_loader, run.data.mixup
+    epoch, loader = run.progress.epoch, run.train_loader
     run.data.set_epoch(epoch)
     run.task.train()
     if isinstance(run.task, WLDTask):
         run.task.batches = epoch * len(loader) + run.progress.batch
     for module in run.kept_in_eval:
         module.eval()
-    if mixup is not None and run.config.mixup_off_epoch:
-        mixup.mixup_enabled = epoch < run.config.mixup_off_epoch
     run.optimizer.zero_grad()
     if run.progress.batch:
         return run.accelerator.skip_first_batches(loader, run.progress.batch)
@@ -181,10 +183,7 @@ def _micro_step(
     config, accelerator, task = run.config, run.accelerator, run.task
     accum = accelerator.gradient_accumulation_steps
     window = min(accum, batches - batch // accum * accum)  # batches of this update: fewer in the last one
-    if config.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    if run.data.mixup is not None:
-        images, target = run.data.mixup(images, target)
+    images, target = run.data.arrange(images, target)
     with accelerator.accumulate(trainable(task)):
         with accelerator.autocast():
             parts = task(images, target, *given)
@@ -232,11 +231,10 @@ def _evaluate_epoch(run: Run) -> dict[str, float]:
     row = {}
     for name in names:
         model = eval_model(run.task, name == 'ema')
-        metrics = evaluate(
-            run.accelerator, model, run.eval_loader, run.config.channels_last, name, run.data.multi_label)
+        metrics = run.measure(model, run.eval_loader, name)
         run.progress.eval_seconds += metrics['seconds']
-        row.update({f'{name}_{k}': metrics[k] for k in ('loss', *accuracies(run.data.multi_label))})
-        if metrics['nonfinite']:
+        row.update({f'{name}_{k}': metrics[k] for k in run.measured})
+        if metrics.get('nonfinite'):
             run.accelerator.print(f'warning: {name}: NaN or infinite logits for {metrics["nonfinite"]} of '
                                   f'{metrics["images"]} images')
     return row

@@ -9,8 +9,12 @@ from timm.task import ClassificationEvaluator
 from timm_spinal.errors import UserError
 
 # accuracies in percent, by the name that they have in summary.csv and result.json
-TITLES = {'top1': 'top-1', 'top5': 'top-5', 'exact': 'exact pairs', 'digit': 'digits', 'top2': 'top-2'}
-MAIN = ('top1', 'exact')  # the one of each kind of target
+TITLES = {
+    'top1': 'top-1', 'top5': 'top-5', 'exact': 'exact pairs', 'digit': 'digits', 'top2': 'top-2',
+    'ap': 'AP', 'ap50': 'AP50', 'ap75': 'AP75', 'ap_small': 'AP small', 'ap_medium': 'AP medium',
+    'ap_large': 'AP large',
+}
+MAIN = ('top1', 'exact', 'ap')  # the one of each kind of target
 
 
 class PairEvaluator(ClassificationEvaluator):

@@ -16,10 +16,10 @@ from timm.utils import dispatch_clip_grad
 
 from timm_spinal.errors import UserError
 
-from .config import TrainConfig
+from .config import LoopConfig
 
 
-def resolve_lr(config: TrainConfig, global_batch_size: int) -> float:
+def resolve_lr(config: LoopConfig, global_batch_size: int) -> float:
     """``lr`` when given, else ``lr_base`` scaled from ``lr_base_size`` to the images of one update.
 
     The scaling is linear, or by the square root for adaptive optimizers, as in timm.
@@ -36,7 +36,7 @@ def resolve_lr(config: TrainConfig, global_batch_size: int) -> float:
     return config.lr_base * (math.sqrt(ratio) if scale == 'sqrt' else ratio)
 
 
-def create_optimizer(config: TrainConfig, module: nn.Module, lr: float) -> torch.optim.Optimizer:
+def create_optimizer(config: LoopConfig, module: nn.Module, lr: float) -> torch.optim.Optimizer:
     """timm's optimizer over the trainable parameters of a module, grouped by weight decay or layer decay.
 
     Raises:
@@ -55,7 +55,7 @@ def create_optimizer(config: TrainConfig, module: nn.Module, lr: float) -> torch
 
 
 def create_scheduler(
-        config: TrainConfig,
+        config: LoopConfig,
         optimizer: torch.optim.Optimizer,
         updates_per_epoch: int,
 ) -> tuple[Scheduler | None, int]:

@@ -3,16 +3,16 @@ import time
 from typing import Any
 
 import torch
+import torch.nn as nn
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from timm.utils import unwrap_model
 
 from . import report
 from .agree import agree
-from .evaluate import evaluate
+from .config import TrainConfig
 from .export import WEIGHTS, export_model
 from .loop import Run, eval_model
-from .metrics import accuracies
 from .model import needs_registration
 from .signs import changed_percent
 
@@ -21,14 +21,18 @@ SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGA
 
 def export_best(run: Run, weights: str) -> None:
     """Write the current weights (``model`` or ``ema``) as the best ones."""
+    module, state_dict = whole_weights(run, weights)
+    agree(run.accelerator, lambda: export_model(
+        run.folder, module, state_dict, run.data.class_names, run.data.data_config))
+
+
+def whole_weights(run: Run, weights: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """The unwrapped model that is evaluated, or its average (``ema``), and its state dict. Every process calls it."""
     wrapped = eval_model(run.task, weights == 'ema')
     module = unwrap_model(wrapped)
     if run.accelerator.distributed_type in SHARDED:
-        state_dict = run.accelerator.get_state_dict(wrapped)
-    else:
-        state_dict = module.state_dict()
-    agree(run.accelerator, lambda: export_model(
-        run.folder, module, state_dict, run.data.class_names, run.data.data_config))
+        return module, run.accelerator.get_state_dict(wrapped)
+    return module, module.state_dict()
 
 
 def write_reports(run: Run) -> None:
@@ -47,24 +51,28 @@ def write_reports(run: Run) -> None:
     agree(run.accelerator, write)
 
 
-def finish(run: Run) -> dict[str, Any]:
+def finish(run: Run[TrainConfig]) -> dict[str, Any]:
     """Evaluate the test split when there is one, write curves.png and result.json and print the last lines."""
     result = summarise(run)
     if run.data.test_loader is not None and run.progress.best:
-        result.update(_test(run))
-
-    def write() -> None:
-        report.write_curves(run.folder / 'curves.png', run.progress.history)
-        report.write_result(run.folder / 'result.json', result)
-        name = unwrap_model(eval_model(run.task)).pretrained_cfg['architecture']
-        for line in report.final_lines(result, run.folder, name if needs_registration(name) else ''):
-            print(line, flush=True)
-
-    agree(run.accelerator, write)
+        result.update(evaluate_test(run))
+    name = unwrap_model(eval_model(run.task)).pretrained_cfg['architecture']
+    write_outcome(run, result, report.final_lines(result, run.folder, name if needs_registration(name) else ''))
     return result
 
 
-def summarise(run: Run) -> dict[str, Any]:
+def write_outcome(run: Run, result: dict[str, Any], lines: list[str]) -> None:
+    """Write curves.png and result.json, and print the last lines of a run."""
+    def write() -> None:
+        report.write_curves(run.folder / 'curves.png', run.progress.history)
+        report.write_result(run.folder / 'result.json', result)
+        for line in lines:
+            print(line, flush=True)
+
+    agree(run.accelerator, write)
+
+
+def summarise(run: Run[TrainConfig]) -> dict[str, Any]:
     """``result.json``: accuracies in percent and losses in nats of the best epoch, counts, speed, origin.
 
     The accuracies are ``top1`` and ``top5``, or those of `metrics.PairEvaluator` where images have two classes.
@@ -73,14 +81,28 @@ def summarise(run: Run) -> dict[str, Any]:
     found. ``sign_flips`` is the part of the binary weights (XnODR), in percent, whose sign is another after the last
     update than before the first; None without any.
     """
-    progress, best, config = run.progress, run.progress.best, run.config
-    module = unwrap_model(eval_model(run.task))
-    skipped = torch.tensor(run.data.skipped(), device=run.accelerator.device)
-    teacher = dict(teacher=config.kd_model_name, teacher_top1=progress.teacher_top1) if config.kd_model_name else {}
+    config, module = run.config, unwrap_model(eval_model(run.task))
+    teacher = {}
+    if config.kd_model_name:
+        teacher = dict(teacher=config.kd_model_name, teacher_top1=run.progress.teacher_top1)
     return dict(
         model=config.model,
-        **{name: best.get(name) for name in accuracies(run.data.multi_label)},
-        loss=best.get('loss'),
+        **counts(run),
+        **teacher,
+        # a process of a sharded run holds a part of the weights only
+        sign_flips=None if run.accelerator.distributed_type in SHARDED else changed_percent(run.signs, module),
+        dataset=config.dataset or config.data_dir,
+        **origin(run),
+    )
+
+
+def counts(run: Run) -> dict[str, Any]:
+    """What `summarise` says of any run: its best epoch, and what it counted. Every process calls it."""
+    progress, best = run.progress, run.progress.best
+    module = unwrap_model(eval_model(run.task))
+    skipped = torch.tensor(run.data.skipped(), device=run.accelerator.device)
+    return dict(
+        **{name: best.get(name) for name in run.measured},
         epoch=progress.epoch,
         best_epoch=best.get('epoch'),
         best_metric=best.get('metric'),
@@ -95,22 +117,23 @@ def summarise(run: Run) -> dict[str, Any]:
         eval_size=run.data.eval_size,
         skipped=int(run.accelerator.reduce(skipped)),
         stopped_early=progress.stopped_early,
-        **teacher,
-        # a process of a sharded run holds a part of the weights only
-        sign_flips=None if run.accelerator.distributed_type in SHARDED else changed_percent(run.signs, module),
-        dataset=config.dataset or config.data_dir,
-        seed=config.seed,
+    )
+
+
+def origin(run: Run) -> dict[str, Any]:
+    """What any result depends on."""
+    return dict(
+        seed=run.config.seed,
         processes=run.accelerator.num_processes,
         hardware=report.hardware(run.accelerator.device, run.accelerator.num_processes),
         versions=report.versions(),
     )
 
 
-def _test(run: Run) -> dict[str, Any]:
+def evaluate_test(run: Run) -> dict[str, Any]:
     """The test split, once, with the best weights."""
     model = eval_model(run.task)
     unwrap_model(model).load_state_dict(load_file(run.folder / WEIGHTS))
     loader = run.accelerator.prepare(run.data.test_loader)
-    multi_label = run.data.multi_label
-    metrics = evaluate(run.accelerator, model, loader, run.config.channels_last, 'test', multi_label)
-    return {f'test_{k}': metrics[k] for k in ('loss', *accuracies(multi_label), 'images')}
+    metrics = run.measure(model, loader, 'test')
+    return {f'test_{k}': metrics[k] for k in (*run.measured, 'images')}

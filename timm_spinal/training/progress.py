@@ -53,7 +53,7 @@ class Progress:
         for weights, prefix in (('model', 'eval'), ('ema', 'ema')):
             value = row.get(f'{prefix}_{metric}')
             # a model that gives NaN for some images is never the best, whatever its accuracy on the others
-            if value is None or not math.isfinite(row[f'{prefix}_loss']):
+            if value is None or not math.isfinite(row.get(f'{prefix}_loss', 0.)):
                 continue
             if best is None or sign * value > sign * best:
                 best, chosen = value, weights

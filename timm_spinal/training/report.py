@@ -52,7 +52,7 @@ def save_figure(figure: Any, path: Path, dpi: int = 110) -> None:
 def write_curves(path: Path, history: list[dict[str, Any]]) -> None:
     """Draw loss, the main accuracy and learning rate over the epochs, and a penalty where there is one."""
     name = main_accuracy((column for row in history for column in row), 'eval_')
-    panels = (
+    panels: tuple[tuple[str, tuple[str, ...]], ...] = (
         ('loss (nats)', ('train_loss', 'eval_loss', 'ema_loss')),
         (f'{TITLES[name]} (%)', (f'eval_{name}', f'ema_{name}')),
         ('learning rate', ('lr',)),
@@ -106,10 +106,14 @@ def epoch_line(row: dict[str, Any], epochs: int) -> str:
     parts = [f'epoch {row["epoch"] + 1}/{epochs}: train loss {row["train_loss"]:.4f}']
     name = main_accuracy(row, 'eval_')
     if f'eval_{name}' in row:
-        parts.append(f'{TITLES[name]} {row[f"eval_{name}"]:.2f} %, loss {row["eval_loss"]:.4f}')
+        parts.append(f'{TITLES[name]} {row[f"eval_{name}"]:.2f} %' + _loss_text(row, 'eval_loss'))
     if f'ema_{name}' in row:
         parts.append(f'ema {TITLES[name]} {row[f"ema_{name}"]:.2f} %')
     return ', '.join([*parts, f'lr {row["lr"]:.3g}', f'{row["images_per_second"]:.0f} images/s'])
+
+
+def _loss_text(metrics: dict[str, Any], name: str) -> str:
+    return f', loss {metrics[name]:.4f}' if name in metrics else ''
 
 
 def final_lines(result: dict[str, Any], folder: Path, register: str = '') -> list[str]:
@@ -120,19 +124,24 @@ def final_lines(result: dict[str, Any], folder: Path, register: str = '') -> lis
         folder: The run folder.
         register: Name of the architecture, when importing timm_spinal does not register it.
     """
+    known = f' timm_spinal.ensure_registered({register!r});' if register else ''
+    load = f'timm.create_model({"local-dir:" + str(folder)!r}, pretrained=True)'
+    return result_lines(result, folder, f'import timm, timm_spinal;{known} model = {load}')
+
+
+def result_lines(result: dict[str, Any], folder: Path, load: str) -> list[str]:
+    """The same with the code that loads the weights given; ``result`` may be without losses."""
     lines = []
     name = main_accuracy(result)
     if result[name] is not None:
         best = f'epoch {result["best_epoch"] + 1}' + (' (ema)' if result['best_weights'] == 'ema' else '')
-        lines.append(f'{accuracy_text(result)}, loss {result["loss"]:.4f} of {best}')
+        lines.append(f'{accuracy_text(result)}{_loss_text(result, "loss")} of {best}')
     if result.get(f'test_{name}') is not None:
         text = accuracy_text({name: result[f'test_{name}'] for name in TITLES if f'test_{name}' in result})
-        lines.append(f'test {text}, loss {result["test_loss"]:.4f} (once, best weights)')
+        lines.append(f'test {text}{_loss_text(result, "test_loss")} (once, best weights)')
     if result['skipped']:
         lines.append(f'{result["skipped"]} unreadable images skipped')
     lines.append(f'{result["seconds"]:.1f} s, {result["images_per_second"]:.0f} images/s, results in {folder}')
     if result[name] is None:
         return [*lines, 'no finite evaluation, so no weights were written']
-    known = f' timm_spinal.ensure_registered({register!r});' if register else ''
-    load = f'timm.create_model({"local-dir:" + str(folder)!r}, pretrained=True)'
-    return [*lines, f'load it: import timm, timm_spinal;{known} model = {load}']
+    return [*lines, f'load it: {load}']
