@@ -137,32 +137,42 @@ def test_both_scales_start_as_the_same_function(mode):
     torch.testing.assert_close(raw(x), mean(x))
 
 
+@pytest.mark.parametrize('biases', [(), ('b1',), ('b2',), ('b1', 'b2')], ids=''.join)
 @pytest.mark.parametrize('groups', [1, 2])
-def test_gradients_of_the_in_place_form(groups):
+def test_gradients_of_the_in_place_form(groups, biases):
     torch.manual_seed(0)
-    z, s, w = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in (
-        (2, 4, 2, 3), (2, groups, 2, 3), (4,)))
+    shapes = ((2, 4, 2, 3), (2, groups, 2, 3), *[(4,)] * (1 + len(biases)))
+    given = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
-    def run(z, s, w):
-        return collide(z * 1, s, w, groups)  # collide may overwrite its first argument
+    def run(z, s, w, *rest):
+        return collide(z * 1, s, w, groups, **dict(zip(biases, rest)))  # collide may overwrite its first argument
 
-    assert torch.autograd.gradcheck(run, (z, s, w)) and torch.autograd.gradgradcheck(run, (z, s, w))
-    torch.testing.assert_close(run(z, s, w), collide_plain(z, s, w, groups))
+    assert torch.autograd.gradcheck(run, given) and torch.autograd.gradgradcheck(run, given)
+    expected = collide_plain(*given[:3], groups, **dict(zip(biases, given[3:])))
+    torch.testing.assert_close(run(*given), expected)
     with torch.no_grad():
-        torch.testing.assert_close(run(z, s, w), collide_plain(z, s, w, groups))
+        torch.testing.assert_close(run(*given), expected)
 
 
-def test_pieces_are_put_together_in_order():
-    """Batches of several pieces, the last one smaller, and an image larger than a piece."""
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_pieces_are_put_together_in_order(memory_format):
+    """Values and gradients of batches of several pieces, the last one smaller, and of an image larger than a piece."""
     for shape in ((7, 16, 80, 80), (2, 4, 300, 300)):
         assert shape[0] > 1 and torch.Size(shape).numel() > PIECE
         g = torch.Generator().manual_seed(0)
-        z, s = torch.randn(shape, generator=g), torch.rand(shape[0], 2, *shape[2:], generator=g)
-        w = torch.randn(shape[1], generator=g).requires_grad_()
-        expected = collide_plain(z, s, w, 2)
-        torch.testing.assert_close(collide(z.clone(), s, w, 2), expected)
+        z = torch.randn(shape, generator=g).to(memory_format=memory_format).requires_grad_()
+        s = torch.rand(shape[0], 2, *shape[2:], generator=g).requires_grad_()
+        w, b1, b2 = (torch.randn(shape[1], generator=g).requires_grad_() for _ in range(3))
+        expected = collide_plain(z, s, w, 2, b1, b2)
+        torch.testing.assert_close(collide(z.clone(), s, w, 2, b1, b2), expected)
         with torch.no_grad():
-            torch.testing.assert_close(collide(z.clone(), s, w, 2), expected)
+            torch.testing.assert_close(collide(z.clone(), s, w, 2, b1, b2), expected)
+        grad = torch.randn(shape, generator=g).to(memory_format=memory_format)
+        given = (z, s, w, b1, b2)
+        found = torch.autograd.grad(collide(z.clone(), s, w, 2, b1, b2), given, grad)
+        assert found[0].is_contiguous(memory_format=memory_format)
+        for one, two in zip(found, torch.autograd.grad(expected, given, grad)):
+            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)  # sums of 10^5 terms
 
 
 def test_an_empty_batch_gives_an_empty_map():

@@ -169,10 +169,9 @@ class ICConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         z, s, w = self.parts(x)
-        if self.ic_mode != 'pair' and self.ic_bias is None and self.ic_bn is None:
-            y = collide(z, s, w, self.groups)
-        else:
-            y = z + F.relu(self.pre_sigma(z, s, w))
+        if self.ic_mode != 'pair' and self.ic_bn is None:
+            return collide(z, s, w, self.groups, self.ic_bias, self.bias)
+        y = z + F.relu(self.pre_sigma(z, s, w))
         bias = self.bias  # TorchScript believes what is said of a local name
         if bias is not None:
             y = y + bias.view(-1, 1, 1).to(y.dtype)
