@@ -121,8 +121,8 @@ def test_rows_of_other_seeds_and_controls(run, tmp_path):
     source = open_run(run)
     metric, rows = result_rows(source, (str(tmp_path / 'second'), str(tmp_path / 'contr*')))
     first = source.result['top1']
-    assert metric == 'validation' and [row.label for row in rows] == ['spinalcnn_a1', 'spinalcnn_plain']
-    assert rows[0].top1 == {5: first, 6: 90.} and rows[0].mean == pytest.approx((first + 90) / 2)
+    assert metric == 'validation top-1' and [row.label for row in rows] == ['spinalcnn_a1', 'spinalcnn_plain']
+    assert rows[0].values == {5: first, 6: 90.} and rows[0].mean == pytest.approx((first + 90) / 2)
     assert rows[0].spread == pytest.approx(abs(first - 90) / 2 ** 0.5) and rows[1].spread is None
     beside = (str(tmp_path / 'second'), str(tmp_path / 'control'))
     text = card_of(source, PublishOptions('me/x', licence='mit', beside=beside))
@@ -140,7 +140,7 @@ def test_rows_of_other_seeds_and_controls(run, tmp_path):
 
 def test_table():
     rows = [Row('a', 1234, True, {0: 50., 1: 52.}), Row('b', 5, False, {0: 49.})]
-    assert table(rows, 'test', 'mnist').splitlines()[2:] == [
+    assert table(rows, 'test top-1', 'mnist').splitlines()[2:] == [
         '| **a** | 1,234 | 0, 1 | 51.00 +- 1.41 |', '| b | 5 | 0 | 49.00 |']
 
 

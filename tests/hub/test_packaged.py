@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,14 +14,16 @@ import torch
 from safetensors.torch import load_file
 
 import timm_spinal
+from timm_spinal.cli import main
 from timm_spinal.errors import UserError
 from timm_spinal.hub import packaged
 from timm_spinal.hub.card_check import check_card
 from timm_spinal.hub.golden import golden_tensors
 from timm_spinal.hub.options import PublishOptions
 from timm_spinal.hub.packaged import install
+from timm_spinal.hub.scores import stated_accuracy
 from timm_spinal.hub.source import open_run
-from timm_spinal.hub.verify import TOLERANCE, evaluation, stated_top1
+from timm_spinal.hub.verify import TOLERANCE, evaluation
 from timm_spinal.models._packaged import FOLDER, packaged_names, read_info
 from timm_spinal.training.config import TrainConfig
 from timm_spinal.training.run import train
@@ -102,6 +105,23 @@ print(model.attached_head.fc.weight.sum().item(), timm.list_models('*plain_*', p
     assert float(number) == pytest.approx(wanted) and "'spinalcnn_plain_pspinal.digits'" in names
 
 
+def test_card_of_weights_that_await_publication(run, clone, tmp_path, capsys):
+    """The card alone, which claims no tag; not of what is in the package."""
+    options = replace(OPTIONS, card_only=True)
+    root = tmp_path / 'clone'
+    root.mkdir()
+    (root / 'pyproject.toml').write_text('')
+    assert install(open_run(run), options, 'later', root) == 'spinalcnn_a1.later'
+    text = (root / 'hub_cards' / 'spinalcnn_a1.later.md').read_text()
+    check_card(text)
+    assert 'The weights await publication' in text and 'spinalcnn_a1.later\', pretrained' not in text
+    assert "timm.create_model('local-dir:RUN', pretrained=True)" in text and not (root / 'timm_spinal').exists()
+    with pytest.raises(UserError, match='the weights of spinalcnn_a1.digits are in the package'):
+        install(open_run(run), options, 'digits', clone)
+    assert main(['publish', str(run), '--repo', 'me/x', '--card-only']) == 2
+    assert '--card-only: belongs to --local' in capsys.readouterr().err
+
+
 def test_what_is_not_installed(run, tmp_path, monkeypatch):
     source = open_run(run)
     with pytest.raises(UserError, match='is no source tree'):
@@ -166,5 +186,5 @@ def test_packaged_weights_have_the_accuracy_of_their_card(name, tmp_path):
                             workers=0)
     config, split = evaluation(recipe, Path('unused'), where)
     config.model = name
-    stated = stated_top1(check_card((CARDS / f'{name}.md').read_text()), split)
-    assert validate(config)[0]['top1'] == pytest.approx(stated, abs=TOLERANCE)
+    name, stated = stated_accuracy(check_card((CARDS / f'{config.model}.md').read_text()), split)
+    assert validate(config)[0][name] == pytest.approx(stated, abs=TOLERANCE)

@@ -71,7 +71,7 @@ def other_weights(data):
     ('config.json', lambda text: text.replace(b'"spinalcnn_a1"', b'"nonsense"'), "unknown model 'nonsense'"),
     ('test/golden.safetensors', lambda data: save({'a': load(data)['input']}), 'holds no input and logits'),
     ('train_hparams.yaml', lambda text: text.replace(b'val_split: validation', b'val_split: train'),
-     'its card names no top-1 accuracy of train'),
+     'its card names no accuracy of train'),
 ])
 def test_what_does_not_fit(published, capsys, name, function, text):
     change(published, name, function)

@@ -3,34 +3,46 @@ import glob
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from timm_spinal.compare.runs import read_comparison, read_rows
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig, load_yaml
+from timm_spinal.training.metrics import TITLES
 from timm_spinal.training.variants import complete, differing, label
 
 from .recipe import shared_options
+from .scores import compared_metric
 from .source import Source, read_json
 
 
 @dataclass
 class Row:
-    """The runs that differ in nothing but the seed."""
+    """The runs that differ in nothing but the seed.
+
+    Attributes:
+        label: What they are called.
+        params: Parameters of the network.
+        published: The published run is one of them.
+        values: Seed -> what is compared, in percent.
+        choosing: Seed -> accuracy on the split that chose the epoch.
+    """
     label: str
     params: int
     published: bool = False
-    top1: dict[int, float] = field(default_factory=dict)
+    values: dict[int, float] = field(default_factory=dict)
+    choosing: dict[int, float] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
-        return sum(self.top1.values()) / len(self.top1)
+        return sum(self.values.values()) / len(self.values)
 
     @property
     def spread(self) -> float | None:
         """Standard deviation over the seeds; None for one."""
-        if len(self.top1) < 2:
+        if len(self.values) < 2:
             return None
-        return math.sqrt(sum((v - self.mean) ** 2 for v in self.top1.values()) / (len(self.top1) - 1))
+        return math.sqrt(sum((v - self.mean) ** 2 for v in self.values.values()) / (len(self.values) - 1))
 
     @property
     def text(self) -> str:
@@ -38,37 +50,65 @@ class Row:
         return f'{self.mean:.2f}{spread}'
 
 
+class _Run(NamedTuple):
+    settings: dict[str, Any]
+    result: dict[str, Any]
+    variant: str = ''  # its name in a comparison
+
+
 def result_rows(source: Source, beside: tuple[str, ...]) -> tuple[str, list[Row]]:
-    """The published run's results and those of others, by what the runs differ in.
+    """The published run's results and those of others: the variants of a comparison, or what the runs differ in.
 
     Args:
         source: The published run.
-        beside: Run folders, or wildcards of them.
+        beside: Run folders, wildcards of them, or the folder of a comparison that holds the published run.
 
     Returns:
-        'test' or 'validation', the accuracy that is compared, and the rows, the published one first.
+        What is compared, such as 'test top-1', and the rows, the published one first.
 
     Raises:
         UserError: A folder that is no finished run, or has other data or lacks the accuracy that is compared.
     """
-    if source.args is None or source.result.get('top1') is None:
-        return 'validation', []
-    metric = 'test_top1' if source.result.get('test_top1') is not None else 'top1'
-    runs = [(shared_options(source.args), source.result)] + [_read_run(folder) for folder in _folders(beside)]
-    names = differing([settings for settings, _ in runs])
+    if source.args is None or not source.scores:
+        return '', []
+    metric = compared_metric(source.result)
+    name = metric.removeprefix('test_')
+    variant, others = _other_runs(source, beside)
+    runs = [_Run(shared_options(source.args), source.result, variant), *others]
+    names = differing([run.settings for run in runs])
     rows: dict[str, Row] = {}
-    for i, (settings, result) in enumerate(runs):
+    for i, (settings, result, variant) in enumerate(runs):
         if result.get(metric) is None or _data(result) != _data(source.result):
             raise UserError(f'--beside: the run of {settings["model"]}, seed {settings["seed"]}, is of other data or '
                             f'has no {metric} as the published one has; leave it out')
-        row = rows.setdefault(label(settings, names), Row(label(settings, names), result['params']))
+        key = variant or label(settings, names)
+        row = rows.setdefault(key, Row(key, result['params']))
         row.published |= i == 0
-        row.top1[settings['seed']] = result[metric]
-    return metric.replace('top1', '').rstrip('_') or 'validation', list(rows.values())
+        if row.values.setdefault(settings['seed'], result[metric]) != result[metric]:
+            raise UserError(f'--beside: two runs of {key} have seed {settings["seed"]}; leave one out')
+        row.choosing[settings['seed']] = result[name]
+    return f'{"test" if metric != name else "validation"} {TITLES[name]}', list(rows.values())
 
 
 def _data(result: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(result.get(k) for k in ('train_size', 'eval_size', 'test_images', 'num_classes'))
+
+
+def _other_runs(source: Source, beside: tuple[str, ...]) -> tuple[str, list[_Run]]:
+    """The published run's name in a comparison, '' outside of one, and the runs beside it."""
+    variant, runs = '', []
+    for folder in _folders(beside):
+        comparison = read_comparison(folder)
+        if comparison is None:
+            runs.append(_read_run(folder))
+            continue
+        rows = [row for row in read_rows(folder, comparison) if row.status == 'done']
+        mine = [row.variant for row in rows if source.folder and Path(row.folder).resolve() == source.folder.resolve()]
+        if not mine:
+            raise UserError(f'--beside {folder}: the published run is not one of this comparison; give run folders')
+        variant = mine[0]
+        runs += [_read_run(Path(row.folder))._replace(variant=row.variant) for row in rows]
+    return variant, runs
 
 
 def _folders(beside: tuple[str, ...]) -> list[Path]:
@@ -81,18 +121,18 @@ def _folders(beside: tuple[str, ...]) -> list[Path]:
     return folders
 
 
-def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_run(folder: Path) -> _Run:
     for name in ('args.yaml', 'result.json'):
         if not (folder / name).is_file():
             raise UserError(f'--beside {folder}: is no finished run (no {name}); leave it out')
     args = TrainConfig(**complete(load_yaml(folder / 'args.yaml')))
-    return shared_options(args), read_json(folder / 'result.json')
+    return _Run(shared_options(args), read_json(folder / 'result.json'))
 
 
 def table(rows: list[Row], metric: str, data: str) -> str:
     """The rows as Markdown."""
-    lines = [f'| model | parameters | seeds | {metric} top-1 on {data} (%) |', '|---|---|---|---|']
+    lines = [f'| model | parameters | seeds | {metric} on {data} (%) |', '|---|---|---|---|']
     for row in rows:
         name = f'**{row.label}**' if row.published else row.label
-        lines.append(f'| {name} | {row.params:,} | {", ".join(map(str, sorted(row.top1)))} | {row.text} |')
+        lines.append(f'| {name} | {row.params:,} | {", ".join(map(str, sorted(row.values)))} | {row.text} |')
     return '\n'.join(lines)

@@ -5,16 +5,19 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import model_entrypoint
 
+from timm_spinal.training.losses import CAPSULE_LOSSES
 from timm_spinal.training.model import needs_registration
+from timm_spinal.training.report import accuracy_text
 
-from .beside import result_rows, table
+from .beside import Row, result_rows, table
 from .card_check import TASK
 from .cost import Cost
 from .licences import check_licence
 from .options import PublishOptions
 from .papers import TIMM, Paper, papers_of
 from .recipe import base_model, command, dataset_name, hub_dataset, started_from_weights
-from .source import Score, Source
+from .scores import Score, title
+from .source import Source
 
 TEMPLATE = Path(__file__).with_name('card_template.md')
 SMALL_NETS = ('spinal', 'vgg5', 'cifarcnn', 'capsnet')  # of our own; other backbones are timm's
@@ -35,19 +38,21 @@ def make_card(source: Source, options: PublishOptions, cost: Cost, name: str, lo
     """
     papers = papers_of(source.architecture, source.config['pretrained_cfg'].get('paper_ids'))
     classes = source.config['num_classes']
+    metric, rows = result_rows(source, options.beside)
     card = ModelCard.from_template(
         _metadata(source, options, papers, name),
         template_path=str(TEMPLATE),
         name=name,
         load_name=load_name,
         summary=_summary(source),
+        awaits=options.card_only,
         register=_register_line(source.architecture),
         mode='L' if cost.input_size[0] == 1 else 'RGB',
         topk=min(5, classes),
         details=_details(source, cost, papers),
-        results=_results(source, options),
-        recipe=_recipe(source),
-        limits=_limits(source, options),
+        results=_results(source, rows, metric),
+        recipe=_recipe(source, load_name.startswith('hf-hub:')),
+        limits=_limits(source, options, rows),
         citation='\n'.join(paper.bibtex for paper in (*papers, *_timm_if_used(source.architecture))),
     )
     return str(card).rstrip() + '\n'
@@ -85,8 +90,8 @@ def _eval_results(score: Score, source: Source, dataset: str) -> list[EvalResult
         task_type=TASK, task_name='Image Classification', dataset_type=dataset or dataset_name(source.args) or 'custom',
         dataset_name=dataset_name(source.args) or dataset or 'custom', dataset_split=score.split)
     return [
-        EvalResult(metric_type='accuracy', metric_name=title, metric_value=round(value / 100, 6), **common)
-        for title, value in (('top-1 accuracy', score.top1), ('top-5 accuracy', score.top5))
+        EvalResult(metric_type='accuracy', metric_name=title(name), metric_value=round(value / 100, 6), **common)
+        for name, value in score.accuracies.items()
     ]
 
 
@@ -121,43 +126,59 @@ def _details(source: Source, cost: Cost, papers: list[Paper]) -> dict[str, Any]:
     return {k: v for k, v in details.items() if v != ''}
 
 
-def _results(source: Source, options: PublishOptions) -> str:
+def _results(source: Source, rows: list[Row], metric: str) -> str:
     data = dataset_name(source.args)
     lines = []
     for score in source.scores:
         images = f', {score.images:,} images' if score.images else ''
         chosen = '; this split chose the epoch' if score.chosen_on else ''
-        lines.append(f'- {data}, {score.split}{images}: top-1 {score.top1:.2f} %, top-5 {score.top5:.2f} %{chosen}')
+        lines.append(f'- {data}, {score.split}{images}: {accuracy_text(score.accuracies)}{chosen}')
     if not lines:
         return 'No accuracy of exactly these weights was measured.'
-    metric, rows = result_rows(source, options.beside)
-    if len(rows) > 1 or any(len(row.top1) > 1 for row in rows):
-        lines += ['', 'Mean and standard deviation over the seeds, the published weights\' row in bold:', '',
-                  table(rows, metric, data)]
+    if len(rows) > 1 or any(len(row.values) > 1 for row in rows):
+        lines += ['', 'Mean and standard deviation over the seeds, of the best weights of each run; bold is what is '
+                  'published:', '', table(rows, metric, data)]
+    if rows and len(rows[0].values) > 1:
+        lines += ['', _which_seed(source, rows[0])]
     if len(rows) == 1:
         lines += ['', 'No other head and no control of equal size was run beside it.']
     return '\n'.join(lines)
 
 
-def _recipe(source: Source) -> str:
+def _which_seed(source: Source, row: Row) -> str:
+    """Whether the published run was picked out of several."""
+    assert source.args is not None
+    seed, count = source.args.seed, len(row.values)
+    better = sum(value > row.choosing[seed] for value in row.choosing.values())
+    rank = 'the best' if not better else f'number {better + 1}'
+    return f'The published weights are those of seed {seed}, {rank} of the {count} on the split that chose the epoch.'
+
+
+def _recipe(source: Source, on_hub: bool) -> str:
     if source.args is None:
-        return 'Not recorded: the weights were published from a model in memory.'
+        return 'Not recorded: the weights were published without the run that made them.'
     result, lines = source.result, ['```', command(source.args, source.result.get('processes', 1)), '```', '']
     versions = ', '.join(f'{k} {v}' for k, v in result.get('versions', {}).items())
     seconds = f', {result["seconds"]:.0f} s' if result.get('seconds') else ''
     lines.append(f'Seed {source.args.seed}, {result.get("epoch")} epochs, {result.get("updates")} updates, '
-                 f'{result.get("train_size"):,} training images, {result.get("hardware")}{seconds}. {versions}. '
-                 'All options are in `train_hparams.yaml`, the epochs in `summary.csv`.')
+                 f'{result.get("train_size"):,} training images, {result.get("hardware")}{seconds}. {versions}.')
+    if on_hub:
+        lines.append('All options are in `train_hparams.yaml`, the epochs in `summary.csv`.')
     return '\n'.join(lines)
 
 
-def _limits(source: Source, options: PublishOptions) -> list[str]:
-    limits = [f'It knows {source.config["num_classes"]} classes, and gives one of them to every image.',
+def _limits(source: Source, options: PublishOptions, rows: list[Row]) -> list[str]:
+    pairs = any('exact' in score.accuracies for score in source.scores)
+    given = 'two' if pairs else 'one'
+    limits = [f'It knows {source.config["num_classes"]} classes, and gives {given} of them to every image.',
               'Measured on no other data than those above, and at no other image size.']
+    if source.args is not None and source.args.loss in CAPSULE_LOSSES:
+        limits.append(f'Trained by the {source.args.loss} loss: its scores are lengths of capsules, and their softmax '
+                      'is no probability.')
     if source.scores and all(score.chosen_on for score in source.scores):
         limits.append('The split that was measured has chosen the epoch, so its accuracy is too high by an unknown '
                       'amount.')
-    if source.scores and not options.beside:
+    if rows and len(rows[0].values) == 1:
         limits.append('One seed: there is no spread to judge differences by.')
     if options.weights != 'best':
         limits.append(f'These are the {options.weights} weights of the last checkpoint, not those of the best epoch.')

@@ -3,6 +3,7 @@
     timm-spinal publish runs/my_run --repo me/resnet50_pspinal.pets              weights, config, card, curves, recipe
     timm-spinal publish runs/my_run --repo me/... --dry-run --output folder      the same on disk, nothing is sent
     timm-spinal publish runs/my_run --repo me/... --beside 'runs/other_*'        with other runs in the card's table
+    timm-spinal publish runs/my_run --repo me/... --beside output/compare/mine   with the comparison that has it
     timm-spinal publish runs/my_run --local fashion_mnist                       into this package's source, if small
 
 It is one commit. Before it, the weights are loaded back and the card is checked; after it, everything is downloaded
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.local:
         from .packaged import install
         name = install(open_run(args.run, options.weights), options, args.local)
-        print(f"{name}: in timm_spinal/weights and hub_cards; timm.create_model({name!r}, pretrained=True)")
+        print(f'{name}: its card is in hub_cards; the weights await publication' if args.card_only else
+              f'{name}: in timm_spinal/weights and hub_cards; timm.create_model({name!r}, pretrained=True)')
         return 0
     if not args.dry_run:
         options = check_account(options)
@@ -60,11 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(prog='timm-spinal publish', description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('run', type=Path, metavar='RUN', help='run folder of the trainer')
+    parser.add_argument('run', type=Path, metavar='RUN',
+                        help='run folder of the trainer, or weights without their run, as timm-spinal pack or timm '
+                        'writes them')
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument('--repo', default='', metavar='OWNER/NAME', help='repository on the Hub')
     where.add_argument('--local', default='', metavar='TAG',
                        help='make it ARCH.TAG inside the source tree of this package')
+    parser.add_argument('--card-only', action='store_true',
+                        help='with --local: the card, which says that the weights await publication')
     parser.add_argument('--dry-run', action='store_true', help='make and check the folder, send nothing')
     parser.add_argument('--output', type=Path, metavar='DIR', help='folder of a dry run; not given: RUN/hub')
     parser.add_argument('--license', default='', metavar='ID', dest='licence',
@@ -80,7 +86,8 @@ def _parser() -> Parser:
     parser.add_argument('--dataset-id', default='', metavar='OWNER/NAME',
                         help='name of the data set on the Hub, where the run does not tell')
     parser.add_argument('--beside', nargs='+', default=[], metavar='RUN',
-                        help='other runs on the same data for the table of results: seeds, controls; or wildcards')
+                        help='other runs on the same data for the table of results: seeds, controls; or wildcards, or '
+                        'the folder of timm-spinal compare that holds this run')
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return parser
 
@@ -90,6 +97,8 @@ def _options(args: argparse.Namespace) -> PublishOptions:
         check_repo_name(args.repo)
     if args.dataset_id:
         check_repo_name(args.dataset_id, '--dataset-id')
+    if args.card_only and not args.local:
+        raise UserError('--card-only: belongs to --local; add it, or use --dry-run for a card on the disk')
     if args.output and not args.dry_run:
         raise UserError(f'--output {args.output}: belongs to --dry-run; add it, or leave --output out')
     names = PublishOptions.__dataclass_fields__

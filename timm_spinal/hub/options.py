@@ -27,6 +27,7 @@ class PublishOptions:
         dtype: 'fp32' or 'fp16'.
         dataset_id: The data set's name on the Hub, where it is not known from the run.
         beside: Run folders whose results stand in the card's table: other seeds, controls.
+        card_only: The card says that the weights await publication.
     """
     repo: str
     private: bool = False
@@ -38,6 +39,7 @@ class PublishOptions:
     dtype: str = 'fp32'
     dataset_id: str = ''
     beside: tuple[str, ...] = ()
+    card_only: bool = False
 
 
 def check_repo_name(repo: str, flag: str = '--repo') -> None:

@@ -27,11 +27,11 @@ MOST_EACH, MOST_TOGETHER = 2_000_000, 8_000_000  # bytes
 
 
 def install(source: Source, options: PublishOptions, tag: str, root: Path = ROOT) -> str:
-    """Write ``timm_spinal/weights/ARCH.TAG.{safetensors,json}`` and ``hub_cards/ARCH.TAG.md``.
+    """Write ``timm_spinal/weights/ARCH.TAG.{safetensors,json}`` and ``hub_cards/ARCH.TAG.md``, or the card only.
 
     Args:
         source: A run.
-        options: Licence and the runs beside it.
+        options: Licence, the runs beside it, and whether only the card is wanted.
         tag: What was trained on, usually, such as 'fashion_mnist'.
         root: The source tree.
 
@@ -49,20 +49,29 @@ def install(source: Source, options: PublishOptions, tag: str, root: Path = ROOT
         raise UserError('--local: needs a run folder, whose recipe can be repeated')
     name = f'{source.architecture}.{tag}'
     folder = root / 'timm_spinal' / 'weights'
+    if options.card_only and (folder / f'{name}.safetensors').exists():
+        raise UserError(f'--card-only: the weights of {name} are in the package; leave it out, or choose another tag')
     with tempfile.TemporaryDirectory(prefix='timm_spinal_hub_') as temp:
         package = Path(temp) / 'package'
-        build_package(source, options, package, name, name)
+        build_package(source, options, package, name, 'local-dir:RUN' if options.card_only else name)
+        if options.card_only:
+            _write_card(package, root, name)
+            return name
         _check_size(package / WEIGHTS, folder, name)
         config = json.loads((package / CONFIG).read_text(encoding='utf-8'))
         golden = load_file(package / GOLDEN)
         check_loads_by_name(package / WEIGHTS, config, golden, name)
         info = dict(config=config, recipe=shared_options(source.args), logits=golden['logits'].tolist())
-        (root / 'hub_cards').mkdir(exist_ok=True)
         folder.mkdir(exist_ok=True)
-        write_text(root / 'hub_cards' / f'{name}.md', (package / CARD).read_text(encoding='utf-8'))
+        _write_card(package, root, name)
         write_text(folder / f'{name}.json', json.dumps(info) + '\n')
         _copy(package / WEIGHTS, folder / f'{name}.safetensors')
     return name
+
+
+def _write_card(package: Path, root: Path, name: str) -> None:
+    (root / 'hub_cards').mkdir(exist_ok=True)
+    write_text(root / 'hub_cards' / f'{name}.md', (package / CARD).read_text(encoding='utf-8'))
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -78,7 +87,7 @@ def _check_size(weights: Path, folder: Path, name: str) -> None:
     if size > MOST_EACH or size + others > MOST_TOGETHER:
         raise UserError(f'{name}: {size / 1e6:.1f} MB beside {others / 1e6:.1f} MB of others; the package takes '
                         f'{MOST_EACH / 1e6:.0f} MB each and {MOST_TOGETHER / 1e6:.0f} MB together: try --dtype fp16, '
-                        'or publish it with --repo')
+                        '--repo, or --card-only')
 
 
 def check_loads_by_name(file: Path, config: dict[str, Any], golden: dict[str, torch.Tensor], name: str) -> None:

@@ -14,7 +14,7 @@ LEFT_OUT = {
     'output', 'experiment', 'resume', 'debug', 'log_with', 'log_interval', 'workers', 'pin_mem', 'checkpoint_steps',
     'checkpoint_hist', 'dataset_trust_remote_code',
 }
-_PATHS = ('data_dir', 'pretrained_path', 'initial_checkpoint', 'class_map')
+_PATHS = ('data_dir', 'pretrained_path', 'initial_checkpoint', 'class_map', 'kd_model_name', 'kd_cache')
 
 # names on the Hub of the sets that torchvision and scikit-learn carry, where there is one that is the same
 HUB_DATASETS = {
@@ -36,8 +36,9 @@ def shared_options(args: TrainConfig) -> dict[str, Any]:
         path = values[name]
         if path and (PurePath(path).is_absolute() or '..' in PurePath(path).parts):
             values[name] = PurePath(path).name
-    if args.model.startswith('local-dir:'):
-        values['model'] = 'local-dir:' + PurePath(args.model.removeprefix('local-dir:')).name
+    for name in ('model', 'kd_model_name'):
+        if (values[name] or '').startswith('local-dir:'):
+            values[name] = 'local-dir:' + PurePath(values[name].removeprefix('local-dir:')).name
     return values
 
 

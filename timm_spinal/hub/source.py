@@ -16,26 +16,9 @@ from timm_spinal.training.checkpoint import find_checkpoints, read_state
 from timm_spinal.training.config import TrainConfig, ValidateConfig, load_yaml
 from timm_spinal.training.export import CONFIG, WEIGHTS
 from timm_spinal.training.model import check_model_name
-from timm_spinal.training.torch_sources import torch_split
 from timm_spinal.training.validation import open_candidate
 
-
-@dataclass(frozen=True)
-class Score:
-    """One measured accuracy of the weights.
-
-    Attributes:
-        split: Name of the split in its data set.
-        top1: Percent.
-        top5: Percent.
-        images: Images in it, where known.
-        chosen_on: The epoch was chosen by this split.
-    """
-    split: str
-    top1: float
-    top5: float
-    images: int | None
-    chosen_on: bool
+from .scores import Score, accuracies_in, scores_of, validation_split
 
 
 @dataclass
@@ -49,6 +32,7 @@ class Source:
         result: Content of result.json; empty without a run.
         scores: Accuracies of exactly these weights.
         files: Further files by their name in the repository.
+        folder: The run folder, if there is one.
         model: The model in memory that they are from, if there is one.
     """
     state_dict: dict[str, torch.Tensor]
@@ -57,6 +41,7 @@ class Source:
     result: dict[str, Any] = field(default_factory=dict)
     scores: list[Score] = field(default_factory=list)
     files: dict[str, Path] = field(default_factory=dict)
+    folder: Path | None = None
     model: nn.Module | None = None
 
     @property
@@ -89,40 +74,56 @@ def open_model(model: nn.Module, class_names: list[str] | None = None) -> Source
 
 
 def open_run(folder: Path, weights: str = 'best', result: dict[str, Any] | None = None) -> Source:
-    """A run folder of the trainer.
+    """A run folder of the trainer, or a folder of weights without their run, as `timm-spinal pack` and timm write it.
 
     Args:
-        folder: The run folder.
+        folder: The folder.
         weights: 'best', or 'raw' or 'ema' of the last checkpoint.
         result: What result.json will hold, of a run that still goes on.
 
     Raises:
         UserError: It is no run folder, the run has no best weights or has not ended, or a file is damaged.
     """
+    if not (folder / 'args.yaml').is_file():
+        return _open_weights(folder, weights)
     args = _read_args(folder)
     if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
         raise UserError(f'{folder}: holds no best checkpoint ({WEIGHTS} with {CONFIG}); the run has had no finite '
                         'evaluation yet: go on with --resume')
-    config = read_json(folder / CONFIG)
-    if 'architecture' not in config:
-        raise UserError(f'{folder / CONFIG}: names no architecture; train again, or restore the file')
-    check_model_name(config['architecture'])
+    config = _read_config(folder)
     if result is None:
         if not (folder / 'result.json').is_file():
             raise UserError(f'{folder}: the run has not ended (no result.json); go on with --resume')
         result = read_json(folder / 'result.json')
     files = {name: folder / name for name in ('summary.csv', 'curves.png') if (folder / name).is_file()}
     if weights == 'best':
-        return Source(_read_weights(folder / WEIGHTS), config, args, result, _scores(args, result), files)
+        return Source(_read_weights(folder / WEIGHTS), config, args, result, scores_of(args, result), files, folder)
     state_dict, scores = _last_checkpoint(folder, args, weights == 'ema', result)
-    return Source(state_dict, config, args, result, scores, files)
+    return Source(state_dict, config, args, result, scores, files, folder)
+
+
+def _open_weights(folder: Path, weights: str) -> Source:
+    """Weights without a run: nothing is known of how they were made."""
+    of_a_run = any((folder / name).exists() for name in ('result.json', 'summary.csv', 'last'))
+    if of_a_run or not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
+        raise UserError(f'{folder}: is no run folder (no args.yaml in it); give the folder that the trainer named')
+    if weights != 'best':
+        raise UserError(f'--weights {weights}: {folder} is no run folder (no args.yaml in it) and has one form of its '
+                        'weights; leave --weights out')
+    return Source(_read_weights(folder / WEIGHTS), _read_config(folder), folder=folder)
 
 
 def _read_args(folder: Path) -> TrainConfig:
-    if not (folder / 'args.yaml').is_file():
-        raise UserError(f'{folder}: is no run folder (no args.yaml in it); give the folder that the trainer named')
     known = {f.name for f in fields(TrainConfig)}
     return replace(TrainConfig(), **{k: v for k, v in load_yaml(folder / 'args.yaml').items() if k in known})
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / CONFIG)
+    if 'architecture' not in config:
+        raise UserError(f'{folder / CONFIG}: names no architecture; train again, or restore the file')
+    check_model_name(config['architecture'])
+    return config
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -144,30 +145,6 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f'{path}: is damaged ({" ".join(str(e).split())[:100]}); restore it, or train again') from e
 
 
-def _scores(args: TrainConfig, result: dict[str, Any]) -> list[Score]:
-    scores = []
-    if result.get('test_top1') is not None:
-        scores.append(Score(split_name(args, args.test_split), result['test_top1'], result['test_top5'],
-                            result.get('test_images'), chosen_on=False))
-    if result.get('top1') is not None:
-        scores.append(Score(validation_split(args), result['top1'], result['top5'], result.get('eval_size'),
-                            chosen_on=True))
-    return scores
-
-
-def validation_split(args: TrainConfig) -> str:
-    """The split that chose the epoch, in words where it is a cut."""
-    if args.val_split_fraction:
-        return f'{args.val_split_fraction:g} of {args.train_split}'
-    return split_name(args, args.val_split)
-
-
-def split_name(args: TrainConfig, name: str) -> str:
-    """A split's own name in its data set."""
-    prefix, _, dataset = args.dataset.partition('/')
-    return torch_split(dataset.lower(), name) if prefix.lower() == 'torch' else name
-
-
 def _last_checkpoint(
         folder: Path,
         args: TrainConfig,
@@ -182,9 +159,6 @@ def _last_checkpoint(
     assert candidate.state_dict is not None
     progress = read_state(found[0])['progress']
     row = progress['history'][-1] if progress['history'] and not progress['batch'] else {}
-    name = 'ema' if ema else 'eval'
-    if row.get(f'{name}_top1') is None:
-        return candidate.state_dict, []
-    score = Score(validation_split(args), row[f'{name}_top1'], row[f'{name}_top5'], result.get('eval_size'),
-                  chosen_on=False)
-    return candidate.state_dict, [score]
+    accuracies = accuracies_in(row, 'ema_' if ema else 'eval_')
+    score = Score(validation_split(args), accuracies, result.get('eval_size'), chosen_on=False)
+    return candidate.state_dict, [score] if accuracies else []

@@ -8,16 +8,18 @@ Everything is fetched into an empty cache. The accuracy is measured on the split
 data options; --data-dir says where the data are, or --dataset where they need no folder.
 """
 import argparse
+import math
 import sys
 import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Sequence
 
-from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub import HfApi
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig, ValidateConfig, load_yaml
+from timm_spinal.training.metrics import TITLES
 from timm_spinal.training.options import DataOptions
 from timm_spinal.training.remote import is_damaged
 from timm_spinal.training.validation import validate
@@ -28,7 +30,7 @@ from .options import check_repo_name
 from .package import CARD, FILES, HPARAMS, check_package
 from .publish import download
 from .retry import Say, with_retries
-from .source import split_name, validation_split
+from .scores import split_name, stated_accuracy, validation_split
 
 TOLERANCE = 0.1  # points of top-1; on other hardware an image at the border may fall to the other side
 # of a foreign recipe these are not taken over
@@ -94,14 +96,15 @@ def check_accuracy(folder: Path, args: argparse.Namespace) -> str:
         raise UserError(f'{args.name}: has no {HPARAMS}, so its data options are not known; leave out --data-dir')
     recipe = TrainConfig(**load_yaml(folder / HPARAMS))
     config, split = evaluation(recipe, folder, args)
-    stated = stated_top1(check_card((folder / CARD).read_text(encoding='utf-8')), split)
+    stated = stated_accuracy(check_card((folder / CARD).read_text(encoding='utf-8')), split)
     if stated is None:
-        raise UserError(f'{args.name}: its card names no top-1 accuracy of {split}; leave out --data-dir')
-    top1 = validate(config)[0]['top1']
-    if abs(top1 - stated) > TOLERANCE:
-        raise UserError(f'{args.name}: top-1 on {split} is {top1:.2f} %, the card says {stated:.2f} %; are these the '
-                        'data of the recipe?')
-    return f'{args.name}: top-1 on {split} is {top1:.2f} %, as the card says ({stated:.2f} %)'
+        raise UserError(f'{args.name}: its card names no accuracy of {split}; leave out --data-dir')
+    name, expected = stated
+    found = validate(config)[0].get(name, math.nan)
+    if not abs(found - expected) <= TOLERANCE:
+        raise UserError(f'{args.name}: {TITLES[name]} on {split} is {found:.2f} %, the card says {expected:.2f} %; are '
+                        'these the data of the recipe?')
+    return f'{args.name}: {TITLES[name]} on {split} is {found:.2f} %, as the card says ({expected:.2f} %)'
 
 
 def evaluation(recipe: TrainConfig, folder: Path, args: Any) -> tuple[ValidateConfig, str]:
@@ -122,14 +125,6 @@ def evaluation(recipe: TrainConfig, folder: Path, args: Any) -> tuple[ValidateCo
     return ValidateConfig(
         **options, model=f'local-dir:{folder}', pretrained=True, seed=recipe.seed, batch_size=args.batch_size,
         workers=args.workers), split
-
-
-def stated_top1(card: ModelCardData, split: str) -> float | None:
-    """The top-1 accuracy in percent that a card names for a split."""
-    for result in card.eval_results or []:
-        if result.metric_name == 'top-1 accuracy' and result.dataset_split == split:
-            return 100 * result.metric_value
-    return None
 
 
 if __name__ == '__main__':
