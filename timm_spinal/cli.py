@@ -34,6 +34,8 @@ VERBS = {
     'coverage': Verb('timm_spinal.bench.coverage', 'main', 'which timm models can take a head'),
     'compare': Verb('timm_spinal.compare.cli', 'main', 'which head, or any other choice, helps on some data'),
     'plot': Verb('timm_spinal.compare.plot', 'main', 'curves of several runs, and epochs and seconds to an accuracy'),
+    'gradflow': Verb('timm_spinal.compare.gradflow', 'main', 'gradient of shared filters with and without the penalty'),
+    'gram': Verb('timm_spinal.compare.gram', 'main', 'how orthonormal the shared filters of trained models are'),
     'publish': Verb('timm_spinal.hub.cli', 'main', 'put a run on the Hugging Face Hub'),
     'export': Verb('timm_spinal.hub.export_cli', 'main', 'models as ONNX or torch.export files, checked'),
     'verify': Verb('timm_spinal.hub.verify', 'main', 'check what is published on the Hub'),

@@ -1,0 +1,161 @@
+"""The gradient of shared filters over a training, with and without the orthogonality penalty.
+
+    timm-spinal gradflow --model resnet32_sb_s16u1_cifar --data-dir my/images --epochs 5 --output output/gradflow
+    timm-spinal gradflow --config my.yaml --sb-ortho-mode stage --grad-interval 5
+
+Paper: "Deeply Shared Filter Bases for Parameter-Efficient Convolutional Neural Networks", Kang and Kim, NeurIPS 2021,
+https://arxiv.org/abs/2006.05066 (spec shared_basis 3.2). Trains the same model twice with the same seed, with the
+penalty (--sb-ortho, 10 if not given) and without. Every --grad-interval updates it records mean and max |dL/dB| of each
+basis B, L being the loss without the penalty in both: what the paper's code plots holds the penalty's gradient too.
+
+Options are those of `timm-spinal train`. Writes gradients.csv, gradients.png, gram.png, report.md and both run folders
+with_penalty/ and without_penalty/. --resume auto goes on with a run that was stopped.
+"""
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Sequence
+
+import torch
+from accelerate import PartialState
+from timm.models import safe_model_name
+from timm.utils import unwrap_model
+
+from timm_spinal.errors import UserError
+from timm_spinal.training.config import TrainConfig, parse_config
+from timm_spinal.training.loop import Run, trainable
+from timm_spinal.training.options import option
+from timm_spinal.training.outcome import finish
+from timm_spinal.training.report import write_table
+from timm_spinal.training.run import create_accelerator, prepare
+from timm_spinal.training.start import carry_out
+
+from .gradflow_report import Row, read_rows, write_gradients
+from .gram import draw_gram, read_model, shared_bases
+from .runs import RESULT
+
+ROWS = 'gradients.csv'
+ARMS = {'without_penalty': False, 'with_penalty': True}
+
+
+@dataclass
+class GradflowOptions:
+    """Gradient flow"""
+    grad_interval: int = option(10, 'record the gradients every so many updates', low=1)
+
+
+@dataclass
+class GradflowConfig(GradflowOptions, TrainConfig):
+    """What ``timm-spinal gradflow`` takes: a run, and how often it is looked at."""
+
+
+class GradientWatch:
+    """Records mean and max |dL/dB| of the shared filters while a run trains; L is the loss without penalties.
+
+    The gradient is taken of its own, between forward and backward, so weights, gradients, statistics and random states
+    of the run are as without. Under several processes it is that of all their images; of an update with several
+    batches it is that of the last.
+
+    Args:
+        run: A prepared run.
+        interval: Updates from one record to the next.
+        rows: Records to go on from, those of a run that is resumed.
+    """
+
+    def __init__(self, run: Run, interval: int, rows: Sequence[Row] = ()):
+        self.run = run
+        self.interval = interval
+        self.rows = [row for row in rows if row.update < run.progress.updates]
+        self.bases = shared_bases(unwrap_model(trainable(run.task)))
+        run.task.register_forward_hook(self.record)
+
+    def record(self, task: Any, args: tuple, parts: dict[str, torch.Tensor]) -> None:
+        """Forward hook of a timm task."""
+        accelerator, update = self.run.accelerator, self.run.progress.updates
+        if update % self.interval or not accelerator.sync_gradients:
+            return
+        gradients = torch.autograd.grad(parts['loss'], list(self.bases.values()), retain_graph=True)
+        done = (self.run.progress.epoch + self.run.progress.batch / len(self.run.train_loader))
+        for (name, basis), gradient in zip(self.bases.items(), gradients):
+            size = accelerator.reduce(gradient.float(), 'mean').abs()
+            norm = basis.detach().float().flatten(1).norm(dim=1).mean()
+            self.rows.append(Row(
+                self.run.folder.name, update, done, name, size.mean().item(), size.max().item(), norm.item()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``timm-spinal gradflow``; returns the exit code.
+
+    Raises:
+        UserError: A model without shared filters, and anything else that a user can mend; one line.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if {'-h', '--help'} & set(argv):
+        print(f'{__doc__}\n')
+    output = gradflow(parse_config(argv, GradflowConfig, prog='timm-spinal gradflow'))
+    if PartialState().is_main_process:
+        print(f'\n{(output / "report.md").read_text(encoding="utf-8")}\npictures: {output / "gradients.png"}, '
+              f'{output / "gram.png"}')
+    return 0
+
+
+def gradflow(config: GradflowConfig) -> Path:
+    """Train both arms and write the report; returns its folder.
+
+    Args:
+        config: As ``timm-spinal gradflow`` takes it.
+
+    Raises:
+        UserError: Anything a user can mend; one line.
+    """
+    for flag, reason in (
+        ('torchcompile', 'a compiled model gives its gradient once'),
+        ('grad_checkpointing', 'each gradient would compute the activations anew and count them in BatchNorms again'),
+    ):
+        if getattr(config, flag):
+            raise UserError(f'--{flag.replace("_", "-")}: {reason}, and this takes the gradient twice; leave it out')
+    config = replace(config, sb_ortho=config.sb_ortho or 10.)
+    output = Path(config.output or 'output/gradflow') / (config.experiment or safe_model_name(config.model))
+    # the penalty first: it refuses a model without shared filters before anything is trained
+    rows = {arm: train_arm(config, output, arm) for arm in reversed(ARMS)}
+    if PartialState().is_main_process:
+        write_gradients(output, [row for arm in ARMS for row in rows[arm]], config)
+        draw_gram(output / 'gram.png', {arm.replace('_', ' '): read_model(output / arm) for arm in ARMS})
+    PartialState().wait_for_everyone()
+    return output
+
+
+def train_arm(config: GradflowConfig, output: Path, arm: str) -> list[Row]:
+    """Train with or without the penalty in ``output/arm``, unless that is done; returns what was recorded.
+
+    Args:
+        config: As ``timm-spinal gradflow`` takes it.
+        output: Folder of both arms.
+        arm: One of `ARMS`.
+    """
+    folder = output / arm
+    if config.resume and (folder / RESULT).exists():
+        return read_rows(folder / ROWS)
+    values = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
+    own = TrainConfig(**{
+        **values, 'output': str(output), 'experiment': arm, 'resume': 'auto' if config.resume else '',
+        'sb_ortho': config.sb_ortho if ARMS[arm] else 0.})
+    watches: list[GradientWatch] = []
+
+    def start() -> Run:
+        run = prepare(own, accelerator)
+        watches.append(GradientWatch(run, config.grad_interval, read_rows(folder / ROWS) if config.resume else ()))
+        return run
+
+    def keep(run: Run, result: Any = None) -> None:
+        if run.accelerator.is_main_process:
+            write_table(folder / ROWS, [row._asdict() for row in watches[0].rows])
+
+    accelerator = create_accelerator(own)
+    carry_out(accelerator, start, finish, keep)
+    return watches[0].rows
+
+
+if __name__ == '__main__':
+    from timm_spinal.cli import guard
+    sys.exit(guard(main, sys.argv[1:]))
