@@ -4,7 +4,7 @@ import json
 import pytest
 import timm
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -193,6 +193,13 @@ def test_tokens_that_will_not_do(hub, run, token, text, monkeypatch, capsys):
     assert send(run) == 2
     err = capsys.readouterr().err
     assert text in err and err.count('\n') == 1 and hub.store.repos == {}
+
+
+def test_offline_nothing_is_sent(hub, run, monkeypatch, capsys):
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    assert send(run) == 2 and hub.log == []
+    assert 'HF_HUB_OFFLINE is set, so nothing can be sent; unset it (--dry-run' in capsys.readouterr().err
+    assert send(run, '--dry-run') == 0
 
 
 def test_values_beyond_half_precision(hub, run, capsys):

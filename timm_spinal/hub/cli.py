@@ -44,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'{name}: its card is in hub_cards; the weights await publication' if args.card_only else
               f'{name}: in timm_spinal/weights and hub_cards; timm.create_model({name!r}, pretrained=True)')
         return 0
+    source = open_run(args.run, options.weights)
     if not args.dry_run:
         options = check_account(options)
-    source = open_run(args.run, options.weights)
     with built(source, options) as folder:
         if args.dry_run:
             output = args.output or args.run / 'hub'

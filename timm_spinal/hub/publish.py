@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, hf_hub_download
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from safetensors.torch import load_file
@@ -49,11 +49,14 @@ def check_account(options: PublishOptions, say: Say = print) -> PublishOptions:
     """The options with a full repository name, after asking the Hub whose token this is.
 
     Raises:
-        UserError: Malformed name, no token, a token that is not valid or may only read, no network.
+        UserError: Malformed name, no token, a token that is not valid or may only read, no network, or not wanted.
     """
     check_repo_name(options.repo)
     if options.pull_request and options.branch:
         raise UserError('--pull-request goes to main; leave out --branch')
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f'{options.repo}: HF_HUB_OFFLINE is set, so nothing can be sent; unset it (--dry-run of '
+                        'timm-spinal publish needs no Hub)')
     if get_token() is None:
         raise UserError(f'{options.repo}: no token of the Hub; {LOG_IN}')
     me = with_retries(HfApi().whoami, options.repo, say)
