@@ -14,7 +14,7 @@ def test_prints_rates_and_seconds(capsys):
     assert ratio == pytest.approx(ours / bare, rel=0.1) and ours > 0
     seconds = [float(s) for s in re.findall(r'    \S+: ([\d.]+) s', out)]
     total = float(re.search(r'on 300 features: (\d+) s', out).group(1))
-    assert len(seconds) == 4 and total == pytest.approx(sum(seconds), abs=1)
+    assert len(seconds) == 4 and sum(seconds) > 0 and total <= sum(seconds) + 1  # side by side
 
 
 def test_sizes_are_checked():

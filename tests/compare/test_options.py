@@ -21,6 +21,11 @@ def test_bad_seeds(text, message):
         parse_seeds(text)
 
 
+@pytest.mark.parametrize('given, size, batch', [(0, 50000, 512), (0, 1600, 100), (0, 5, 1), (64, 1600, 64)])
+def test_small_sets_get_smaller_batches_unless_given(given, size, batch):
+    assert FrozenConfig(head_batch_size=given).recipe(size).batch_size == batch
+
+
 def test_flags_of_the_trainer_reach_the_data():
     config = parse_config(['--backbone', 'resnet18', '--dataset', 'digits', '--img-size', '32', '--lr', '0.01',
                            '--heads', 'linear,mlp', '--hflip', '0'], FrozenConfig)

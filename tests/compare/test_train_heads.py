@@ -8,8 +8,15 @@ from torch import nn
 
 from timm_spinal.compare.controls import new_head, new_heads, parse_variants
 from timm_spinal.compare.train_group import Features, Recipe
-from timm_spinal.compare.train_heads import predict, train_heads
+from timm_spinal.compare.train_heads import HeadTask, predict
+from timm_spinal.compare.train_heads import train_heads as train_tasks
 from timm_spinal.errors import UserError
+
+
+def train_heads(new_heads, seeds, train, validation, recipe, stack=None):
+    """One head, its seeds in their order."""
+    results = [trained for _, trained in train_tasks([HeadTask(new_heads, seeds, train, validation, recipe)], stack)]
+    return sorted(results, key=lambda trained: seeds.index(trained.seed))
 
 
 def digits(passes=1):
@@ -46,7 +53,7 @@ def test_seeds_side_by_side_are_those_that_train_alone(text):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        three = train_heads(maker(text), [0, 4, 7], train, validation, recipe)  # a pair, and one on both cores
+        three = train_heads(maker(text), [0, 4, 7], train, validation, recipe)  # two cores
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)

@@ -15,7 +15,6 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import Callable
 
 import torch
 from accelerate import Accelerator
@@ -24,8 +23,8 @@ from timm_spinal.compare.controls import new_heads, parse_variants, size_control
 from timm_spinal.compare.features import extract
 from timm_spinal.compare.options import FrozenConfig, as_train_config
 from timm_spinal.compare.splits import open_splits
-from timm_spinal.compare.train_group import Features, Recipe
-from timm_spinal.compare.train_heads import train_heads
+from timm_spinal.compare.train_group import Features
+from timm_spinal.compare.train_heads import HeadTask, train_heads
 from timm_spinal.errors import UserError
 from timm_spinal.training.model import create_model
 
@@ -36,16 +35,23 @@ HEADS = 'linear,mlp:width=512,spinal,pspinal'
 CLASSES, WIDTH = 10, 1280
 
 
-def measure_features(config: FrozenConfig, images: int, rounds: int) -> tuple[Ratio, float, float]:
-    """Ratio of the images per second of `extract` to those of the bare backbone, and both (medians)."""
+def measure_features(config: FrozenConfig, size: int, images: int, rounds: int) -> tuple[Ratio, float, float]:
+    """Ratio of the images per second of `extract` to those of the bare backbone, and both (medians).
+
+    Args:
+        config: Backbone and loader.
+        size: Pixels of an image's side.
+        images: Number of images.
+        rounds: How often each side runs.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        write_images(Path(folder) / 'images', images, config.img_size)
+        write_images(Path(folder) / 'images', images, size)
         config.data_dir = f'{folder}/images'
         train_config = as_train_config(config)
         splits = open_splits(train_config)
         model, accelerator = create_model(train_config, 0), Accelerator()
         count = sum(len(split) for split in (splits.train, splits.validation, splits.test))
-        batch = torch.rand(config.batch_size, 3, config.img_size, config.img_size, device=accelerator.device)
+        batch = torch.rand(config.batch_size, 3, size, size, device=accelerator.device)
         if config.channels_last:
             batch = batch.contiguous(memory_format=torch.channels_last)
 
@@ -64,23 +70,27 @@ def measure_features(config: FrozenConfig, images: int, rounds: int) -> tuple[Ra
     return paired_ratio(times[1], times[0]), speeds[0], speeds[1]
 
 
-def measure_heads(size: int, seeds: int, epochs: int, report: Callable[[str, float], None]) -> float:
-    """Seconds of training the four heads on ``size`` features of 1,280 numbers, 10 % of them for validation."""
+def measure_heads(size: int, seeds: int, epochs: int) -> tuple[float, dict[str, float]]:
+    """Seconds of training the four heads on ``size`` features of 1,280 numbers, 10 % of them for validation.
+
+    Returns:
+        Wall time of all, and the seconds of each head, summed over its seeds: the seeds run side by side.
+    """
     generator = torch.Generator().manual_seed(0)
     y = torch.randint(CLASSES, (size,), generator=generator)
     centres = torch.randn(CLASSES, WIDTH, generator=generator)
     x = (0.2 * centres[y] + torch.randn(size, WIDTH, generator=generator)).relu()[None]
     cut = size // 10
     train, validation = Features(x[:, cut:], y[cut:]), Features(x[:, :cut], y[:cut])
-    total = 0.
-    for variant in size_controls(parse_variants(HEADS), WIDTH, CLASSES):
-        start = time.perf_counter()
-        train_heads(
-            partial(new_heads, variant, WIDTH, CLASSES), list(range(seeds)), train, validation, Recipe(epochs=epochs))
-        seconds = time.perf_counter() - start
-        report(variant.name, seconds)
-        total += seconds
-    return total
+    variants = size_controls(parse_variants(HEADS), WIDTH, CLASSES)
+    recipe = FrozenConfig(epochs=epochs).recipe(len(train.y))
+    tasks = [HeadTask(partial(new_heads, variant, WIDTH, CLASSES), list(range(seeds)), train, validation, recipe)
+             for variant in variants]
+    spent = {variant.name: 0. for variant in variants}
+    start = time.perf_counter()
+    for i, trained in train_heads(tasks):
+        spent[variants[i].name] += trained.seconds
+    return time.perf_counter() - start, spent
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,13 +111,14 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError('bench features: needs at least one round, seed and epoch, 40 images and 300 features')
     config = FrozenConfig(backbone=args.backbone, img_size=args.img_size, batch_size=args.batch_size,
                           workers=args.workers, channels_last=True, model='')
-    ratio, ours, bare = measure_features(config, args.images, args.rounds)
+    ratio, ours, bare = measure_features(config, args.img_size, args.images, args.rounds)
     print(f'features of {args.backbone} at {args.img_size} px, batch {args.batch_size}, {args.workers} workers: '
           f'{ratio} of the bare backbone (ours {ours:.0f}, bare {bare:.0f} images/s; {machine_load()})', flush=True)
-    total = measure_heads(args.features, args.seeds, args.epochs, lambda name, seconds: print(
-        f'    {name}: {seconds:.1f} s', flush=True))
+    total, spent = measure_heads(args.features, args.seeds, args.epochs)
+    for name, seconds in spent.items():
+        print(f'    {name}: {seconds:.1f} s, its seeds one after the other')
     print(f'4 heads x {args.seeds} seeds x {args.epochs} epochs on {args.features:,} features: {total:.0f} s '
-          f'({machine_load()})')
+          f'side by side ({machine_load()})')
     return 0
 
 

@@ -7,6 +7,10 @@ from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig
 from timm_spinal.training.options import AugmentOptions, DataOptions, LoaderOptions, ModelOptions, option
 
+from .train_group import Recipe
+
+BATCH_SIZE, MIN_UPDATES = 512, 16
+
 
 @dataclass
 class CompareOptions:
@@ -18,7 +22,8 @@ class CompareOptions:
     seeds: str = option('5', 'number of seeds, or the seeds themselves separated by commas')
     control: str = option('linear', 'head that the others are compared with')
     epochs: int = option(30, 'epochs of each head', low=1)
-    head_batch_size: int = option(256, 'features per update of a head', low=1)
+    head_batch_size: int = option(
+        0, f'features per update of a head; 0: {BATCH_SIZE}, or fewer for {MIN_UPDATES} updates an epoch', low=0)
     opt: str = option('adamw', 'optimizer of the heads, any of timm')
     lr: float = option(1e-3, 'highest learning rate of the heads (cosine schedule)', low=0.)
     weight_decay: float = option(1e-2, 'weight decay of the heads', low=0.)
@@ -62,6 +67,13 @@ NO_EFFECT = {
 @dataclass
 class FrozenConfig(CompareOptions, LoaderOptions, AugmentOptions, ModelOptions, DataOptions):
     """Everything that a comparison on frozen features depends on."""
+
+    def recipe(self, train_size: int) -> Recipe:
+        """How each head is trained on so many images, before tuning."""
+        batch_size = self.head_batch_size or max(1, min(BATCH_SIZE, train_size // MIN_UPDATES))
+        return Recipe(
+            epochs=self.epochs, batch_size=batch_size, opt=self.opt, lr=self.lr,
+            weight_decay=self.weight_decay, warmup_epochs=self.warmup_epochs, smoothing=self.smoothing)
 
 
 def check_frozen(config: FrozenConfig) -> None:

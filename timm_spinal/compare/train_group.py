@@ -22,7 +22,7 @@ EVAL_BATCH = 4096
 class Recipe:
     """How a head is trained: AdamW-like optimizer, linear warm-up and cosine decay to zero, cross entropy in nats."""
     epochs: int = 30
-    batch_size: int = 256
+    batch_size: int = 512
     opt: str = 'adamw'
     lr: float = 1e-3
     weight_decay: float = 1e-2

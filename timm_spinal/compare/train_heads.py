@@ -1,7 +1,8 @@
-"""Train one head on cached features, the seeds of it together or side by side where that is exact."""
+"""Train heads on cached features, each with its seeds: side by side or together, where that is exact."""
 import copy
-from concurrent.futures import ThreadPoolExecutor
-from typing import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -16,87 +17,126 @@ from .train_group import EVAL_BATCH, Features, Recipe, Trained, train_group
 ELEMENTWISE = ('sgd', 'momentum', 'adam', 'adamw', 'nadam', 'nadamw', 'radam', 'radamw', 'rmsprop', 'adagrad', 'lion')
 
 
-def train_heads(
-        new_heads: Callable[[list[int]], list[nn.Module]],
-        seeds: list[int],
-        train: Features,
-        validation: Features,
-        recipe: Recipe,
-        stack: bool | None = None,
-) -> list[Trained]:
-    """Train a head for each seed and keep its best epoch on the validation split.
+@dataclass(frozen=True)
+class HeadTask:
+    """One head to train with one recipe and some seeds.
 
     A seed decides on initial weights, order of the images, pass of each image and dropout. The order is the same for
     every head of that seed, and the trainer's own.
 
-    Args:
+    Attributes:
         new_heads: Makes the heads of some seeds, on the CPU.
         seeds: Random seeds.
         train: Features to train on; computation is on their device.
         validation: Features (1, N, ...) to choose the epoch by.
         recipe: How to train.
-        stack: Train the seeds together; None: where `can_stack` finds it exact, but side by side on a CPU.
+    """
+    new_heads: Callable[[list[int]], list[nn.Module]]
+    seeds: list[int]
+    train: Features
+    validation: Features
+    recipe: Recipe
+
+    def check(self) -> None:
+        """Refuse batches that no update can be made of.
+
+        Raises:
+            UserError: Fewer training features than one batch.
+        """
+        size, batch = self.train.x.shape[1], self.recipe.batch_size
+        if size < batch:
+            raise UserError(f'--head-batch-size {batch}: there are {size} training images, not one full batch; '
+                            f'use --head-batch-size {size} or less')
+
+
+def train_heads(tasks: Sequence[HeadTask], stack: bool | None = None) -> Iterator[tuple[int, Trained]]:
+    """Train all tasks; each seed keeps its best epoch on the validation split.
+
+    Args:
+        tasks: What to train.
+        stack: Train the seeds of a task together; None: where `can_stack` finds it exact, but side by side on a CPU.
+
+    Yields:
+        Index of the task and the result of one of its seeds, as they end.
 
     Raises:
         UserError: Fewer training features than one batch, or an unknown optimizer.
     """
-    size = train.x.shape[1]
-    if size < recipe.batch_size:
-        raise UserError(f'--head-batch-size {recipe.batch_size}: there are {size} training images, not one full batch; '
-                        f'use --head-batch-size {size} or less')
-    if stack is None and train.x.device.type == 'cpu':  # a core to each seed is faster there than a stack
-        return _train_side_by_side(new_heads, seeds, train, validation, recipe)
+    for task in tasks:
+        task.check()
+    beside = [stack is None and task.train.x.device.type == 'cpu' for task in tasks]  # a core each is faster there
+    yield from _train_side_by_side([(i, task) for i, task in enumerate(tasks) if beside[i]])
+    for i, task in enumerate(tasks):
+        if not beside[i]:
+            yield from ((i, trained) for trained in _train_together(task, stack))
+
+
+def _train_together(task: HeadTask, stack: bool | None) -> Iterator[Trained]:
+    seeds, device = task.seeds, task.train.x.device
     if stack is None:
-        stack = len(seeds) > 1 and recipe.opt in ELEMENTWISE and _stackable(new_heads, seeds[:2], train)
-    groups = [seeds] if stack else [[seed] for seed in seeds]
+        stack = len(seeds) > 1 and task.recipe.opt in ELEMENTWISE and _stackable(task)
     kind = StackedHeads if stack else SeparateHeads
-    results: list[Trained] = []
-    for group_seeds in groups:
-        heads = [head.to(train.x.device) for head in new_heads(group_seeds)]
+    for group_seeds in [seeds] if stack else [[seed] for seed in seeds]:
+        heads = [head.to(device) for head in task.new_heads(group_seeds)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(group_seeds[0])
-            results += train_group(kind(heads, group_seeds), group_seeds, train, validation, recipe)
-    return results
+            yield from train_group(kind(heads, group_seeds), group_seeds, task.train, task.validation, task.recipe)
 
 
-def _train_side_by_side(
-        new_heads: Callable[[list[int]], list[nn.Module]],
-        seeds: list[int],
-        train: Features,
-        validation: Features,
-        recipe: Recipe,
-) -> list[Trained]:
-    """As `train_heads`, each seed on its own core. Seeds without a partner, and heads that draw from torch's global
-    generator, which all threads share, have all cores to themselves."""
-    heads, threads = dict(zip(seeds, new_heads(seeds))), torch.get_num_threads()
-    sample = train.x[0, :min(16, len(train.y))]
-    alone = _draws_from_global(heads[seeds[0]], sample)
+@dataclass(frozen=True)
+class _Job:
+    """One head with one seed."""
+    index: int
+    task: HeadTask
+    seed: int
+    head: nn.Module
 
-    def run(seed: int) -> Trained:
-        if train.x.ndim == 3:
-            skip_feature_gradients(heads[seed], sample)
-        return train_group(SeparateHeads([heads[seed]], [seed]), [seed], train, validation, recipe)[0]
+    def sample(self) -> torch.Tensor:
+        return self.task.train.x[0, :min(16, len(self.task.train.y))]
 
-    paired = 0 if alone else len(seeds) - len(seeds) % threads
-    results: list[Trained] = []
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            results += pool.map(run, seeds[:paired])
-    finally:
-        torch.set_num_threads(threads)
-    for seed in seeds[paired:]:
+    def work(self) -> int:
+        """Grows with the time that the job takes."""
+        return sum(p.numel() for p in self.head.parameters()) * self.task.recipe.epochs * len(self.task.train.y)
+
+    def run(self) -> tuple[int, Trained]:
+        task = self.task
+        if task.train.x.ndim == 3:
+            skip_feature_gradients(self.head, self.sample())
+        group = SeparateHeads([self.head], [self.seed])
+        return self.index, train_group(group, [self.seed], task.train, task.validation, task.recipe)[0]
+
+
+def _train_side_by_side(tasks: list[tuple[int, HeadTask]]) -> Iterator[tuple[int, Trained]]:
+    """Every seed of every task on a core of its own, the longest first, so that no core waits for the last one.
+
+    Heads that draw from torch's global generator, which all threads share, follow alone.
+    """
+    paired: list[_Job] = []
+    alone: list[_Job] = []
+    for i, task in tasks:
+        jobs = [_Job(i, task, seed, head) for seed, head in zip(task.seeds, task.new_heads(task.seeds))]
+        (alone if jobs and _draws_from_global(jobs[0]) else paired).extend(jobs)
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            futures = [pool.submit(job.run) for job in sorted(paired, key=_Job.work, reverse=True)]
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
+    for job in alone:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            results.append(run(seed))
-    return results
+            torch.manual_seed(job.seed)
+            yield job.run()
 
 
-def _draws_from_global(head: nn.Module, x: torch.Tensor) -> bool:
+def _draws_from_global(job: _Job) -> bool:
     """Whether a training step of a head, other than its dropout modules, draws from torch's global generator."""
-    group = SeparateHeads([copy.deepcopy(head)], [0])
+    group = SeparateHeads([copy.deepcopy(job.head)], [0])
     with torch.random.fork_rng(devices=[]):
         before = torch.get_rng_state()
-        group.forward_train(x[None])
+        group.forward_train(job.sample()[None])
         return not torch.equal(before, torch.get_rng_state())
 
 
@@ -108,8 +148,8 @@ def predict(head: nn.Module, state: dict[str, torch.Tensor], features: Features)
     return torch.cat([head(x) for x in features.x[0].split(EVAL_BATCH)])
 
 
-def _stackable(new_heads: Callable[[list[int]], list[nn.Module]], seeds: list[int], train: Features) -> bool:
-    heads = [head.to(train.x.device) for head in new_heads(seeds)]
-    rows = min(16, train.x.shape[1] // 2)
-    x = torch.stack([train.x[0, i * rows:(i + 1) * rows] for i in range(len(seeds))])
-    return can_stack(heads, seeds, x)
+def _stackable(task: HeadTask) -> bool:
+    seeds, x = task.seeds[:2], task.train.x
+    heads = [head.to(x.device) for head in task.new_heads(seeds)]
+    rows = min(16, x.shape[1] // 2)
+    return can_stack(heads, seeds, torch.stack([x[0, i * rows:(i + 1) * rows] for i in range(len(seeds))]))

@@ -25,7 +25,7 @@ def grid(recipe: Recipe, rates: list[float], decays: list[float]) -> list[Recipe
 def choose(
         name: str,
         recipes: list[Recipe],
-        run: Callable[[Recipe, list[int]], list[Trained]],
+        run: Callable[[list[Recipe], list[int]], list[list[Trained]]],
         seeds: int,
 ) -> tuple[Recipe, list[Point]]:
     """The recipe with the best mean validation accuracy, and all points for the report; the first one wins a tie.
@@ -33,15 +33,14 @@ def choose(
     Args:
         name: Variant, for the error.
         recipes: From `grid`.
-        run: Trains the variant for some seeds.
+        run: Trains the variant with some recipes, each for some seeds.
         seeds: Number of seeds of each point.
 
     Raises:
         UserError: Training failed at every point.
     """
     points: list[Point] = []
-    for recipe in recipes:
-        found = run(recipe, [FIRST_SEED + i for i in range(seeds)])
+    for recipe, found in zip(recipes, run(recipes, [FIRST_SEED + i for i in range(seeds)])):
         failed = any(trained.failure or not trained.best for trained in found)
         top1 = None if failed else sum(trained.best['top1'] for trained in found) / len(found)
         points.append(dict(lr=recipe.lr, weight_decay=recipe.weight_decay, val_top1=top1, chosen=False))

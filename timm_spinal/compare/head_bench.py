@@ -1,0 +1,128 @@
+"""One head of a comparison on frozen features: what it is trained with, and its run folders."""
+import hashlib
+import json
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, Sequence
+
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from timm_spinal.training.files import write_atomically
+from timm_spinal.training.report import hardware, versions, write_table, write_text
+
+from .controls import Variant, count_params, new_head, new_heads, slug
+from .options import FrozenConfig
+from .report import PREDICTIONS
+from .runs import ERROR, RESULT, SUMMARY, read_json, run_folder, write_json
+from .train_group import Features, Recipe, Trained
+from .train_heads import HeadTask, predict, train_heads
+from .tune import choose
+
+
+class HeadBench:
+    """Trains one variant on cached features and keeps its run folders."""
+
+    def __init__(
+            self,
+            config: FrozenConfig,
+            variant: Variant,
+            num_classes: int,
+            data: dict[str, Features],
+            identity: dict[str, Any],
+            output: Path,
+            recipe: Recipe,
+    ):
+        self.config = config
+        self.variant = variant
+        self.num_classes = num_classes
+        self.data = data
+        self.output = output
+        self.in_features = data['train'].x.shape[2]
+        self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self.recipe = recipe
+
+    def settings(self, recipe: Recipe) -> dict[str, Any]:
+        """What a finished run must agree in to be kept."""
+        return dict(
+            features=self.identity, head=self.variant.head, options=self.variant.options, recipe=asdict(recipe),
+            matmul_precision=self.config.matmul_precision)
+
+    def task(self, recipe: Recipe, seeds: list[int]) -> HeadTask:
+        """The variant with some seeds."""
+        heads = partial(new_heads, self.variant, self.in_features, self.num_classes)
+        return HeadTask(heads, seeds, self.data['train'], self.data['validation'], recipe)
+
+    def tune(self, recipes: list[Recipe]) -> list[dict[str, Any]]:
+        """Choose the recipe and give all points; a choice from the same grid on the same features is kept."""
+        path = self.output / 'runs' / slug(self.variant.name) / 'tune.json'
+        settings = dict(grid=[self.settings(recipe) for recipe in recipes], seeds=self.config.tune_seeds)
+        kept = read_json(path)
+        if kept and kept['settings'] == settings:
+            points = kept['points']
+            self.recipe = recipes[[point['chosen'] for point in points].index(True)]
+            return points
+        self.recipe, points = choose(self.variant.name, recipes, self._train, self.config.tune_seeds)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, dict(settings=settings, points=points))
+        return points
+
+    def _train(self, recipes: list[Recipe], seeds: list[int]) -> list[list[Trained]]:
+        found: list[list[Trained]] = [[] for _ in recipes]
+        for i, trained in train_heads([self.task(recipe, seeds) for recipe in recipes]):
+            found[i].append(trained)
+        return found
+
+    def unfinished(self, seeds: list[int]) -> list[int]:
+        """Seeds without a finished run of these settings."""
+        settings = self.settings(self.recipe)
+        return [seed for seed in seeds if (read_json(self._folder(seed) / RESULT) or {}).get('settings') != settings]
+
+    def describe(self, seeds: list[int]) -> str:
+        """A line of results, with the seconds of training of all seeds."""
+        results = [read_json(self._folder(seed) / RESULT) or {} for seed in seeds]
+        shown = ', '.join(f'{result["test_top1"]:.2f}' if result else 'failed' for result in results)
+        seconds = sum(result.get('seconds', 0.) for result in results)
+        return f'{self.variant.name}: test top-1 % {shown}, {seconds:.1f} s'
+
+    def write(self, trained: Trained) -> None:
+        """Read the test split once for a trained seed and write its run folder."""
+        folder = self._folder(trained.seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (RESULT, ERROR, PREDICTIONS):
+            (folder / name).unlink(missing_ok=True)
+        write_table(folder / SUMMARY, trained.history)
+        if trained.failure:
+            write_text(folder / ERROR, trained.failure)
+            return
+        head = new_head(self.variant, self.in_features, self.num_classes)
+        test = self.data['test']
+        logits = predict(head, trained.state, test)
+        confidence, prediction = logits.softmax(dim=1).max(dim=1)
+        write_atomically(folder / PREDICTIONS, lambda p: save_file(dict(
+            prediction=prediction.cpu(), confidence=confidence.cpu(), target=test.y.cpu()), p))
+        write_json(folder / RESULT, dict(
+            model=self.config.backbone, variant=self.variant.name, seed=trained.seed,
+            top1=trained.best['top1'], loss=trained.best['loss'],
+            test_top1=100. * float((prediction == test.y).double().mean()),
+            test_loss=float(F.cross_entropy(logits.double(), test.y)),
+            epoch=self.recipe.epochs, best_epoch=trained.best_epoch, seconds=trained.seconds,
+            params=count_params(head),
+            lr=self.recipe.lr, weight_decay=self.recipe.weight_decay, num_classes=self.num_classes,
+            train_size=len(self.data['train'].y), eval_size=len(self.data['validation'].y), test_size=len(test.y),
+            hardware=hardware(test.y.device, 1), versions=versions(), settings=self.settings(self.recipe),
+        ))
+
+    def _folder(self, seed: int) -> Path:
+        return run_folder(self.output, self.variant.name, seed)
+
+
+def run_benches(benches: Sequence[HeadBench], seeds: list[int]) -> None:
+    """Train what is not finished, all variants and seeds side by side, and write each run folder as its run ends."""
+    todo = [bench.unfinished(seeds) for bench in benches]
+    for i, trained in train_heads([bench.task(bench.recipe, left) for bench, left in zip(benches, todo)]):
+        benches[i].write(trained)
+    for bench, left in zip(benches, todo):
+        already = f' ({len(seeds) - len(left)} were there already)' if len(left) < len(seeds) else ''
+        print(bench.describe(seeds) + already, flush=True)
