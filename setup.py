@@ -11,7 +11,7 @@ xnor = Extension(
     'timm_spinal.layers._xnor',
     sources=['timm_spinal/layers/xnor.c'],
     depends=['timm_spinal/layers/xnor.h'],
-    extra_compile_args=['-O3', '-fopenmp-simd', '-fvisibility=hidden', '-pthread'],
+    extra_compile_args=['-O3', '-Wno-psabi', '-fvisibility=hidden', '-pthread'],
     extra_link_args=['-pthread'],
     libraries=['m'],
     optional=True,

@@ -6,15 +6,24 @@ import torch
 from timm_spinal.bench import xnor
 from timm_spinal.errors import UserError
 from timm_spinal.layers import xnor_backend
+from timm_spinal.layers.xnor_ops import pack_signs
 
 built = pytest.mark.skipif(xnor_backend() == 'torch', reason='the C code is not built')
 
 
 @built
-def test_both_projectors_give_the_same():
+def test_both_products_give_the_same():
     case = xnor.Case(capsules=6, classes=5, batch=3)
-    theirs, ours = (call() for call in xnor.projector_calls(case))
+    theirs, sums = (call() for call in xnor.projector_calls(case))
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 6, 8, generator=g).relu()
+    scale = pack_signs(0.1 * torch.randn(6, 5, 8, 16, generator=g))[1]
+    ours = sums * x.mean(2).view(3, 6, 1, 1) * scale
     torch.testing.assert_close(ours, theirs.view(6, 3, 5, 16).transpose(0, 1), atol=1e-6, rtol=1e-6)
+
+    for _ in range(2):
+        theirs, ours = (call() for call in xnor.agreement_calls(case))
+    torch.testing.assert_close(ours, theirs.view(3, 5, 6).transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize('layer', xnor.LAYERS)
@@ -32,7 +41,7 @@ def test_prints_a_line_for_each_case(layer, capsys):
     first, heading, row, counts = capsys.readouterr().out.splitlines()
     assert f'{layer}, bits by {xnor_backend()}' in first
     fields = row.replace('missed', '').split()
-    assert fields[:3] == ['6', '3', '2'] and len(fields) == (11 if layer == 'xnodr' else 6)
+    assert fields[:3] == ['6', '3', '2'] and len(fields) == (11 if layer == 'xnodr' else 9)
     assert all(float(f) > 0 for f in fields if f != '-')
     assert '6 capsules, 3 classes: projector 2,304 MACs, or 2,304 bit products (36 OPs' in counts
     torch.set_num_threads(1)

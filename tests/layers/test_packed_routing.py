@@ -26,7 +26,7 @@ def tensor_bytes(module):
     return sum(t.nbytes for t in module.state_dict().values())
 
 
-@pytest.mark.parametrize('backend', xnor_kernel.CHOICES)
+@pytest.mark.parametrize('backend', xnor_kernel.xnor_paths())
 @pytest.mark.parametrize('name', BOTH)
 @pytest.mark.parametrize('kwargs', [{}, dict(primary='bottleneck', capsules=0), dict(capsule_dim=12, class_dim=7)])
 def test_scores_are_those_of_the_float_head(name, kwargs, backend, monkeypatch):
@@ -107,7 +107,7 @@ def test_capsfc_cannot_be_created_packed():
         make('caps', packed=True)
 
 
-@pytest.mark.parametrize('backend', xnor_kernel.CHOICES)
+@pytest.mark.parametrize('backend', xnor_kernel.xnor_paths())
 @pytest.mark.parametrize('name', BOTH)
 def test_script_trace_compile_export(name, backend, monkeypatch):
     monkeypatch.setenv(xnor_kernel.ENVIRONMENT, backend)

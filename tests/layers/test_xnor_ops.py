@@ -1,20 +1,22 @@
-"""Bit arithmetic against floats: C code with and without AVX2 or NEON, and torch where there is no C code."""
+"""Bit arithmetic against floats: every path of the C code that this processor has, and torch where there is none."""
 
 import pytest
 import torch
 
 from timm_spinal.layers import dynamic_routing, xnor_kernel, xnor_ops, xnorize
+from timm_spinal.layers.capsule import mean_abs
 
-BUILT = xnor_kernel.xnor_backend() != 'torch'
-BACKENDS = ('auto', 'portable', 'torch')
-# N, J, d, D, batch: the papers' 8 and 16; rows that are no multiple of 32; several bytes; more than a batch of 8
-SIZES = [(5, 3, 8, 16, 4), (6, 7, 5, 9, 5), (4, 33, 13, 16, 3), (3, 5, 24, 7, 11), (2, 2, 1, 1, 1), (3, 4, 8, 16, 9)]
+PATHS = xnor_kernel.xnor_paths()
+# N, J, d, D, batch: the papers' 8 and 16; rows that are no multiple of 32 or 64; several bytes; more than a batch of 8;
+# dimensions D that the C code leaves to torch; the largest d
+SIZES = [(5, 3, 8, 16, 4), (6, 7, 5, 9, 5), (4, 33, 13, 16, 3), (3, 5, 24, 7, 11), (2, 2, 1, 1, 1), (3, 4, 8, 16, 9),
+         (4, 5, 24, 32, 10), (2, 3, 127, 16, 2)]
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=[*xnor_kernel.PATHS, 'torch'])
 def backend(request, monkeypatch):
-    if request.param != 'torch' and not BUILT:
-        pytest.skip('the C code is not built')
+    if request.param not in PATHS:
+        pytest.skip('not built or not on this processor')
     monkeypatch.setenv(xnor_kernel.ENVIRONMENT, request.param)
     return request.param
 
@@ -35,9 +37,9 @@ def inputs(capsules=6, classes=5, d=8, dim=16, batch=3):
 @pytest.mark.parametrize('size', SIZES)
 def test_products_are_the_same_whole_numbers(size, backend):
     x, weight = inputs(*size)
-    bits, scale = xnor_ops.pack_signs(weight)
-    found = xnor_ops.xnodr_predictions(sgn(x), bits, torch.ones_like(scale))
-    assert torch.equal(found, torch.einsum('bik,ijkd->bijd', sgn(x), sgn(weight)))
+    found = xnor_ops.xnodr_products(x, xnor_ops.pack_signs(weight)[0])
+    assert found.dtype == torch.int8 and found.is_contiguous()
+    assert torch.equal(found.float(), torch.einsum('bik,ijkd->bijd', sgn(x), sgn(weight)))
 
 
 @pytest.mark.parametrize('size', SIZES)
@@ -53,37 +55,34 @@ def test_a_zero_is_a_minus(backend):
     bits, scale = xnor_ops.pack_signs(torch.tensor([0., 1., -1., -0.]).view(1, 1, 4, 1))
     assert bits.item() == 0b0010
     x = torch.tensor([[[0., 0., 0., 1.]]])
-    assert xnor_ops.xnodr_predictions(x, bits, torch.ones_like(scale)).item() == 0.25 * (1 - 1 + 1 - 1)
+    assert xnor_ops.xnodr_products(x, bits).item() == 1 - 1 + 1 - 1
 
 
 @pytest.mark.parametrize('size', SIZES)
 def test_predictions(size, backend):
     x, weight = inputs(*size)
-    found = xnor_ops.xnodr_predictions(x, *xnor_ops.pack_signs(weight))
+    bits, scale = xnor_ops.pack_signs(weight)
+    found = xnor_ops.xnodr_products(x, bits) * mean_abs(x, 2).unsqueeze(3) * scale
     expected = torch.einsum('bik,ijkd->bijd', xnorize(x, 2), xnorize(weight, 2))
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize('size', SIZES[:-1])
+@pytest.mark.parametrize('size', [size for size in SIZES if size[1] > 1])
 @pytest.mark.parametrize('iterations', [1, 2, 3, 4])
 def test_routing(size, iterations, backend):
     x, weight = inputs(*size)
-    if size[1] > 1:
-        found = xnor_ops.xnodr_routing(x, *xnor_ops.pack_signs(weight), iterations)
-        torch.testing.assert_close(found, dynamic_routing(x, weight, iterations, True, False), atol=1e-5, rtol=1e-5)
-        found = xnor_ops.xnidr_routing(x, weight.transpose(1, 2).contiguous(), iterations)
-        torch.testing.assert_close(found, dynamic_routing(x, weight, iterations, False, True), atol=1e-5, rtol=1e-5)
+    found = xnor_ops.xnodr_routing(x, *xnor_ops.pack_signs(weight), iterations)
+    torch.testing.assert_close(found, dynamic_routing(x, weight, iterations, True, False), atol=1e-5, rtol=1e-5)
+    found = xnor_ops.xnidr_routing(x, weight.transpose(1, 2).contiguous(), iterations)
+    torch.testing.assert_close(found, dynamic_routing(x, weight, iterations, False, True), atol=1e-5, rtol=1e-5)
 
 
-def test_predictions_beyond_the_cache_and_unaligned(backend):
-    x, weight = inputs(classes=200, capsules=20, batch=34)  # 8.7 MB
-    bits, scale = xnor_ops.pack_signs(weight)
-    expected = torch.einsum('bik,ijkd->bijd', xnorize(x, 2), xnorize(weight, 2))
-    torch.testing.assert_close(xnor_ops.xnodr_predictions(x, bits, scale), expected, atol=1e-6, rtol=1e-6)
-    if backend != 'torch':
-        shifted = torch.empty(expected.numel() + 1)[1:].view_as(expected)
-        found = xnor_kernel.run(x, bits, scale, shifted, 20, 8, 0)
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+def test_more_classes_and_samples_than_the_kernel_takes_at_a_time(backend):
+    x, weight = inputs(classes=100, capsules=20, batch=34)
+    expected = torch.einsum('bik,ijkd->bijd', sgn(x), sgn(weight))
+    assert torch.equal(xnor_ops.xnodr_products(x, xnor_ops.pack_signs(weight)[0]).float(), expected)
+    found = xnor_ops.xnodr_routing(x, *xnor_ops.pack_signs(weight), 3)
+    torch.testing.assert_close(found, dynamic_routing(x, weight, 3, True, False), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize('threads', [1, 2, 3, 8])
@@ -149,7 +148,7 @@ def test_operators_are_well_formed(backend):
     x, weight = inputs()
     bits, scale = xnor_ops.pack_signs(weight)
     checks = ('test_schema', 'test_faketensor', 'test_aot_dispatch_dynamic')
-    torch.library.opcheck(xnor_ops.xnodr_predictions, (x, bits, scale), test_utils=checks)
+    torch.library.opcheck(xnor_ops.xnodr_products, (x, bits), test_utils=checks)
     torch.library.opcheck(xnor_ops.xnodr_routing, (x, bits, scale, 3), test_utils=checks)
     torch.library.opcheck(xnor_ops.xnidr_routing, (x, weight.transpose(1, 2).contiguous(), 3), test_utils=checks)
 
@@ -167,10 +166,11 @@ def test_there_is_no_gradient():
     lambda x, bits, scale: (x, bits, scale[:5]),
     lambda x, bits, scale: (x[..., :0], bits, scale),
     lambda x, bits, scale: (x, bits.float(), scale),
+    lambda x, bits, scale: (x.repeat(1, 1, 16), bits.repeat(1, 16, 1, 1), scale),
 ])
 def test_sizes_that_do_not_fit_are_refused(change, backend):
     x, weight = inputs()
-    with pytest.raises(ValueError, match='do not fit capsules'):
+    with pytest.raises(ValueError, match='do not fit'):
         xnor_ops.xnodr_routing(*change(x, *xnor_ops.pack_signs(weight)), 3)
 
 
@@ -185,10 +185,14 @@ def test_iterations_are_at_least_one(backend):
 def test_backend_by_the_environment(monkeypatch):
     monkeypatch.setenv(xnor_kernel.ENVIRONMENT, 'torch')
     assert xnor_kernel.xnor_backend() == 'torch'
-    monkeypatch.setenv(xnor_kernel.ENVIRONMENT, 'portable')
-    assert xnor_kernel.xnor_backend() == ('portable' if BUILT else 'torch')
+    monkeypatch.setenv(xnor_kernel.ENVIRONMENT, 'auto')
+    assert xnor_kernel.xnor_backend() == PATHS[-1]
     monkeypatch.setenv(xnor_kernel.ENVIRONMENT, 'fast')
-    with pytest.raises(ValueError, match="TIMM_SPINAL_XNOR='fast' is unknown; use auto, portable, torch"):
+    with pytest.raises(ValueError, match=r"TIMM_SPINAL_XNOR='fast' is unknown; use auto, .*torch\."):
+        xnor_kernel.xnor_backend()
+    monkeypatch.setattr(xnor_kernel, 'xnor_paths', lambda: ['torch', 'portable'])
+    monkeypatch.setenv(xnor_kernel.ENVIRONMENT, 'avx512')
+    with pytest.raises(ValueError, match="'avx512' is not built or not on this processor; use auto, portable, torch"):
         xnor_kernel.xnor_backend()
 
 
@@ -203,9 +207,14 @@ def test_without_the_library(content, monkeypatch, tmp_path):
         (tmp_path / '_xnor.so').write_bytes(content)
         spec = type('Spec', (), {'origin': str(tmp_path / '_xnor.so')})
     monkeypatch.setattr(xnor_kernel.importlib.util, 'find_spec', lambda name: spec)
-    xnor_kernel._library.cache_clear()
+    _forget_library()
     try:
         assert xnor_kernel.xnor_backend() == 'torch'
         torch.testing.assert_close(xnor_ops.xnodr_routing(x, *packed, 3), expected, atol=1e-6, rtol=1e-6)
     finally:
-        xnor_kernel._library.cache_clear()
+        _forget_library()
+
+
+def _forget_library():
+    xnor_kernel._library.cache_clear()
+    xnor_kernel.xnor_paths.cache_clear()

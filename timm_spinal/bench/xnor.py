@@ -4,11 +4,13 @@
     timm-spinal bench xnor --layer xnidr --capsules 128
     timm-spinal bench xnor --threads 1 --classes 10 -b 32 --models
 
-Projector: u_hat from x and W, torch.bmm of xnorized float32 against XOR and popcount of packed x and W (the packing of
-x counts). Both write into memory that is there; new memory of this size costs more than either. Head: feature map of
-7 x 7 to scores, the papers' primary block included (MobileNetV2's with 128 capsules, ResNet's with 256). 'prepared' is
-a float head whose W was xnorized beforehand, which the float head does in every call. Milliseconds are medians, ratios
-medians of the ratios of each round. At the end, what share the capsule layer has of whole networks.
+Product, of XnODR: the projector; torch.bmm of xnorized float32, which gives u_hat in float32, against XOR and popcount
+of packed x and W (the packing of x counts), which gives its sums P in bytes, the scales being apart. Of XnIDR: the
+agreement of an iteration; torch.bmm of xnorized float32 against XOR and popcount of packed u_hat and v (the packing of
+v counts). Both sides write into memory that is there. Head: feature map of 7 x 7 to scores, the papers' primary block
+included (MobileNetV2's with 128 capsules, ResNet's with 256). 'prepared' is a float head whose W was xnorized before,
+which the float head does in every call. Milliseconds are medians, ratios medians of the ratios of each round. At the
+end, what share the capsule layer has of whole networks.
 """
 
 import argparse
@@ -33,9 +35,9 @@ from .timing import machine_load, paired_ratio, times_in_turns
 LAYERS = ('xnodr', 'xnidr')
 IN_DIM, CLASS_DIM, ITERATIONS = 8, 16, 3
 PRIMARY = {128: ('depthwise', 1280), 256: ('bottleneck', 2048)}  # the papers' block and its channels
-LARGEST = 2 ** 27  # predictions of a projector: 512 MiB for each side
+LARGEST = 2 ** 27  # predictions of a product: 512 MiB of floats
 LONG = 20.  # seconds of a round of all sides
-PROJECTOR_TARGET, HEAD_TARGET = 2., 1.5  # from batch 32 with 10 and 100 classes; at 1,000 classes
+PRODUCT_TARGET, HEAD_TARGET = 2., 1.5  # from batch 32 with 10 and 100 classes; XnODR at 1,000 classes
 SHARED_MODELS = ('mobilenetv2_100_xnodr', 'resnet50_xnodr')
 
 
@@ -71,19 +73,40 @@ def compare(calls: Sequence[Callable[[], object]], seconds: float) -> Comparison
     )
 
 
-def projector_calls(case: Case) -> List[Callable[[], object]]:
+def product_calls(layer: str, case: Case) -> List[Callable[[], torch.Tensor]]:
     """torch.bmm and the bit kernel."""
+    return projector_calls(case) if layer == 'xnodr' else agreement_calls(case)
+
+
+def projector_calls(case: Case) -> List[Callable[[], torch.Tensor]]:
+    """u_hat (N, B, J D) in float32, and P (B, N, J, D) in int8."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(case.batch, case.capsules, IN_DIM, generator=g).relu()
     weight = 0.1 * torch.randn(case.capsules, case.classes, IN_DIM, CLASS_DIM, generator=g)
-    bits, scale = pack_signs(weight)
+    bits, _ = pack_signs(weight)
     floats = xnorize(x, 2).transpose(0, 1).contiguous()
     matrices = xnorize(weight, 2).transpose(1, 2).flatten(2)
     theirs = torch.empty(case.capsules, case.batch, case.classes * CLASS_DIM)
-    ours = torch.empty(case.batch, case.capsules, case.classes, CLASS_DIM)
+    ours = torch.empty(case.batch, case.capsules, case.classes, CLASS_DIM, dtype=torch.int8)
     return [
         lambda: torch.bmm(floats, matrices, out=theirs),
-        lambda: run(x, bits, scale, ours, case.capsules, IN_DIM, 0),
+        lambda: run('products', x, bits, None, ours, case.capsules, IN_DIM, case.classes, CLASS_DIM),
+    ]
+
+
+def agreement_calls(case: Case) -> List[Callable[[], torch.Tensor]]:
+    """Logits (B J, N, 1), and (B, N, J)."""
+    g = torch.Generator().manual_seed(0)
+    u_hat = torch.randn(case.batch, case.capsules, case.classes, CLASS_DIM, generator=g)
+    v = torch.randn(case.batch, case.classes, CLASS_DIM, generator=g)
+    bits, scale = pack_signs(u_hat.flatten(0, 1).unsqueeze(3))
+    floats = xnorize(u_hat, 3).transpose(1, 2).flatten(0, 1)
+    vectors = xnorize(v, 2).view(-1, CLASS_DIM, 1)
+    theirs = torch.empty(case.batch * case.classes, case.capsules, 1)
+    ours = torch.empty(case.batch, case.capsules, case.classes)
+    return [
+        lambda: torch.bmm(floats, vectors, out=theirs),
+        lambda: run('agreement', v, bits, scale, ours.zero_(), case.capsules, IN_DIM, case.classes, CLASS_DIM),
     ]
 
 
@@ -114,13 +137,12 @@ def measure(layer: str, case: Case, seconds: float) -> bool:
     """Print the line of a case; whether it keeps the targets."""
     kept = True
     columns = [f'{case.capsules:8d} {case.classes:7,d} {case.batch:5d}']
-    if layer == 'xnodr':
-        if case.predictions > LARGEST or xnor_backend() == 'torch':
-            columns.append(f'{"-":>10} {"-":>9} {"-":>6}')
-        else:
-            found = compare(projector_calls(case), seconds)
-            columns.append('{:10.3f} {:9.3f} {:6.2f}'.format(*found.milliseconds, *found.ratios))
-            kept = case.batch < 32 or case.classes > 100 or found.ratios[0] >= PROJECTOR_TARGET
+    if case.predictions > LARGEST or xnor_backend() == 'torch':
+        columns.append(f'{"-":>10} {"-":>9} {"-":>6}')
+    else:
+        found = compare(product_calls(layer, case), seconds)
+        columns.append('{:10.3f} {:9.3f} {:6.2f}'.format(*found.milliseconds, *found.ratios))
+        kept = case.batch < 32 or case.classes > 100 or found.ratios[0] >= PRODUCT_TARGET
     found = compare(head_calls(layer, case), seconds)
     columns += [f'{ms:10.3f}' for ms in found.milliseconds] + [f'{ratio:6.2f}' for ratio in found.ratios]
     kept &= found.ratios[-1] >= (HEAD_TARGET if layer == 'xnodr' and case.classes >= 1000 else 1.)
@@ -176,9 +198,9 @@ def main(argv: Optional[List[str]] = None) -> int:
             torch.set_num_threads(threads)
             print(f'torch {torch.__version__}, {threads} threads, {args.layer}, bits by {xnor_backend()}, '
                   f'{machine_load()}')
-            projector = '  bmm ms   xnor ms  ratio' if args.layer == 'xnodr' else ''
             prepared = ('   prepared', ' ratio') if args.layer == 'xnodr' else ('', '')
-            print(f'capsules classes batch {projector}  head float{prepared[0]}     packed  ratio{prepared[1]}')
+            print('capsules classes batch    bmm ms   bits ms  ratio  head float'
+                  f'{prepared[0]}     packed  ratio{prepared[1]}')
             for capsules in args.capsules:
                 for classes in args.classes:
                     for batch in args.batch_size:

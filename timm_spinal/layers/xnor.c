@@ -1,148 +1,136 @@
 /* Bit kernels of the xnorized capsule layers (spec capsule_xnor_heads 3 and 8): signs packed in bytes, products by XOR
  * and popcount, and the routing around them. Inference on the CPU in float32.
  *
- * B batch, N input capsules, d their dimension, J classes, D class capsule dimension. Bit k % 8 of byte k / 8 is set
- * where value k is > 0, so that sgn(0) = -1; bits behind the last value are 0. The products of n signs sum to
- * n - 2 popcount(a XOR b).
+ * B batch, N input capsules, d <= 127 their dimension, J classes, D their dimension, a multiple of 16. Bit k % 8 of
+ * byte k / 8 is set where value k is > 0, so that sgn(0) = -1; bits behind the last value are 0. The products of n
+ * signs sum to n - 2 popcount(a XOR b).
  *
- * For GCC and Clang, called through ctypes; no header of Python or torch. What is marked INLINE is compiled twice, with
- * and without `fast`; its plain loops are vectorised by the compiler.
+ * For GCC and Clang, called through ctypes; no header of Python or torch. What is marked INLINE is compiled once for
+ * each path of xnor.h.
  */
-#include <math.h>
 #include <pthread.h>
 #include <stdlib.h>
 
 #include "xnor.h"
 
 #define EXPORT __attribute__((visibility("default")))
-#define TILE 2 /* samples that share one pass over the weights */
+#define TILE 8 /* samples that share one pass over the weights */
 #define MAX_THREADS 64
-#define CACHE (8 << 20) /* bytes; predictions beyond it are written past the caches */
 
-INLINE float dot(const float *a, const float *b, size_t size) {
-    float sum = 0.f;
-#pragma omp simd reduction(+ : sum)
-    for (size_t e = 0; e < size; e++) sum += a[e] * b[e];
-    return sum;
-}
-
-INLINE float mean_abs(const float *x, size_t size) {
-    float sum = 0.f;
-#pragma omp simd reduction(+ : sum)
-    for (size_t e = 0; e < size; e++) sum += fabsf(x[e]);
-    return sum / (float)size;
-}
-
-/* e^x for x <= 0: 2^n by the bits of the exponent, e^r by a polynomial (that of Cephes' expf) */
-INLINE float exp_negative(float x) {
-    x = x < -87.f ? -87.f : x;
-    float n = (float)(int)(x * 1.44269504f - .5f), r = x - n * .693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    union { int32_t bits; float value; } power = {((int32_t)n + 127) * (1 << 23)};
-    return (p * r * r + r + 1.f) * power.value;
-}
-
-/* s[j] += softmax(logits)[j] u[j]; the coefficients go to c */
-INLINE void attend(const float *logits, const float *u, float *c, float *s, size_t classes, size_t dim) {
-    float max = logits[0], sum = 0.f;
-#pragma omp simd reduction(max : max)
-    for (size_t j = 0; j < classes; j++) max = logits[j] > max ? logits[j] : max;
-#pragma omp simd reduction(+ : sum)
-    for (size_t j = 0; j < classes; j++) sum += c[j] = exp_negative(logits[j] - max);
-    for (size_t j = 0; j < classes; j++) {
-        float factor = c[j] / sum;
-        for (size_t e = 0; e < dim; e++) s[j * dim + e] += factor * u[j * dim + e];
-    }
-}
-
-INLINE void squash(const float *s, float *v, size_t classes, size_t dim) {
-    for (size_t j = 0; j < classes; j++) {
-        float square = dot(s + j * dim, s + j * dim, dim), factor = sqrtf(square) / (1.f + square);
-        for (size_t e = 0; e < dim; e++) v[j * dim + e] = s[j * dim + e] * factor;
-    }
-}
+/* kind       x                     bits and scale                             out
+ * PRODUCTS   capsules (B, N, d)    of W (N, ceil(d / 8), J, D), none          sums P (B, N, J, D) int8
+ * XNODR      capsules (B, N, d)    of W (N, ceil(d / 8), J, D) and (N, J, D)  v (B, J, D)
+ * XNIDR      u_hat (N, B, J, D)    none                                       v (B, J, D)
+ * AGREEMENT  v (B, J, D)           of u_hat (B, N, D / 8, J) and (B, N, J)    added to logits (B, N, J)
+ */
+enum { PRODUCTS, XNODR, XNIDR, AGREEMENT };
 
 struct work {
-    const float *x;      /* capsules (B, N, d); in XnIDR predictions (N, B, J, D), as torch.bmm gives them */
-    const uint8_t *bits; /* signs of W (N, ceil(d / 8), J, D); NULL in XnIDR */
-    const float *alpha;  /* scales of W (N, J, D) */
-    float *out;          /* v (B, J, D); without iterations u_hat (B, N, J, D) */
+    int kind;
+    const float *x;
+    const uint8_t *bits;
+    const float *scale;
+    void *out;
     size_t batch, capsules, in_dim, classes, dim, iterations;
-    int fast;
-    uint8_t *signs; /* of x (B, N, ceil(d / 8)); NULL in XnIDR */
-    float *k;       /* scales of x (B, N) */
+    uint8_t *signs; /* of capsules (B, N, ceil(d / 8)) */
+    float *k;       /* their scales (B, N) */
 };
 
-INLINE void pack_capsules(int fast, const struct work *w, size_t in_dim, size_t first, size_t last) {
+INLINE void pack_capsules(int path, const struct work *w, size_t in_dim, size_t first, size_t last) {
     for (size_t i = first * w->capsules; i < last * w->capsules; i++) {
-        pack_signs(fast, w->x + i * in_dim, w->signs + i * ((in_dim + 7) / 8), 1, in_dim);
+        pack_signs(path, w->x + i * in_dim, w->signs + i * ((in_dim + 7) / 8), 1, in_dim);
         w->k[i] = mean_abs(w->x + i * in_dim, in_dim);
     }
 }
 
-/* u_hat[b,i] = P K_x alpha for one sample and input capsule: (J, D), times `factor`. */
+/* P[b,i] (J, D): sums of the products of signs for one sample and input capsule, of which u_hat = P K_x alpha */
+INLINE void multiply(int path, const struct work *w, size_t in_dim, size_t b, size_t i, int8_t *p) {
+    size_t row = w->classes * w->dim, bytes = (in_dim + 7) / 8;
+    const uint8_t *x = w->signs + (b * w->capsules + i) * bytes, *weights = w->bits + i * bytes * row;
+    for (size_t q = 0; q < bytes; q++)
+        sums(path, weights + q * row, x[q], q + 1 < bytes ? 8 : (int)(in_dim - 8 * q), q > 0, p, row);
+}
+
+/* u = k alpha P and c[j] = <u[j], v[j]>; without v nothing but s += u */
 INLINE void predict(
-        int fast, const struct work *w, size_t in_dim, size_t b, size_t i, float factor, int how, float *u) {
-    size_t row = w->classes * w->dim, bytes = (in_dim + 7) / 8, at = b * w->capsules + i;
-    for (size_t q = 0; q < bytes; q++) {
-        int n = q + 1 < bytes ? 8 : (int)(in_dim - 8 * q);
-        products(fast, w->bits + (i * bytes + q) * row, w->signs[at * bytes + q], n, factor * w->k[at],
-                 w->alpha + i * row, q ? ADD : how, u, row);
+        int path, const int8_t *p, float k, const float *alpha, const float *v, float *u, float *c, float *s,
+        size_t classes, size_t dim) {
+    for (size_t j = 0; j < classes; j++) {
+        lanes products = {0};
+        for (size_t part = 0; part < dim; part += LANES) {
+            size_t e = j * dim + part;
+            lanes value;
+            widen(path, p + e, &value);
+            value *= k * AT_CONST(alpha + e);
+            if (v) products += value * AT_CONST(v + e), AT(u + e) = value;
+            else AT(s + e) += value;
+        }
+        if (v) c[j] = total(&products);
     }
 }
 
-INLINE void project(int fast, const struct work *w, size_t in_dim, int how, size_t first, size_t last) {
-    size_t row = w->classes * w->dim;
-    for (size_t tile = first; tile < last; tile += TILE)
-        for (size_t i = 0; i < w->capsules; i++)
-            for (size_t b = tile; b < last && b < tile + TILE; b++)
-                predict(fast, w, in_dim, b, i, 1.f, how, w->out + (b * w->capsules + i) * row);
-    if (how == STREAM) STREAM_END();
-}
-
-/* XnODR: predictions are made in every iteration anew, (J, D) at a time, and not kept. */
-INLINE int route_xnodr(int fast, const struct work *w, size_t in_dim, size_t dim, size_t first, size_t last) {
-    size_t classes = w->classes, row = classes * dim, state = row + w->capsules * classes;
-    float *u = malloc((row + classes + TILE * state) * sizeof(float));
+/* XnODR. Products are made in every iteration anew, (J, D) at a time, and neither they nor logits are kept: logits are
+ * <u_hat, sum of the v of all iterations before>. */
+INLINE int route_xnodr(int path, const struct work *w, size_t in_dim, size_t dim, size_t first, size_t last) {
+    size_t classes = w->classes, row = classes * dim;
+    float *u = malloc((row * (1 + 2 * TILE) + classes + LANES) * sizeof(float) + row);
     if (!u) return 1;
-    float *c = u + row, *states = c + classes; /* of each sample: s (J, D), logits (N, J) */
+    float *c = u + row, *s = c + classes + LANES, *v = s + TILE * row; /* of each sample (J, D): s, sum of all v */
+    int8_t *p = (int8_t *)(v + TILE * row);
     for (size_t tile = first; tile < last; tile += TILE) {
-        size_t end = tile + TILE < last ? tile + TILE : last;
-        memset(states, 0, TILE * state * sizeof(float));
+        size_t samples = last - tile < TILE ? last - tile : TILE;
+        float *out = (float *)w->out + tile * row;
+        memset(v, 0, samples * row * sizeof(float));
         for (size_t t = 0; t < w->iterations; t++) {
-            for (size_t b = tile; b < end; b++) memset(states + (b - tile) * state, 0, row * sizeof(float));
+            memset(s, 0, samples * row * sizeof(float));
             for (size_t i = 0; i < w->capsules; i++)
-                for (size_t b = tile; b < end; b++) {
-                    float *s = states + (b - tile) * state, *logits = s + row + i * classes, *v = w->out + b * row;
-                    if (t == 0) {
-                        predict(fast, w, in_dim, b, i, 1.f / (float)classes, ADD, s);
-                        continue;
+                for (size_t b = 0; b < samples; b++) {
+                    const float k = w->k[(tile + b) * w->capsules + i], *alpha = w->scale + i * row;
+                    multiply(path, w, in_dim, tile + b, i, p);
+                    if (t) {
+                        predict(path, p, k, alpha, v + b * row, u, c, NULL, classes, dim);
+                        attend(c, u, s + b * row, classes, dim);
+                    } else {
+                        predict(path, p, k / (float)classes, alpha, NULL, NULL, NULL, s + b * row, classes, dim);
                     }
-                    predict(fast, w, in_dim, b, i, 1.f, STORE, u);
-                    for (size_t j = 0; j < classes; j++) logits[j] += dot(u + j * dim, v + j * dim, dim);
-                    attend(logits, u, c, s, classes, dim);
                 }
-            for (size_t b = tile; b < end; b++) squash(states + (b - tile) * state, w->out + b * row, classes, dim);
+            squash(s, out, samples * classes, dim);
+            for (size_t e = 0; e < samples * row; e += LANES) AT(v + e) += AT(out + e);
         }
     }
     free(u);
     return 0;
 }
 
+/* l[j] += K_u K_v <sgn u, sgn v> for one sample and input capsule, and c[j] = l[j]; signs (D / 8, J) */
+INLINE void agree(
+        const uint8_t *u, const float *u_scale, const uint8_t *v, const float *v_scale, float *l, float *c,
+        size_t classes, size_t dim) {
+    for (size_t j = 0; j < classes; j++) {
+        int differing = 0;
+        for (size_t q = 0; q < dim / 8; q++) differing += ones(u[q * classes + j] ^ v[q * classes + j]);
+        c[j] = l[j] += (float)((int)dim - 2 * differing) * (u_scale[j] * v_scale[j]);
+    }
+}
+
+INLINE void pack_rows(int path, const float *x, uint8_t *bits, float *scale, size_t rows, size_t dim) {
+    for (size_t j = 0; j < rows; j++, x += dim) {
+        lanes sum = {0};
+        pack_signs(path, x, bits + j, rows, dim);
+        for (size_t e = 0; e < dim; e += LANES) sum += (lanes)(*(const ints *)(x + e) & 0x7fffffff);
+        scale[j] = total(&sum) / (float)dim;
+    }
+}
+
 /* XnIDR: signs and scales of the predictions are taken once, with the first weighted sum. */
-INLINE int route_xnidr(int fast, const struct work *w, size_t dim, size_t first, size_t last) {
-    size_t classes = w->classes, row = classes * dim, edges = w->capsules * classes, bytes = (dim + 7) / 8;
-    float *s = malloc((row + 2 * classes + 2 * edges) * sizeof(float) + (edges + classes) * bytes);
+INLINE int route_xnidr(int path, const struct work *w, size_t dim, size_t first, size_t last) {
+    size_t classes = w->classes, row = classes * dim, edges = w->capsules * classes, bytes = dim / 8;
+    float *s = malloc((row + 2 * classes + LANES + 2 * edges) * sizeof(float) + (edges + classes) * bytes);
     if (!s) return 1;
-    float *c = s + row, *v_scale = c + classes, *u_scales = v_scale + classes, *logits = u_scales + edges;
+    float *c = s + row, *v_scale = c + classes + LANES, *u_scales = v_scale + classes, *logits = u_scales + edges;
     uint8_t *u_bits = (uint8_t *)(logits + edges), *v_bits = u_bits + edges * bytes;
     for (size_t b = first; b < last; b++) {
-        float *v = w->out + b * row;
+        float *v = (float *)w->out + b * row;
         memset(logits, 0, edges * sizeof(float));
         for (size_t t = 0; t < w->iterations; t++) {
             memset(s, 0, row * sizeof(float));
@@ -152,52 +140,62 @@ INLINE int route_xnidr(int fast, const struct work *w, size_t dim, size_t first,
                 uint8_t *signs = u_bits + i * classes * bytes;
                 if (t == 0) {
                     for (size_t e = 0; e < row; e++) s[e] += u[e] / (float)classes;
-                    for (size_t j = 0; j < classes; j++) {
-                        pack_signs(fast, u + j * dim, signs + j, classes, dim);
-                        u_scale[j] = mean_abs(u + j * dim, dim);
-                    }
-                    continue;
+                    pack_rows(path, u, signs, u_scale, classes, dim);
+                } else {
+                    agree(signs, u_scale, v_bits, v_scale, l, c, classes, dim);
+                    attend(c, u, s, classes, dim);
                 }
-                for (size_t j = 0; j < classes; j++) {
-                    int differing = 0;
-                    for (size_t q = 0; q < bytes; q++) differing += ones(signs[q * classes + j] ^ v_bits[q * classes + j]);
-                    l[j] += (float)((int)dim - 2 * differing) * (u_scale[j] * v_scale[j]);
-                }
-                attend(l, u, c, s, classes, dim);
             }
             squash(s, v, classes, dim);
-            for (size_t j = 0; j < classes; j++) {
-                pack_signs(fast, v + j * dim, v_bits + j, classes, dim);
-                v_scale[j] = mean_abs(v + j * dim, dim);
-            }
+            pack_rows(path, v, v_bits, v_scale, classes, dim);
         }
     }
     free(s);
     return 0;
 }
 
-INLINE int run_xnodr(int fast, const struct work *w, size_t in_dim, size_t dim, size_t first, size_t last) {
-    size_t bytes = w->classes * dim * sizeof(float);
-    pack_capsules(fast, w, in_dim, first, last);
-    if (w->iterations) return route_xnodr(fast, w, in_dim, dim, first, last);
-    int aligned = !(bytes % 32) && !((uintptr_t)w->out % 32), large = w->batch * w->capsules * bytes > CACHE;
-    if (in_dim <= 8 && aligned && large) project(fast, w, in_dim, STREAM, first, last);
-    else project(fast, w, in_dim, STORE, first, last);
+/* What one iteration of XnIDR adds to the logits. */
+INLINE int add_agreements(int path, const struct work *w, size_t dim, size_t first, size_t last) {
+    size_t classes = w->classes, bytes = dim / 8;
+    float *v_scale = malloc(classes * sizeof(float) + classes * bytes);
+    if (!v_scale) return 1;
+    uint8_t *v_bits = (uint8_t *)(v_scale + classes);
+    for (size_t b = first; b < last; b++) {
+        pack_rows(path, w->x + b * classes * dim, v_bits, v_scale, classes, dim);
+        for (size_t i = b * w->capsules; i < (b + 1) * w->capsules; i++) {
+            float *l = (float *)w->out + i * classes;
+            agree(w->bits + i * bytes * classes, w->scale + i * classes, v_bits, v_scale, l, l, classes, dim);
+        }
+    }
+    free(v_scale);
+    return 0;
+}
+
+INLINE int run_sized(int path, const struct work *w, size_t in_dim, size_t dim, size_t first, size_t last) {
+    if (w->kind == XNIDR) return route_xnidr(path, w, dim, first, last);
+    if (w->kind == AGREEMENT) return add_agreements(path, w, dim, first, last);
+    pack_capsules(path, w, in_dim, first, last);
+    if (w->kind == XNODR) return route_xnodr(path, w, in_dim, dim, first, last);
+    for (size_t i = first * w->capsules; i < last * w->capsules; i++)
+        multiply(path, w, in_dim, i / w->capsules, i % w->capsules, (int8_t *)w->out + i * w->classes * dim);
     return 0;
 }
 
 /* The papers' 8 and 16 dimensions are constants to the compiler. */
-INLINE int run(int fast, const struct work *w, size_t first, size_t last) {
-    if (!w->bits) return w->dim == 16 ? route_xnidr(fast, w, 16, first, last) : route_xnidr(fast, w, w->dim, first, last);
-    if (w->in_dim == 8 && w->dim == 16) return run_xnodr(fast, w, 8, 16, first, last);
-    return run_xnodr(fast, w, w->in_dim, w->dim, first, last);
+INLINE int run(int path, const struct work *w, size_t first, size_t last) {
+    if (w->in_dim == 8 && w->dim == 16) return run_sized(path, w, 8, 16, first, last);
+    return run_sized(path, w, w->in_dim, w->dim, first, last);
 }
 
-TARGET static int run_fast(const struct work *w, size_t first, size_t last) { return run(1, w, first, last); }
-static int run_portable(const struct work *w, size_t first, size_t last) { return run(0, w, first, last); }
+typedef int runner(const struct work *w, size_t first, size_t last);
+static int run_portable(const struct work *w, size_t first, size_t last) { return run(PORTABLE, w, first, last); }
+TARGET_SIMD static int run_simd(const struct work *w, size_t first, size_t last) { return run(SIMD, w, first, last); }
+TARGET_WIDE static int run_wide(const struct work *w, size_t first, size_t last) { return run(WIDE, w, first, last); }
+static runner *const RUNNERS[] = {run_portable, run_simd, run_wide};
 
 struct share {
     const struct work *work;
+    runner *run;
     size_t first, last;
     int failed, started;
     pthread_t thread;
@@ -205,38 +203,29 @@ struct share {
 
 static void *run_share(void *argument) {
     struct share *s = argument;
-    s->failed = (s->work->fast ? run_fast : run_portable)(s->work, s->first, s->last);
+    s->failed = s->run(s->work, s->first, s->last);
     return NULL;
 }
 
-/* Name of the best path of this build on this processor: "avx2", "neon" or "portable". */
-EXPORT const char *xnor_path(void) {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return "portable";
-#endif
-    return FAST;
-}
+/* Name of a path of this build that this processor has, the best one last; NULL behind it. */
+EXPORT const char *xnor_path(int path) { return path <= best_path() ? PATHS[path] : NULL; }
 
-/* Predictions of XnODR without iterations, XnIDR's routing without bits, else XnODR's; shapes as in struct work.
- * Each thread takes a range of the batch. Threads start and end here: forks and other thread pools are no concern.
- * Returns 0, or 1 if memory ran out. */
-EXPORT int xnor_run(
-        const float *x, const uint8_t *bits, const float *alpha, float *out, size_t batch, size_t capsules,
-        size_t in_dim, size_t classes, size_t dim, size_t iterations, int fast, size_t threads) {
-    struct work work = {x, bits, alpha, out, batch, capsules, in_dim, classes, dim, iterations, fast, NULL, NULL};
+/* Arguments as in struct work. Each thread takes a range of the batch. Threads start and end here: forks and other
+ * thread pools are no concern. Returns 0, or 1 if memory ran out. */
+EXPORT int xnor_compute(
+        int kind, const float *x, const uint8_t *bits, const float *scale, void *out, size_t batch, size_t capsules,
+        size_t in_dim, size_t classes, size_t dim, size_t iterations, int path, size_t threads) {
+    struct work work = {kind, x, bits, scale, out, batch, capsules, in_dim, classes, dim, iterations, NULL, NULL};
     struct share shares[MAX_THREADS] = {0};
     size_t count = threads < MAX_THREADS ? threads : MAX_THREADS, inputs = batch * capsules;
     int failed = 0;
-    if (bits) {
-        work.k = malloc(inputs * sizeof(float) + inputs * ((in_dim + 7) / 8));
-        if (!work.k) return 1;
-        work.signs = (uint8_t *)(work.k + inputs);
-    }
+    work.k = malloc(inputs * sizeof(float) + inputs * ((in_dim + 7) / 8));
+    if (!work.k) return 1;
+    work.signs = (uint8_t *)(work.k + inputs);
     if (count > batch) count = batch;
     for (size_t k = 0; k < count; k++) {
         struct share *s = &shares[k];
-        s->work = &work, s->first = batch * k / count, s->last = batch * (k + 1) / count;
+        s->work = &work, s->run = RUNNERS[path], s->first = batch * k / count, s->last = batch * (k + 1) / count;
         s->started = k + 1 < count && !pthread_create(&s->thread, NULL, run_share, s);
         if (!s->started) run_share(s);
     }

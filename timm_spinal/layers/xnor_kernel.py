@@ -4,13 +4,16 @@ import ctypes
 import functools
 import importlib.util
 import os
-from typing import Optional
+from typing import List, Optional
 
 import torch
 
 ENVIRONMENT = 'TIMM_SPINAL_XNOR'
-CHOICES = ('auto', 'portable', 'torch')
+PATHS = ('avx512', 'avx2', 'neon', 'portable')
+KINDS = ('products', 'xnodr', 'xnidr', 'agreement')  # as in xnor.c, which says what their arguments are
+LANES = 16  # class capsules have a multiple of so many dimensions
 GRAIN = 2 ** 17  # predictions that are worth a thread, whose start takes as long as some 2 ** 16
+PRODUCTS_PER_PREDICTION = 1 / 32  # what a product or an agreement costs beside a prediction
 
 
 @functools.cache
@@ -20,69 +23,78 @@ def _library() -> Optional[ctypes.CDLL]:
         return None
     try:
         library = ctypes.CDLL(spec.origin)
-    except OSError:  # built for another system
+        library.xnor_path.restype = ctypes.c_char_p
+        library.xnor_compute.argtypes = [
+            ctypes.c_int, *[ctypes.c_void_p] * 4, *[ctypes.c_size_t] * 6, ctypes.c_int, ctypes.c_size_t]
+    except (OSError, AttributeError):  # built for another system, or from other sources
         return None
-    library.xnor_path.restype = ctypes.c_char_p
-    library.xnor_run.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_size_t] * 6 + [ctypes.c_int, ctypes.c_size_t]
     return library
 
 
-def xnor_backend() -> str:
-    """What computes with bits: 'avx2', 'neon' or 'portable' C code, or 'torch', which unpacks them.
+@functools.cache
+def xnor_paths() -> List[str]:
+    """What there is to compute with on this machine, worst first: 'torch', then paths of the C code."""
+    library = _library()
+    names = ['torch']
+    while library is not None and (path := library.xnor_path(len(names) - 1)):
+        names.append(path.decode())
+    return names
 
-    The best that there is, unless the environment variable ``TIMM_SPINAL_XNOR`` says 'portable' or 'torch'.
+
+def xnor_backend() -> str:
+    """What computes with bits: 'avx512', 'avx2', 'neon' or 'portable' C code, or 'torch', which unpacks them.
+
+    The best that there is, unless the environment variable ``TIMM_SPINAL_XNOR`` names another.
 
     Raises:
-        ValueError: The variable holds another word.
+        ValueError: The variable holds another word, or what this machine has not.
     """
+    paths = xnor_paths()
     choice = os.environ.get(ENVIRONMENT, 'auto')
-    if choice not in CHOICES:
-        raise ValueError(f"{ENVIRONMENT}='{choice}' is unknown; use {', '.join(CHOICES)}.")
-    library = _library()
-    if choice == 'torch' or library is None:
-        return 'torch'
-    return library.xnor_path().decode() if _may_use_simd() else 'portable'
+    if choice == 'auto':
+        return paths[-1]
+    if choice not in paths:
+        reason = 'is not built or not on this processor' if choice in PATHS else 'is unknown'
+        raise ValueError(f"{ENVIRONMENT}='{choice}' {reason}; use {', '.join(['auto', *reversed(paths)])}.")
+    return choice
 
 
-def _may_use_simd() -> bool:
-    return os.environ.get(ENVIRONMENT) != 'portable'
-
-
-def can_run(x: torch.Tensor, scale: torch.Tensor) -> bool:
-    """Whether the library takes these tensors: values of at most 32 bits on the CPU."""
+def can_run(x: torch.Tensor, scale: torch.Tensor, dim: int) -> bool:
+    """Whether the library takes these tensors: values of at most 32 bits on the CPU, class capsules of 16, 32, ..."""
     narrow = x.dtype != torch.float64 and scale.dtype != torch.float64
-    return narrow and x.device.type == 'cpu' and scale.device.type == 'cpu' and xnor_backend() != 'torch'
+    on_cpu = x.device.type == 'cpu' and scale.device.type == 'cpu'
+    return narrow and on_cpu and dim % LANES == 0 and xnor_backend() != 'torch'
 
 
 def run(
+        kind: str,
         x: torch.Tensor,
         bits: Optional[torch.Tensor],
         scale: Optional[torch.Tensor],
         out: torch.Tensor,
         capsules: int,
         in_dim: int,
-        iterations: int,
+        classes: int,
+        dim: int,
+        iterations: int = 0,
 ) -> torch.Tensor:
-    """Call ``xnor_run`` on as many threads as torch uses; shapes as in xnor.c, all but ``bits`` float32.
+    """Call the C code on as many threads as torch uses.
 
     Args:
-        out: Filled and returned; v (B, J, D), or (B, N, J, D) with 0 iterations.
+        kind: One of ``KINDS``; x, bits, scale and out as xnor.c says.
+        out: Contiguous; filled and returned.
     """
     library = _library()
     assert library is not None
-    batch, (classes, dim) = out.shape[0], out.shape[-2:]
-    threads = batch * capsules * classes * dim * max(iterations, 1) // GRAIN
-    if threads > 1:
-        threads = min(threads, torch.get_num_threads())
-    x = x.contiguous()
-    bits = None if bits is None else bits.contiguous()
-    scale = None if scale is None else scale.contiguous()
-    failed = library.xnor_run(
-        x.data_ptr(),
-        None if bits is None else bits.data_ptr(),
-        None if scale is None else scale.data_ptr(),
+    batch = out.shape[0]
+    work = batch * capsules * classes * dim * (iterations or PRODUCTS_PER_PREDICTION)
+    threads = max(1, min(int(work / GRAIN), torch.get_num_threads()))
+    tensors = [None if t is None else t.contiguous() for t in (x, bits, scale)]
+    failed = library.xnor_compute(
+        KINDS.index(kind),
+        *[None if t is None else t.data_ptr() for t in tensors],
         out.data_ptr(),
-        batch, capsules, in_dim, classes, dim, iterations, _may_use_simd(), max(threads, 1))
+        batch, capsules, in_dim, classes, dim, iterations, xnor_paths().index(xnor_backend()) - 1, threads)
     if failed:
         raise MemoryError('No memory for the routing of packed capsules; use a smaller batch.')
     return out
