@@ -39,10 +39,11 @@ OPTIONS = PublishOptions('', licence='mit')
 
 @pytest.fixture(scope='module')
 def clone(trained, tmp_path_factory):
-    """A source tree with the digits run installed as `spinalcnn_a1.digits`."""
+    """A source tree with the digits run installed as `spinalcnn_a1.digits`, and nothing else."""
     root = tmp_path_factory.mktemp('clone')
     shutil.copy(ROOT / 'pyproject.toml', root)
-    shutil.copytree(ROOT / 'timm_spinal', root / 'timm_spinal', ignore=shutil.ignore_patterns('__pycache__'))
+    left_out = shutil.ignore_patterns('__pycache__', '*.safetensors', '*.json')
+    shutil.copytree(ROOT / 'timm_spinal', root / 'timm_spinal', ignore=left_out)
     assert install(open_run(trained), OPTIONS, 'digits', root) == 'spinalcnn_a1.digits'
     return root
 
@@ -167,6 +168,17 @@ def test_every_packaged_weight_has_a_card_and_every_card_its_weights():
 def test_sizes():
     sizes = [path.stat().st_size for path in FOLDER.glob('*.safetensors')]
     assert max(sizes, default=0) <= packaged.MOST_EACH and sum(sizes) <= packaged.MOST_TOGETHER
+
+
+def test_a_build_holds_weights_and_template(tmp_path):
+    pytest.importorskip('setuptools', minversion='77')
+    command = [sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', str(tmp_path), 'build_py', '--build-lib',
+               str(tmp_path / 'lib')]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    built = {path.name: path.read_bytes() for path in (tmp_path / 'lib' / 'timm_spinal' / 'weights').iterdir()}
+    assert built == {path.name: path.read_bytes() for path in FOLDER.iterdir()}
+    assert (tmp_path / 'lib' / 'timm_spinal' / 'hub' / 'card_template.md').is_file()
 
 
 @pytest.mark.parametrize('name', packaged_names())
