@@ -27,6 +27,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     'train': Verb('timm_spinal.train', 'run', 'train a model'),
+    'train-detection': Verb('timm_spinal.detection.train', 'run', 'train an object detector'),
     'validate': Verb('timm_spinal.validate', 'run', 'measure loss and accuracy of models'),
     'pack': Verb('timm_spinal.pack', 'run', 'an XnODR or XnIDR model in its form for inference'),
     'env': Verb('timm_spinal.env', 'run', 'versions, and what computes with bits'),

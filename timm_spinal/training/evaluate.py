@@ -1,7 +1,7 @@
 """Exact evaluation: every image counts once, whatever the number of processes."""
 import math
 import time
-from typing import Any
+from typing import Any, Callable
 
 import torch
 import torch.nn as nn
@@ -22,6 +22,7 @@ def evaluate(
         channels_last: bool = False,
         description: str = 'evaluate',
         multi_label: bool = False,
+        keep: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
 ) -> dict[str, Any]:
     """Loss and accuracy of a model over a loader.
 
@@ -37,6 +38,7 @@ def evaluate(
         channels_last: Give the images in that memory format.
         description: Title of the progress bar.
         multi_label: Images have two classes, and targets are memberships.
+        keep: Is given the logits and targets that count, batch by batch, in every process.
 
     Returns:
         ``loss`` in nats, ``top1`` and ``top5`` in percent (or what `PairEvaluator` measures), ``images`` counted,
@@ -64,6 +66,8 @@ def evaluate(
         readable = target >= 0 if target.ndim == 1 else (target >= 0).all(-1)
         output, target = output[readable], target[readable]
         evaluator.update(output, target)
+        if keep is not None:
+            keep(output, target)
         nonfinite += (~output.isfinite().all(dim=-1)).sum()
     if evaluator.num_samples == 0:
         raise UserError('evaluation: no readable image in the evaluation split; check --data-dir and --val-split')

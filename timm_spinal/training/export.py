@@ -31,10 +31,15 @@ def export_model(
     Raises:
         UserError: The disk is full; the files that were there are kept.
     """
-    tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-               for name, value in state_dict.items()}
     model_config = dict(label_names=class_names) if class_names else {}
-    # readers other than timm look for the format entry
-    write_atomically(folder / WEIGHTS, lambda p: save_file(tensors, p, metadata={'format': 'pt'}))
+    write_weights(folder, state_dict)
     write_atomically(folder / CONFIG, lambda p: save_config_for_hf(
         model, str(p), model_config=model_config, data_config=data_config))
+
+
+def write_weights(folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
+    """Write ``model.safetensors``; every key is written, also where tensors share memory."""
+    tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+               for name, value in state_dict.items()}
+    # readers other than timm look for the format entry
+    write_atomically(folder / WEIGHTS, lambda p: save_file(tensors, p, metadata={'format': 'pt'}))

@@ -98,7 +98,8 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 
 def accuracy_text(metrics: dict[str, Any], digits: int = 2) -> str:
     """The accuracies among some metrics, for people."""
-    return ', '.join(f'{title} {metrics[name]:.{digits}f} %' for name, title in TITLES.items() if name in metrics)
+    return ', '.join(f'{title} {metrics[name]:.{digits}f} %' for name, title in TITLES.items()
+                     if metrics.get(name) is not None)
 
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:

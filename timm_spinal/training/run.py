@@ -10,6 +10,7 @@ from timm.layers import convert_sync_batchnorm
 from timm.models import safe_model_name
 from torch.utils.data import DataLoader
 
+from .agree import agree
 from .config import TrainConfig
 from .data import Datasets, TrainData, create_data, create_datasets
 from .distill import check_distillation, prepare_teacher
@@ -20,6 +21,7 @@ from .metrics import accuracies, choosing_metric
 from .model import check_batch_of_one, check_model_name, create_model
 from .objective import build_penalties, build_task
 from .outcome import export_best, finish, write_reports
+from .predictions import Predictions
 from .signs import signs_of
 from .start import assemble, begin, carry_out, folder_and_checkpoint, make_accelerator
 
@@ -93,7 +95,12 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
     penalties = build_penalties(config, model)
 
     def measure(model: nn.Module, loader: DataLoader, name: str) -> dict[str, Any]:
-        return evaluate(accelerator, model, loader, config.channels_last, name, datasets.multi_label)
+        kept = Predictions() if name == 'test' and not datasets.multi_label else None
+        found = evaluate(
+            accelerator, model, loader, config.channels_last, name, datasets.multi_label, kept and kept.add)
+        if kept is not None:
+            agree(accelerator, lambda: kept.write(folder))
+        return found
 
     run = assemble(
         config, accelerator, folder, task, data, metric=metric,

@@ -1,0 +1,152 @@
+"""From a folder to loaders of images and boxes.
+
+Order and flips depend on (seed, epoch, position) only, as those of every training here; see `training.sampling`.
+"""
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.transforms.functional import to_tensor
+
+from timm_spinal.errors import UserError
+from timm_spinal.training.data import TrainData, create_loader
+from timm_spinal.training.dataset import UnreadableImage
+from timm_spinal.training.sampling import EvalSampler, TrainSampler
+from timm_spinal.training.torch_sources import EVAL_NAMES, TRAIN_NAMES
+
+from .annotations import Annotated, DetectionSet
+from .coco_folder import find_annotations, read_coco
+from .options import DetectionConfig
+from .voc_folder import find_list, is_voc, read_voc
+
+FORMATS: dict[str, tuple[Callable[[Path, str], Path | None], Callable[..., DetectionSet]]] = {
+    'coco': (find_annotations, read_coco),
+    'voc': (find_list, read_voc),
+}
+
+
+class DetectionData(Dataset):
+    """``data[index, seed]`` is an RGB image (3, H, W) in [0, 1] and its target, as torchvision's detectors take them.
+
+    A target has ``boxes`` (N, 4), ``labels`` (N,) and ``image_id``, the place of the image; crowds are left out.
+
+    Args:
+        images: The images of a split.
+        hflip: Probability of a horizontal flip, drawn from the seed; none where that is None.
+
+    Raises:
+        UnreadableImage: An image cannot be decoded, or has not the size that its annotations say.
+    """
+
+    def __init__(self, images: list[Annotated], hflip: float = 0.):
+        self.images = images
+        self.hflip = hflip
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: tuple[int, int | None]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        index, seed = item
+        record = self.images[index]
+        image = to_tensor(_read(record))
+        single = ~record.crowd
+        boxes = torch.from_numpy(record.boxes[single])
+        if seed is not None and random.Random(seed).random() < self.hflip:
+            image = image.flip(-1)
+            boxes[:, [0, 2]] = record.width - boxes[:, [2, 0]]
+        labels = torch.from_numpy(record.labels[single])
+        return image, dict(boxes=boxes, labels=labels, image_id=torch.tensor(index))
+
+    @staticmethod
+    def collate(samples: list[tuple]) -> tuple[list, list]:
+        """Lists of images and targets: images have different sizes."""
+        images, targets = zip(*samples)
+        return list(images), list(targets)
+
+
+def _read(record: Annotated) -> Image.Image:
+    try:
+        with Image.open(record.file) as image:
+            rgb = image.convert('RGB')
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        reason = ' '.join(str(e).split()) or type(e).__name__
+        raise UnreadableImage(f'image {record.file} cannot be read ({reason}); mend or remove it') from e
+    if rgb.size != (record.width, record.height):
+        raise UnreadableImage(f'image {record.file} is {rgb.width}x{rgb.height}, and its annotations are of '
+                              f'{record.width}x{record.height}; mend one of them')
+    return rgb
+
+
+def open_splits(config: DetectionConfig) -> dict[str, DetectionSet]:
+    """The splits ``train``, ``eval`` and, when asked for, ``test`` of a folder.
+
+    Raises:
+        UserError: No such folder or split, or annotations that cannot be used; see `annotations`.
+    """
+    root = Path(config.data_dir)
+    if not config.data_dir:
+        raise UserError('no data: give a folder in the format of COCO or Pascal VOC with --data-dir')
+    if not root.is_dir():
+        raise UserError(f'data folder {root}: does not exist; check --data-dir')
+    kind = config.data_format or ('voc' if is_voc(root) else 'coco')
+    train = _open(kind, root, config.train_split)
+    if not config.keep_empty:
+        train = replace(train, images=[image for image in train.images if not image.crowd.all()])
+    if not train.images:
+        raise UserError(f'{train.name}: no image has a box; check the annotations')
+    splits = dict(train=train, eval=_open(kind, root, config.val_split, train.class_names))
+    if config.test_split:
+        splits['test'] = _open(kind, root, config.test_split, train.class_names)
+    for split in (config.val_split, config.test_split):
+        name = 'eval' if split == config.val_split else 'test'
+        if split and not any(len(image.boxes) > image.crowd.sum() for image in splits[name].images):
+            raise UserError(f'{splits[name].name}: has no box to be found; check the annotations')
+    return splits
+
+
+def _open(kind: str, root: Path, split: str, class_names: list[str] | None = None) -> DetectionSet:
+    find, read = FORMATS[kind]
+    group = next((g for g in (TRAIN_NAMES, EVAL_NAMES) if split in g), ())
+    for name in dict.fromkeys((split, *group)):
+        if find(root, name) is not None:
+            return read(root, name, class_names)
+    layout = dict(coco='annotations/instances_{0}.json, annotations/{0}.json or {0}/_annotations.coco.json',
+                  voc='ImageSets/Main/{0}.txt')[kind].format(split)
+    raise UserError(f'data folder {root}: no split {split!r} ({layout}); check --data-dir and the name of the split')
+
+
+def create_data(config: DetectionConfig, splits: dict[str, DetectionSet], num_processes: int) -> TrainData:
+    """Loaders of the splits.
+
+    Raises:
+        UserError: A batch size that leaves no full batch.
+    """
+    train, eval_set, test = splits['train'], splits['eval'], splits.get('test')
+    train_data = DetectionData(train.images, config.hflip)
+    sampler = TrainSampler(len(train_data), config.seed, epoch_repeats=config.epoch_repeats)
+    if len(sampler) < config.batch_size * num_processes:
+        raise UserError(f'--batch-size {config.batch_size}: an epoch has {len(sampler)} images, not one full batch for '
+                        f'each of {num_processes} processes; use --batch-size {max(1, len(sampler) // num_processes)} '
+                        'or less')
+    return TrainData(
+        train_loader=create_loader(config, train_data, sampler, config.batch_size, drop_last=True),
+        eval_loader=_eval_loader(config, eval_set),
+        test_loader=_eval_loader(config, test) if test else None,
+        mixup=None,
+        num_classes=len(train.class_names) + 1,
+        class_names=train.class_names,
+        data_config={},
+        train_size=len(train.images),
+        eval_size=len(eval_set.images),
+        test_size=len(test.images) if test else 0,
+    )
+
+
+def _eval_loader(config: DetectionConfig, split: DetectionSet) -> Any:
+    dataset = DetectionData(split.images)
+    return create_loader(
+        config, dataset, EvalSampler(len(dataset)), config.validation_batch_size or config.batch_size)
