@@ -10,25 +10,23 @@ of values and gradients, relative to the largest value.
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import List, Optional, Tuple
 
 import torch
 
 from ..errors import UserError
 from ..layers import dynamic_routing
+from .memory import process_memory
 from .timing import machine_load, paired_times
 
 LAYERS = {'caps': (False, False), 'xnodr': (True, False), 'xnidr': (False, True)}
 MODES = ('whole', 'lean')
 ITERATIONS, IN_DIM, CLASS_DIM = 3, 8, 16
-MIB = 2 ** 20
 
 
 @dataclass(frozen=True)
@@ -57,28 +55,18 @@ def _step(case: Case, x: torch.Tensor, weight: torch.Tensor, memory: str) -> tor
     return v.detach()
 
 
-def _memory(key: str) -> float:
-    """VmRSS or VmHWM of this process in MiB; where there is no /proc, the peak stands for both."""
-    status = Path('/proc/self/status')
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith(key))
-        return int(line.split()[1]) * 1024 / MIB
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / MIB if sys.platform == 'darwin' else peak * 1024 / MIB
-
-
 def peak_memory(case: Case, memory: str, threads: int = 1) -> Tuple[float, float]:
     """MiB above inputs and weights, of inference and of a training step; to be called in a process of its own."""
     torch.set_num_threads(threads)
     small = Case(case.layer, 1, 2, 3)
     _step(small, *small.inputs(), memory)  # what torch allocates once
     x, weight = case.inputs()
-    before = _memory('VmRSS')
+    before = process_memory('VmRSS')
     with torch.no_grad():
         case.route(x, weight, memory)
-    inference = _memory('VmHWM') - before
+    inference = process_memory('VmHWM') - before
     _step(case, x, weight, memory)
-    return max(inference, 0.), max(_memory('VmHWM') - before, 0.)
+    return max(inference, 0.), max(process_memory('VmHWM') - before, 0.)
 
 
 def largest_difference(case: Case) -> float:
