@@ -134,10 +134,19 @@ def _split(z: torch.Tensor, groups: int) -> torch.Tensor:
     return z.unflatten(1, (groups, -1))
 
 
-def _by_group(z: torch.Tensor, s: torch.Tensor, w: torch.Tensor, groups: int, *biases: Optional[torch.Tensor]) -> Any:
+def _by_group(
+        z: torch.Tensor,
+        s: torch.Tensor,
+        w: torch.Tensor,
+        groups: int,
+        b1: Optional[torch.Tensor],
+        b2: Optional[torch.Tensor],
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
     """The arguments of :func:`_collide_`."""
-    channels = [b if b is None else b.view(1, groups, -1, 1, 1) for b in (w, *biases)]
-    return _split(z, groups), s.unsqueeze(2), *channels
+    shape = (1, groups, -1, 1, 1)
+    return (
+        _split(z, groups), s.unsqueeze(2), w.view(shape), b1 if b1 is None else b1.view(shape),
+        b2 if b2 is None else b2.view(shape))
 
 
 def collide(
