@@ -44,6 +44,7 @@ VERBS = {
     'bench features': Verb('timm_spinal.bench.features', 'main', 'speed of compare on a frozen backbone'),
     'bench heads': Verb('timm_spinal.bench.heads', 'main', 'speed of models with and without a head'),
     'bench basis': Verb('timm_spinal.bench.basis', 'main', 'speed and size of shared filter bases'),
+    'bench ic': Verb('timm_spinal.bench.ic', 'main', 'speed and memory of models with inter-layer collision'),
     'bench routing': Verb('timm_spinal.bench.routing', 'main', 'memory and speed of capsule routing, whole and lean'),
     'bench xnor': Verb('timm_spinal.bench.xnor', 'main', 'speed of packed capsule layers against float ones'),
 }

@@ -21,11 +21,15 @@ from ._ensure_registered import ensure_registered as ensure_registered
 from ._packaged import packaged_names
 from .attach_head import attach_head as attach_head
 from .convert_ic import convert_to_ic as convert_to_ic
+from .fold_batchnorm import fold_batchnorm as fold_batchnorm
 from .head_variants import register_head_variant as register_head_variant
+from .ic_active_share import ic_active_share as ic_active_share
 from .ic_variants import register_ic_variant as register_ic_variant
+from .ic_warm_start import ic_warm_start as ic_warm_start
 from .merge_bases import fold_bases as fold_bases
 from .merge_bases import merge_bases as merge_bases
 from .pack import pack_xnodr as pack_xnodr
+from .recalibrate_bn import recalibrate_bn as recalibrate_bn
 
 # timm's registry knows a model by the last part of the module that defines it
 _MODULES = [
