@@ -9,6 +9,8 @@ from timm_spinal.bench.heads import count_macs
 from timm_spinal.layers import SharedBasisConv2d, SharedStage
 from timm_spinal.models.cifar_resnet import SmallResNet
 
+from .official_bases import official_resnet34
+
 # Spec shared_basis 4.2: parameters and MACs in millions, which the spec gives with the norms
 NAMED = {
     'resnet32_sb_s8u1_cifar': (150_666, 47.6),
@@ -26,6 +28,20 @@ ABLATIONS = [
 ]
 
 
+# Spec shared_basis 4.3, with GMACs
+CIFAR100 = [
+    ('resnet18_cifar100', {}, 11_220_132, 0.555),
+    ('resnet34_cifar100', {}, 21_328_292, 1.159),
+    ('resnet34_sb_s8u1_cifar100', {}, 5_865_428, 0.395),
+    ('resnet34_sb_s16u1_cifar100', {}, 6_485_844, 0.521),
+    ('resnet34_sb_s32u1_cifar100', {}, 7_726_676, 0.773),
+    ('resnet34_sb_s16u1_cifar100', dict(sb_unique=0), 6_201_508, 0.505),
+    ('resnet34_sb_s32u1_cifar100', dict(sb_unique=0), 7_442_340, 0.757),
+    ('resnet34_sb_s16u1_cifar100', dict(sb_rank=0, sb_unique=16), 9_510_052, 0.505),
+    ('resnet34_sb_s32u1_cifar100', dict(sb_rank=0, sb_unique=32), 14_059_428, 0.757),
+]
+
+
 def count(name, **options):
     return sum(p.numel() for p in timm.create_model(name, device='meta', **options).parameters())
 
@@ -36,6 +52,45 @@ def test_parameters_and_macs(name):
     assert count(name) == parameters
     model = timm.create_model(name, device='meta').eval()
     assert count_macs(model, torch.empty(1, 3, 32, 32, device='meta')) / 1e6 == pytest.approx(macs, abs=0.06)
+
+
+@pytest.mark.parametrize('name, options, expected, gmacs', CIFAR100)
+def test_cifar100(name, options, expected, gmacs):
+    model = timm.create_model(name, device='meta', **options).eval()
+    assert sum(p.numel() for p in model.parameters()) == expected and model.num_classes == 100
+    macs = count_macs(model, torch.empty(1, 3, 32, 32, device='meta'))
+    assert macs / 1e9 == pytest.approx(gmacs, abs=1e-3)
+
+
+def test_cifar100_keeps_the_size_in_its_stem():
+    model = timm.create_model('resnet34_sb_s8u1_cifar100', layers=(2, 2, 2, 2), features_only=True).eval()
+    assert [tuple(f.shape[1:]) for f in model(torch.randn(1, 3, 32, 32))] == [
+        (64, 32, 32), (64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
+    assert model.feature_info.reduction() == [1, 1, 2, 4, 8]
+
+
+def test_cifar100_penalty_counts_the_shared_filters_alone_and_merges():
+    torch.manual_seed(0)
+    model = timm.create_model('resnet34_sb_s8u1_cifar100').eval()
+    assert model.orthogonality_loss().item() < 1e-12
+    plain = timm_spinal.merge_bases(model)
+    again = timm.create_model('resnet34_cifar100').eval()
+    again.load_state_dict(plain.state_dict())
+    assert type(plain) is type(again) and plain.pretrained_cfg['architecture'] == 'resnet34_cifar100'
+    images = torch.randn(2, 3, 32, 32)
+    logits = model(images)
+    assert (again(images) - logits).abs().max() / logits.abs().max() < 1e-5
+
+
+def test_cifar100_official_checkpoints_load(tmp_path):
+    """The names are those of the ImageNet net; the paper's stem is a 3x3 convolution."""
+    state = official_resnet34(s=8, u=1, double=False, classes=100)
+    state['module.conv1.weight'] = torch.randn(64, 3, 3, 3)
+    torch.save(state, tmp_path / 'official.pth')
+    model = timm.create_model(
+        'resnet34_sb_s8u1_cifar100', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'official.pth')))
+    assert torch.equal(model.conv1.weight, state['module.conv1.weight'])
+    assert torch.equal(model.layer4.basis, state['module.shared_basis_4.weight'])
 
 
 @pytest.mark.parametrize('name, options, expected', ABLATIONS)

@@ -6,6 +6,7 @@ import timm
 
 from . import (
     capsule_net,
+    cifar100_resnet,
     cifar_resnet,
     head_variants,
     ic_variants,
@@ -35,8 +36,8 @@ from .recalibrate_bn import recalibrate_bn as recalibrate_bn
 _MODULES = [
     module.__name__.rpartition('.')[2]
     for module in (
-        capsule_net, cifar_resnet, head_variants, ic_variants, shared_basis_cifar, shared_basis_mobilenet,
-        shared_basis_resnet, spinal_cifar, spinal_cnn, spinal_mlp, spinal_vgg5,
+        capsule_net, cifar100_resnet, cifar_resnet, head_variants, ic_variants, shared_basis_cifar,
+        shared_basis_mobilenet, shared_basis_resnet, spinal_cifar, spinal_cnn, spinal_mlp, spinal_vgg5,
     )
 ]
 

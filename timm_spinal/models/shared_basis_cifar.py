@@ -1,25 +1,28 @@
-"""He's ResNets of 32-pixel images whose stages share filter bases, as in the paper on CIFAR-10.
+"""ResNets of 32-pixel images whose stages share filter bases, as in the paper on CIFAR-10 and CIFAR-100.
 
 Paper: "Deeply Shared Filter Bases for Parameter-Efficient Convolutional Neural Networks", Kang and Kim, NeurIPS 2021,
-https://arxiv.org/abs/2006.05066 (spec shared_basis 1.7, 4.2). Parameter counts are those of the paper's code.
+https://arxiv.org/abs/2006.05066 (spec shared_basis 1.7, 4.2, 4.3). Parameter counts are those of the paper's code.
 
-S{s}U{u} counts the filters at width 16, they grow with the width; the suffix d, the paper's asterisk, means two bases
-per stage. Here alone the paper's orthogonality penalty counts the unique filters too (spec 2.1).
+S{s}U{u} counts the filters of the first stage, they grow with the width; the suffix d, the paper's asterisk, means two
+bases per stage. He's nets of 16 channels are for CIFAR-10, and there alone the paper's orthogonality penalty counts the
+unique filters too (spec 2.1); ResNet34 of 64 channels is for CIFAR-100.
 """
 
 import re
 from typing import Any, Dict
 
 import torch
-from timm.models import register_model
+from timm.models import build_model_with_cfg, register_model
 
 from ._packaged import generate_default_cfgs
 from ._shared_blocks import share_basic_stages
 from ._shared_model import SHARED_BASIS_PAPER, SharedBasisModel, checkpoint_filter_fn
 from ._small_net import CIFAR_MEAN, CIFAR_STD, build_small_net, small_net_cfg
+from .cifar100_resnet import Cifar100ResNet, cifar100_cfg, use_small_stem
 from .cifar_resnet import SmallResNet
+from .shared_basis_resnet import SharedBasisResNet
 
-__all__ = ['SharedBasisSmallResNet']
+__all__ = ['SharedBasisCifar100ResNet', 'SharedBasisSmallResNet']
 
 STAGES = ('stages.1', 'stages.2', 'stages.3')
 
@@ -73,6 +76,16 @@ class SharedBasisSmallResNet(SharedBasisModel, SmallResNet):
         self.init_shared()
 
 
+class SharedBasisCifar100ResNet(SharedBasisResNet):
+    """SharedBasisResNet with the small stem of :class:`Cifar100ResNet`; the same options."""
+
+    plain_cls = Cifar100ResNet
+
+    def __init__(self, layers: Any, **kwargs: Any):
+        super().__init__(layers, **kwargs)
+        use_small_stem(self)
+
+
 def small_checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: Any) -> Dict[str, Any]:
     """Names of the paper's CIFAR-10 code to ours; a state dict of our own stays as it is."""
     converted = {}
@@ -87,6 +100,11 @@ def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> SharedBasi
     return build_small_net(
         SharedBasisSmallResNet, variant, pretrained, num_stages=4, pretrained_filter_fn=small_checkpoint_filter_fn,
         **kwargs)
+
+
+def _create_cifar100(variant: str, pretrained: bool = False, **kwargs: Any) -> SharedBasisCifar100ResNet:
+    return build_model_with_cfg(
+        SharedBasisCifar100ResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 def _cfg() -> Dict[str, Any]:
@@ -107,6 +125,9 @@ default_cfgs = generate_default_cfgs({
     'resnet56_sb_s8u1_cifar': _cfg(),
     'resnet56_sb_s16u1_cifar': _cfg(),
     'resnet56_sb_s16u1d_cifar': _cfg(),
+    'resnet34_sb_s8u1_cifar100': cifar100_cfg(**SHARED_BASIS_PAPER),
+    'resnet34_sb_s16u1_cifar100': cifar100_cfg(**SHARED_BASIS_PAPER),
+    'resnet34_sb_s32u1_cifar100': cifar100_cfg(**SHARED_BASIS_PAPER),
 })
 
 
@@ -150,3 +171,24 @@ def resnet56_sb_s16u1d_cifar(pretrained: bool = False, **kwargs: Any) -> SharedB
     """ResNet56-S16U1*; 319,226 parameters."""
     model_args = dict(depth=9, sb_rank=16, sb_double=True)
     return _create('resnet56_sb_s16u1d_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def resnet34_sb_s8u1_cifar100(pretrained: bool = False, **kwargs: Any) -> SharedBasisCifar100ResNet:
+    """ResNet34-S8U1; 5,865,428 parameters."""
+    model_args = dict(layers=(3, 4, 6, 3), sb_rank=8)
+    return _create_cifar100('resnet34_sb_s8u1_cifar100', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def resnet34_sb_s16u1_cifar100(pretrained: bool = False, **kwargs: Any) -> SharedBasisCifar100ResNet:
+    """ResNet34-S16U1; 6,485,844 parameters."""
+    model_args = dict(layers=(3, 4, 6, 3), sb_rank=16)
+    return _create_cifar100('resnet34_sb_s16u1_cifar100', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def resnet34_sb_s32u1_cifar100(pretrained: bool = False, **kwargs: Any) -> SharedBasisCifar100ResNet:
+    """ResNet34-S32U1; 7,726,676 parameters."""
+    model_args = dict(layers=(3, 4, 6, 3), sb_rank=32)
+    return _create_cifar100('resnet34_sb_s32u1_cifar100', pretrained, **dict(model_args, **kwargs))

@@ -43,7 +43,7 @@ class SharedBasisResNet(SharedBasisModel, ResNet):
         ValueError: If there are no filters, more than the width allows, or stages that do not exist.
     """
 
-    plain_cls = ResNet
+    plain_cls: Type[ResNet] = ResNet
 
     def __init__(
             self,
