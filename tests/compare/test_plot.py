@@ -67,8 +67,19 @@ def test_seeds_of_a_comparison(tmp_path, capsys):
 def test_average_counts_where_it_is_better_and_epochs_without_evaluation_are_passed_over(tmp_path):
     run = write_run(tmp_path / 'a', [None, 50., None, 60.], ema_top1=[None, 55., None, 58.])
     course, = read_curves([run])['a']
-    assert course.epochs.tolist() == [2, 4] and course.top1.tolist() == [55., 60.]
+    assert course.epochs.tolist() == [2, 4] and course.accuracy.tolist() == [55., 60.]
     assert course.reaches(54.) == (2., 20.) and course.reaches(55.5) == (4., 40.) and course.reaches(61.) is None
+
+
+def test_images_with_two_classes_count_as_exact_pairs(tmp_path, capsys):
+    pairs = write_run(tmp_path / 'pairs', [None, None], eval_exact=[60., 80.], eval_digit=[80., 90.], seconds=[9., 18.])
+    (pairs / 'result.json').write_text(json.dumps(dict(test_exact=79., test_digit=89.)))
+    assert main([str(pairs), '--to-accuracy', '70', '--output', str(tmp_path / 'p.png')]) == 0
+    head, _, row = cells(capsys.readouterr().out)
+    assert head[2:4] == ['best exact pairs', 'test exact pairs'] and row[2:] == ['80.00', '79.00', '2.0', '18.0']
+    single = write_run(tmp_path / 'single', [50.])
+    with pytest.raises(UserError, match='pairs has exact pairs and single has top-1; plot them apart'):
+        read_curves([pairs, single])
 
 
 def test_runs_of_older_versions_have_no_seconds(tmp_path, capsys):

@@ -5,7 +5,8 @@
 
 A RUN is the folder of a run, one curve; a folder of seed-* runs, one curve with a band from the lowest to the highest;
 or the folder of a comparison of whole trainings, a curve for each variant. Accuracy is top-1 on the validation data in
-percent, of the better one of model and moving average; time is that of training and evaluation.
+percent (exact pairs where images have two classes), of the better one of model and moving average; time is that of
+training and evaluation.
 """
 import argparse
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.files import read_json
+from timm_spinal.training.metrics import MAIN, TITLES, main_accuracy
 from timm_spinal.training.report import new_figure, save_figure
 
 from .runs import RESULT, SUMMARY, read_comparison, read_history, run_folder
@@ -25,15 +27,16 @@ NONE = '-'
 
 @dataclass
 class Course:
-    """One run: evaluated epochs counted from 1, seconds up to their end (nan where not known), top-1 in percent."""
+    """One run: evaluated epochs counted from 1, seconds up to their end (nan where not known), accuracy in percent."""
     epochs: np.ndarray
     seconds: np.ndarray
-    top1: np.ndarray
-    test_top1: float | None
+    accuracy: np.ndarray
+    test_accuracy: float | None
+    metric: str
 
     def reaches(self, accuracy: float) -> tuple[float, float] | None:
         """Epoch and seconds of the first evaluation with at least this accuracy; None where there is none."""
-        found = np.flatnonzero(self.top1 >= accuracy)
+        found = np.flatnonzero(self.accuracy >= accuracy)
         return (float(self.epochs[found[0]]), float(self.seconds[found[0]])) if len(found) else None
 
 
@@ -51,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser(prog='timm-spinal plot', description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument('runs', nargs='+', metavar='RUN', help='folder of a run, of seed-* runs or of a comparison')
     parser.add_argument('--to-accuracy', type=float, action='append', metavar='A',
-                        help='top-1 in percent, several times if need be; not given: the mean best of the first curve')
+                        help='accuracy in percent, can be repeated; not given: the mean best of the first curve')
     parser.add_argument('--output', default='plot.png', metavar='PNG', help='the picture (default: plot.png)')
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     args = parser.parse_args(argv)
@@ -72,7 +75,8 @@ def read_curves(folders: Sequence[Path]) -> dict[str, list[Course]]:
     """The runs of some folders, by the name of their curve.
 
     Raises:
-        UserError: A folder that holds no run, a run without evaluation, or the same folder twice.
+        UserError: A folder that holds no run, a run without evaluation, the same folder twice, or accuracies of two
+            kinds.
     """
     found: dict[str, list[Path]] = {}
     for folder in folders:
@@ -82,7 +86,12 @@ def read_curves(folders: Sequence[Path]) -> dict[str, list[Course]]:
                     raise UserError(f'{folder}: is given twice; leave it out')
                 name = f'{runs[0].absolute().parent.name}/{name}'
             found[name] = runs
-    return {name: [read_course(run) for run in runs] for name, runs in found.items()}
+    curves = {name: [read_course(run) for run in runs] for name, runs in found.items()}
+    kinds = {c.metric: name for name, courses in curves.items() for c in courses}
+    if len(kinds) > 1:
+        (a, one), (b, other) = list(kinds.items())[:2]
+        raise UserError(f'{one} has {TITLES[a]} and {other} has {TITLES[b]}; plot them apart')
+    return curves
 
 
 def _runs_in(folder: Path) -> dict[str, list[Path]]:
@@ -107,24 +116,28 @@ def read_course(folder: Path) -> Course:
     Raises:
         UserError: No epoch was evaluated, or a file is damaged.
     """
-    rows = [row for row in read_history(folder) if 'eval_top1' in row]
+    history = read_history(folder)
+    metric = main_accuracy((column for row in history for column in row), 'eval_')
+    rows = [row for row in history if f'eval_{metric}' in row]
     if not rows:
         raise UserError(f'{folder}: no epoch was evaluated yet; leave it out')
     return Course(
         np.array([row['epoch'] + 1 for row in rows]),
         np.array([row.get('seconds', np.nan) for row in rows]),
-        np.array([max(row['eval_top1'], row.get('ema_top1', 0.)) for row in rows]),
-        (read_json(folder / RESULT) or {}).get('test_top1'),
+        np.array([max(row[f'eval_{metric}'], row.get(f'ema_{metric}', 0.)) for row in rows]),
+        (read_json(folder / RESULT) or {}).get(f'test_{metric}'),
+        metric,
     )
 
 
 def table(curves: dict[str, list[Course]], accuracies: Sequence[float]) -> str:
     """A table in Markdown: mean and standard deviation over runs; epochs and seconds over those that got there."""
-    head = ['run', 'n', 'best top-1', 'test top-1']
+    title = _title(curves)
+    head = ['run', 'n', f'best {title}', f'test {title}']
     head += [f'{what} to {accuracy:.2f} %' for accuracy in accuracies for what in ('epochs', 'seconds')]
     lines = [head, ['---'] * len(head)]
     for name, courses in curves.items():
-        tests = [c.test_top1 for c in courses if c.test_top1 is not None]
+        tests = [c.test_accuracy for c in courses if c.test_accuracy is not None]
         cells = [name, str(len(courses)), _spread(_best(courses), 2), _spread(tests, 2)]
         for accuracy in accuracies:
             reached = [found for c in courses if (found := c.reaches(accuracy))]
@@ -134,8 +147,12 @@ def table(curves: dict[str, list[Course]], accuracies: Sequence[float]) -> str:
     return '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
 
 
+def _title(curves: dict[str, list[Course]]) -> str:
+    return TITLES[next((c.metric for courses in curves.values() for c in courses), MAIN[0])]
+
+
 def _best(courses: list[Course]) -> np.ndarray:
-    return np.array([c.top1.max() for c in courses])
+    return np.array([c.accuracy.max() for c in courses])
 
 
 def _spread(values: Sequence[float] | np.ndarray, digits: int) -> str:
@@ -146,18 +163,18 @@ def _spread(values: Sequence[float] | np.ndarray, digits: int) -> str:
 
 
 def draw(path: Path, curves: dict[str, list[Course]], accuracies: Sequence[float]) -> None:
-    """Top-1 over epochs and over seconds: the mean of each curve's runs, and a band from lowest to highest."""
+    """Accuracy over epochs and over seconds: the mean of each curve's runs, and a band from lowest to highest."""
     figure = new_figure(12, 4.5)
     for axes, label in zip(figure.subplots(1, 2, sharey=True), ('epochs', 'seconds')):
         for i, (name, courses) in enumerate(curves.items()):
-            length = min(len(c.top1) for c in courses)
+            length = min(len(c.accuracy) for c in courses)
             x = np.mean([getattr(c, label)[:length] for c in courses], axis=0)
-            y = np.array([c.top1[:length] for c in courses])
+            y = np.array([c.accuracy[:length] for c in courses])
             axes.plot(x, y.mean(0), marker='.', color=f'C{i % 10}', label=name)
             axes.fill_between(x, y.min(0), y.max(0), color=f'C{i % 10}', alpha=0.15, linewidth=0)
         for accuracy in accuracies:
             axes.axhline(accuracy, color='grey', linestyle='--', linewidth=1)
-        axes.set(xlabel=label, ylabel='validation top-1 (%)')
+        axes.set(xlabel=label, ylabel=f'validation {_title(curves)} (%)')
         axes.grid(alpha=0.3)
         axes.legend()
     save_figure(figure, path)
