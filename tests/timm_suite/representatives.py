@@ -26,6 +26,8 @@ SHARED = (
     'resnet18_sb_s32u1',
     'resnet50_sbpp',
     'mobilenetv2_100_sbpp',
+    'resnet32_sb_s16u1d_cifar',
+    'resnet34_sb_s8u1_cifar100',
 )
 
 
@@ -40,7 +42,7 @@ COLLIDING = (
 def representatives() -> List[str]:
     """Names: the tables above, and every small net."""
     left_out = {f'{backbone}_{head}' for backbone, head in VARIANTS}
-    left_out.update(name for name in timm_spinal.list_models('*_sb*') if not name.endswith('_cifar'))
+    left_out.update(timm_spinal.list_models('*_sb*'))
     left_out.update(name for name in timm_spinal.list_models('ic*') if not name.endswith('_cifar'))
     small_nets = [name for name in timm_spinal.list_models() if name not in left_out]
     return [*HEADED, *SHARED, *COLLIDING, *small_nets]
