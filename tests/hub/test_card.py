@@ -2,6 +2,7 @@
 import re
 import shutil
 import warnings
+from dataclasses import replace
 
 import pytest
 import timm
@@ -43,6 +44,12 @@ def test_metadata_is_what_the_run_gave(card, trained):
     assert values == {('validation', 'top-1 accuracy'): round(source.result['top1'] / 100, 6),
                       ('validation', 'top-5 accuracy'): round(source.result['top5'] / 100, 6)}
     assert check_card(card).eval_results == data.eval_results
+
+
+def test_data_set_by_another_name(trained):
+    text = card_of(open_run(trained), replace(OPTIONS, dataset_name='Digits (8 x 8)'))
+    assert {r.dataset_name for r in ModelCard(text).data.eval_results} == {'Digits (8 x 8)'}
+    assert 'trained on Digits (8 x 8) with' in text and '- Digits (8 x 8), validation' in text
 
 
 def test_text_names_cost_and_what_was_measured(card, trained):
@@ -119,9 +126,10 @@ def test_rows_of_other_seeds_and_controls(run, tmp_path):
         result = (folder / 'result.json').read_text()
         (folder / 'result.json').write_text(re.sub(r'"top1": [\d.]+', f'"top1": {top1}', result))
     source = open_run(run)
-    metric, rows = result_rows(source, (str(tmp_path / 'second'), str(tmp_path / 'contr*')))
+    metric, rows, recipe = result_rows(source, (str(tmp_path / 'second'), str(tmp_path / 'contr*')))
     first = source.result['top1']
-    assert metric == 'validation top-1' and [row.label for row in rows] == ['spinalcnn_a1', 'spinalcnn_plain']
+    assert (metric, recipe) == ('validation top-1', [])
+    assert [row.label for row in rows] == ['spinalcnn_a1', 'spinalcnn_plain']
     assert rows[0].values == {5: first, 6: 90.} and rows[0].mean == pytest.approx((first + 90) / 2)
     assert rows[0].spread == pytest.approx(abs(first - 90) / 2 ** 0.5) and rows[1].spread is None
     beside = (str(tmp_path / 'second'), str(tmp_path / 'control'))

@@ -60,7 +60,9 @@ def test_failure_leaves_the_repository_as_it_was(hub, run, method, path, capsys)
 def test_download_that_differs_is_told(hub, run, capsys):
     hub.fail('corrupt', 'GET', '/cdn/', times=9)
     assert send(run) == 2
-    assert 'came back from the Hub with other content' in capsys.readouterr().err
+    err = capsys.readouterr().err
+    commit = hub.store.repos[REPO].branches['main'][:8]
+    assert 'came back from the Hub with other content' in err and f'(the files are committed, as {commit})' in err
 
 
 def test_somebody_else_commits_meanwhile(hub, run, capsys):

@@ -115,8 +115,9 @@ def change(path, read, write, **values):
 
 def test_rows_of_a_comparison_are_its_variants(hub, comparison):
     mine = comparison / 'runs' / 'wld' / 'seed-1'
-    metric, rows = result_rows(open_run(mine), (str(comparison),))
-    assert metric == 'test top-1' and [row.published for row in rows] == [True, False, False]
+    metric, rows, recipe = result_rows(open_run(mine), (str(comparison),))
+    assert metric == 'test top-1' and recipe == ['kd_model_name']
+    assert [row.published for row in rows] == [True, False, False]
     assert [(row.label, row.values) for row in rows] == [
         ('wld', {1: 90., 0: 89.}), ('linear', {0: 69., 1: 71.}), ('spinal', {0: 79., 1: 83.})]
     assert send(mine, '--beside', str(comparison)) == 0
@@ -127,6 +128,18 @@ def test_rows_of_a_comparison_are_its_variants(hub, comparison):
     assert send(comparison / 'runs' / 'wld' / 'seed-0', '--beside', str(comparison)) == 0
     assert 'those of seed 0, number 2 of the 2' in files(hub)['README.md'].decode()
     assert str(comparison).encode() not in b''.join(files(hub).values()), 'no path of this machine'
+
+
+def test_runs_of_other_recipes(comparison):
+    """By their models where that tells them apart, and the card names what else is different."""
+    for i, options in enumerate((dict(lr=0.5), dict(model_kwargs=dict(head_width=10, head_layers=2), lr=0.5))):
+        change(comparison / 'runs' / 'spinal' / f'seed-{i}' / 'args.yaml', yaml.safe_load, yaml.safe_dump, **options)
+    first, second, third = (comparison / 'runs' / name for name in ('linear/seed-0', 'spinal/seed-1', 'spinal/seed-0'))
+    table = result_rows(open_run(first), (str(second),))
+    assert [row.label for row in table.rows] == ['spinalcnn_a1', 'spinalcnn_a1 head_layers=2 head_width=10']
+    assert table.recipe == ['lr']
+    table = result_rows(open_run(first), (str(third),))
+    assert [row.label for row in table.rows] == ['spinalcnn_a1, lr=0.004', 'spinalcnn_a1, lr=0.5']
 
 
 def test_runs_that_cannot_stand_beside_it(comparison, run):

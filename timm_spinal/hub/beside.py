@@ -15,6 +15,8 @@ from .recipe import shared_options
 from .scores import compared_metric
 from .source import Source, read_json
 
+OF_THE_MODEL = ('model', 'model_kwargs')
+
 
 @dataclass
 class Row:
@@ -50,44 +52,67 @@ class Row:
         return f'{self.mean:.2f}{spread}'
 
 
+class Table(NamedTuple):
+    """What stands in a card's table.
+
+    Attributes:
+        metric: What is compared, such as 'test top-1'.
+        rows: The published run's row first.
+        recipe: Options beside the model's in which the runs differ.
+    """
+    metric: str = ''
+    rows: list[Row] = []
+    recipe: list[str] = []
+
+
 class _Run(NamedTuple):
     settings: dict[str, Any]
     result: dict[str, Any]
     variant: str = ''  # its name in a comparison
 
 
-def result_rows(source: Source, beside: tuple[str, ...]) -> tuple[str, list[Row]]:
+def result_rows(source: Source, beside: tuple[str, ...]) -> Table:
     """The published run's results and those of others: the variants of a comparison, or what the runs differ in.
 
     Args:
         source: The published run.
         beside: Run folders, wildcards of them, or the folder of a comparison that holds the published run.
 
-    Returns:
-        What is compared, such as 'test top-1', and the rows, the published one first.
-
     Raises:
         UserError: A folder that is no finished run, or has other data or lacks the accuracy that is compared.
     """
     if source.args is None or not source.scores:
-        return '', []
+        return Table()
     metric = compared_metric(source.result)
     name = metric.removeprefix('test_')
     variant, others = _other_runs(source, beside)
     runs = [_Run(shared_options(source.args), source.result, variant), *others]
     names = differing([run.settings for run in runs])
     rows: dict[str, Row] = {}
-    for i, (settings, result, variant) in enumerate(runs):
+    for i, (key, (settings, result, _)) in enumerate(zip(_labels(runs, names), runs)):
         if result.get(metric) is None or _data(result) != _data(source.result):
             raise UserError(f'--beside: the run of {settings["model"]}, seed {settings["seed"]}, is of other data or '
                             f'has no {metric} as the published one has; leave it out')
-        key = variant or label(settings, names)
         row = rows.setdefault(key, Row(key, result['params']))
         row.published |= i == 0
         if row.values.setdefault(settings['seed'], result[metric]) != result[metric]:
             raise UserError(f'--beside: two runs of {key} have seed {settings["seed"]}; leave one out')
         row.choosing[settings['seed']] = result[name]
-    return f'{"test" if metric != name else "validation"} {TITLES[name]}', list(rows.values())
+    title = f'{"test" if metric != name else "validation"} {TITLES[name]}'
+    return Table(title, list(rows.values()), [name for name in names if name not in OF_THE_MODEL])
+
+
+def _labels(runs: list[_Run], names: list[str]) -> list[str]:
+    """What each run is called: its variant, else its model, with the recipe where models are the same."""
+    full = [run.variant or label(run.settings, names) for run in runs]
+    short = [run.variant or label(_plain(run.settings), ['model']) for run in runs]
+    return short if len(set(zip(short, full))) == len(set(short)) else full
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the model's options as part of its name."""
+    options = ' '.join(f'{k}={v}' for k, v in settings['model_kwargs'].items())
+    return dict(settings, model=f'{settings["model"]} {options}'.strip())
 
 
 def _data(result: dict[str, Any]) -> tuple[Any, ...]:

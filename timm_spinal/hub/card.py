@@ -9,7 +9,7 @@ from timm_spinal.training.losses import CAPSULE_LOSSES
 from timm_spinal.training.model import needs_registration
 from timm_spinal.training.report import accuracy_text
 
-from .beside import Row, result_rows, table
+from .beside import Row, Table, result_rows, table
 from .card_check import TASK
 from .cost import Cost
 from .licences import check_licence
@@ -38,21 +38,22 @@ def make_card(source: Source, options: PublishOptions, cost: Cost, name: str, lo
     """
     papers = papers_of(source.architecture, source.config['pretrained_cfg'].get('paper_ids'))
     classes = source.config['num_classes']
-    metric, rows = result_rows(source, options.beside)
+    beside = result_rows(source, options.beside)
+    data = options.dataset_name or dataset_name(source.args)
     card = ModelCard.from_template(
-        _metadata(source, options, papers, name),
+        _metadata(source, options, papers, name, data),
         template_path=str(TEMPLATE),
         name=name,
         load_name=load_name,
-        summary=_summary(source),
+        summary=_summary(source, data),
         awaits=options.card_only,
-        register=_register_line(source.architecture),
+        register='' if load_name == name else _register_line(source.architecture),  # packaged names are known
         mode='L' if cost.input_size[0] == 1 else 'RGB',
         topk=min(5, classes),
         details=_details(source, cost, papers),
-        results=_results(source, rows, metric),
+        results=_results(source, beside, data),
         recipe=_recipe(source, load_name.startswith('hf-hub:')),
-        limits=_limits(source, options, rows),
+        limits=_limits(source, options, beside.rows),
         citation='\n'.join(paper.bibtex for paper in (*papers, *_timm_if_used(source.architecture))),
     )
     return str(card).rstrip() + '\n'
@@ -68,10 +69,10 @@ def resolve_licence(source: Source, asked: str) -> str:
     return check_licence(asked or of_start)
 
 
-def _metadata(source: Source, options: PublishOptions, papers: list[Paper], name: str) -> ModelCardData:
+def _metadata(source: Source, options: PublishOptions, papers: list[Paper], name: str, data: str) -> ModelCardData:
     arxiv = [f'arxiv:{paper.arxiv}' for paper in papers]
     dataset = options.dataset_id or hub_dataset(source.args)
-    results = [result for score in source.scores for result in _eval_results(score, source, dataset)]
+    results = [result for score in source.scores for result in _eval_results(score, dataset, data)]
     return ModelCardData(
         library_name='timm',
         pipeline_tag=TASK,
@@ -85,19 +86,18 @@ def _metadata(source: Source, options: PublishOptions, papers: list[Paper], name
     )
 
 
-def _eval_results(score: Score, source: Source, dataset: str) -> list[EvalResult]:
+def _eval_results(score: Score, dataset: str, data: str) -> list[EvalResult]:
     common: dict[str, Any] = dict(
-        task_type=TASK, task_name='Image Classification', dataset_type=dataset or dataset_name(source.args) or 'custom',
-        dataset_name=dataset_name(source.args) or dataset or 'custom', dataset_split=score.split)
+        task_type=TASK, task_name='Image Classification', dataset_type=dataset or data or 'custom',
+        dataset_name=data or dataset or 'custom', dataset_split=score.split)
     return [
         EvalResult(metric_type='accuracy', metric_name=title(name), metric_value=round(value / 100, 6), **common)
         for name, value in score.accuracies.items()
     ]
 
 
-def _summary(source: Source) -> str:
+def _summary(source: Source, data: str) -> str:
     doc = (model_entrypoint(source.architecture).__doc__ or '').strip().splitlines()
-    data = dataset_name(source.args)
     trained = f'trained on {data} with' if data else 'made with'
     start = base_model(source.args)
     origin = f', from the weights of [`{start}`](https://hf.co/{start})' if start else ''
@@ -126,9 +126,8 @@ def _details(source: Source, cost: Cost, papers: list[Paper]) -> dict[str, Any]:
     return {k: v for k, v in details.items() if v != ''}
 
 
-def _results(source: Source, rows: list[Row], metric: str) -> str:
-    data = dataset_name(source.args)
-    lines = []
+def _results(source: Source, beside: Table, data: str) -> str:
+    lines, rows = [], beside.rows
     for score in source.scores:
         images = f', {score.images:,} images' if score.images else ''
         chosen = '; this split chose the epoch' if score.chosen_on else ''
@@ -137,7 +136,9 @@ def _results(source: Source, rows: list[Row], metric: str) -> str:
         return 'No accuracy of exactly these weights was measured.'
     if len(rows) > 1 or any(len(row.values) > 1 for row in rows):
         lines += ['', 'Mean and standard deviation over the seeds, of the best weights of each run; bold is what is '
-                  'published:', '', table(rows, metric, data)]
+                  'published:', '', table(rows, beside.metric, data)]
+    if beside.recipe:
+        lines += ['', f'The runs differ in their recipes too: {", ".join(beside.recipe)}.']
     if rows and len(rows[0].values) > 1:
         lines += ['', _which_seed(source, rows[0])]
     if len(rows) == 1:

@@ -85,6 +85,8 @@ def _parser() -> Parser:
     parser.add_argument('--dtype', choices=DTYPES, default='fp32', help='number format of the weights')
     parser.add_argument('--dataset-id', default='', metavar='OWNER/NAME',
                         help='name of the data set on the Hub, where the run does not tell')
+    parser.add_argument('--dataset-name', default='', metavar='TEXT',
+                        help='what the card calls the data set; not given: its source, or the name of its folder')
     parser.add_argument('--beside', nargs='+', default=[], metavar='RUN',
                         help='other runs on the same data for the table of results: seeds, controls; or wildcards, or '
                         'the folder of timm-spinal compare that holds this run')

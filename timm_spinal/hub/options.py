@@ -26,6 +26,7 @@ class PublishOptions:
         weights: 'best' of the run; 'raw' or 'ema', the weights or their average in the last checkpoint.
         dtype: 'fp32' or 'fp16'.
         dataset_id: The data set's name on the Hub, where it is not known from the run.
+        dataset_name: What the card calls the data set; '' for its source or folder.
         beside: Run folders whose results stand in the card's table: other seeds, controls.
         card_only: The card says that the weights await publication.
     """
@@ -38,6 +39,7 @@ class PublishOptions:
     weights: str = 'best'
     dtype: str = 'fp32'
     dataset_id: str = ''
+    dataset_name: str = ''
     beside: tuple[str, ...] = ()
     card_only: bool = False
 

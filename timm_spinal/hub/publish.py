@@ -1,21 +1,19 @@
 """Sending a package to the Hub: one commit that is there as a whole or not at all."""
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, hf_hub_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
-from safetensors.torch import load_file
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.export import WEIGHTS
 from timm_spinal.training.files import sha256
 from timm_spinal.training.remote import LOG_IN, git_sha1
 
+from .download import check_download
 from .options import PublishOptions, check_repo_name
-from .package import FILES, check_package, check_same_weights, load_package
+from .package import FILES
 from .retry import Say, with_retries
 
 
@@ -81,7 +79,8 @@ def publish(folder: Path, options: PublishOptions, title: str, say: Say = print)
         The commit's id.
 
     Raises:
-        UserError: It failed; the repository is as it was before.
+        UserError: It failed, and the repository is as it was before; or the check or the tag did, and the message
+            names the commit.
     """
     push = Push(options, folder, title, say)
     try:
@@ -91,9 +90,12 @@ def publish(folder: Path, options: PublishOptions, title: str, say: Say = print)
     except UserError:
         _take_back(push)
         raise
-    check_download(push.repo, commit, folder, say)
-    if options.tag:
-        _tag(push, commit)
+    try:
+        check_download(push.repo, commit, folder, say)
+        if options.tag:
+            _tag(push, commit)
+    except UserError as e:
+        raise UserError(f'{e} (the files are committed, as {commit[:8]})') from e
     return commit
 
 
@@ -207,42 +209,6 @@ def _tag(push: Push, commit: str) -> None:
             push.say(f'{push.repo}: tag {tag}')
             return
         if there != commit:
-            raise UserError(f'{push.repo}: the tag {tag} is on another commit; choose another name (the files are '
-                            f'published as {commit[:8]})')
+            raise UserError(f'{push.repo}: the tag {tag} is on another commit; choose another name')
 
     push.call(create)
-
-
-# ---- after the commit -------------------------------------------------------------------------------------------
-
-
-def download(repo: str, commit: str, names: list[str], cache: Path, say: Say) -> Path:
-    """Files of a commit, fetched into an empty cache; returns the folder that holds them under their names.
-
-    Raises:
-        UserError: One of them cannot be had.
-    """
-    def fetch(name: str) -> Path:
-        return Path(with_retries(
-            lambda: hf_hub_download(repo, name, revision=commit, cache_dir=cache), repo, say))
-
-    found = [fetch(name) for name in names]
-    return found[0].parents[len(Path(names[0]).parts) - 1]
-
-
-def check_download(repo: str, commit: str, package: Path, say: Say) -> None:
-    """Download a commit into an empty cache, load it, and compare with the package to the bit.
-
-    Raises:
-        UserError: Something differs.
-    """
-    names = sorted(str(p.relative_to(package)) for p in package.rglob('*') if p.is_file())
-    with tempfile.TemporaryDirectory(prefix='timm_spinal_hub_') as cache:
-        folder = download(repo, commit, names, Path(cache), say)
-        for name in names:
-            if (folder / name).read_bytes() != (package / name).read_bytes():
-                raise UserError(f'{repo}: {name} came back from the Hub with other content than was sent (commit '
-                                f'{commit[:8]}); publish again, and if it stays so, tell the Hub')
-        check_package(folder, repo)
-        check_same_weights(load_package(folder, repo), load_file(package / WEIGHTS), repo)
-    say(f'{repo}: downloaded again, and the same to the bit')

@@ -26,9 +26,9 @@ from timm_spinal.training.validation import validate
 
 from .card_check import check_card
 from .cli import Parser
+from .download import download
 from .options import check_repo_name
 from .package import CARD, FILES, HPARAMS, check_package
-from .publish import download
 from .retry import Say, with_retries
 from .scores import split_name, stated_accuracy, validation_split
 
