@@ -1,0 +1,85 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from timm_spinal.detection.data import DetectionData, create_data, open_splits
+from timm_spinal.detection.options import DetectionConfig
+from timm_spinal.errors import UserError
+
+from .shapes import draw, write_coco
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return write_coco(tmp_path_factory.mktemp('shapes'), train=8, val=3)
+
+
+def config(folder, **options):
+    return DetectionConfig(**{**dict(data_dir=str(folder), workers=0, batch_size=2, seed=1), **options})
+
+
+def test_image_and_target(folder):
+    data = DetectionData(open_splits(config(folder))['train'].images)
+    image, target = data[2, None]
+    drawn, shapes = draw(2)
+    assert torch.equal(image, torch.from_numpy(np.array(drawn)).permute(2, 0, 1) / 255)
+    assert target['boxes'].tolist() == [[float(v) for v in box] for _, box in shapes]
+    assert target['boxes'].dtype == torch.float32 and target['labels'].dtype == torch.int64 and target['image_id'] == 2
+
+
+def test_flip_turns_image_and_boxes(folder):
+    records = open_splits(config(folder))['train'].images
+    plain, target = DetectionData(records, hflip=1.)[3, None]
+    flipped, other = DetectionData(records, hflip=1.)[3, 77]
+    assert torch.equal(flipped, plain.flip(2))
+    assert len(target['boxes'])
+    for (x1, y1, x2, y2), mirrored in zip(target['boxes'].tolist(), other['boxes'].tolist()):
+        assert mirrored == [96 - x2, y1, 96 - x1, y2]
+    # what is read again is not what was flipped
+    assert torch.equal(DetectionData(records, hflip=0.)[3, 77][1]['boxes'], target['boxes'])
+    halves = DetectionData(records, hflip=0.5)
+    turned = sum(not torch.equal(halves[3, seed][0], plain) for seed in range(40))
+    assert 8 < turned < 32
+
+
+def test_crowds_are_not_trained_on(folder):
+    record = open_splits(config(folder))['train'].images[0]
+    crowd = np.zeros(len(record.boxes), dtype=bool)
+    crowd[0] = True
+    target = DetectionData([replace(record, crowd=crowd)])[0, None][1]
+    assert len(target['boxes']) == len(target['labels']) == len(record.boxes) - 1
+
+
+def batches(folder, epoch, **options):
+    made = config(folder, **options)
+    data = create_data(made, open_splits(made), num_processes=1)
+    data.set_epoch(epoch)
+    return [(images, [t['image_id'].item() for t in targets]) for images, targets in data.train_loader]
+
+
+def test_epochs_differ_and_repeat(folder):
+    one, again, other = batches(folder, 0), batches(folder, 0, workers=1), batches(folder, 1)
+    assert [ids for _, ids in one] == [ids for _, ids in again] != [ids for _, ids in other]
+    assert all(torch.equal(a, b) for (x, _), (y, _) in zip(one, again) for a, b in zip(x, y))
+    assert sorted(i for _, ids in one for i in ids) == list(range(8))
+    assert len(batches(folder, 0, epoch_repeats=2.)) == 8
+
+
+def test_batch_that_is_never_full(folder):
+    made = config(folder, batch_size=5)
+    with pytest.raises(UserError, match='--batch-size 5: an epoch has 8 images, .* of 2 processes; use .* 4 or less'):
+        create_data(made, open_splits(made), num_processes=2)
+
+
+def test_image_that_cannot_be_read(tmp_path):
+    root = write_coco(tmp_path, train=2, val=1)
+    data = DetectionData(open_splits(config(root))['train'].images)
+    (root / 'train' / '0.png').write_bytes(b'no image')
+    Image.new('RGB', (80, 96)).save(root / 'train' / '1.png')
+    with pytest.raises(UserError, match=r'0.png cannot be read \(cannot identify image file'):
+        data[0, None]
+    with pytest.raises(UserError, match=r'1.png is 80x96, and its annotations are of 96x80'):
+        data[1, None]
