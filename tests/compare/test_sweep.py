@@ -2,8 +2,10 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
 from timm_spinal.compare.cli import main
 from timm_spinal.compare.jobs import Task, job_environment
@@ -111,8 +113,8 @@ def test_jobs_share_cores_and_have_a_gpu_each(monkeypatch):
     assert 'CUDA_VISIBLE_DEVICES' not in job_environment(0, 1, 2) and 'OMP_NUM_THREADS' not in job_environment(0, 1, 2)
 
 
-def run_and_read(file):
-    code = main(['--sweep', str(file), '--jobs', '2'])
+def run_and_read(file, *flags):
+    code = main(['--sweep', str(file), '--jobs', '2', *flags])
     out = file.parent / 'out'
     results = {p.parent.parent.name: p.stat().st_mtime_ns for p in out.glob('runs/*/seed-0/result.json')}
     return code, results, (out / 'report.md').read_text()
@@ -128,12 +130,19 @@ def test_finished_runs_are_kept_and_a_failed_one_does_not_stop_the_others(tmp_pa
     assert '1 of 2 runs are not in these numbers: `broken` seed 0 failed' in report and 'nowhere.pth' in report
 
     variants['broken'].pop('initial_checkpoint')
-    code, second, report = run_and_read(write(tmp_path / 's.yaml', variants=variants, control='linear'))
+    code, second, report = run_and_read(
+        write(tmp_path / 's.yaml', variants=variants, control='linear'), '--per-class', '--calibration')
     assert code == 0 and set(second) == {'linear', 'broken'} and second['linear'] == first['linear']
     assert '1 of 2 runs are finished already' in capfd.readouterr().out
     assert 'One seed each, so there is no interval' in report and 'not in these numbers' not in report
     result = json.loads((tmp_path / 'out' / 'runs' / 'linear' / 'seed-0' / 'result.json').read_text())
     assert result['test_images'] == 359 and result['eval_size'] < 200
+    with (tmp_path / 'out' / 'per_class.csv').open() as f:
+        tops = [float(row['linear']) for row in csv.DictReader(f)]
+    kept = load_file(tmp_path / 'out' / 'runs' / 'linear' / 'seed-0' / 'predictions.safetensors')
+    assert 100 * (kept['prediction'] == kept['target']).mean() == pytest.approx(result['test_top1'], abs=1e-4)
+    assert np.average(tops, weights=np.bincount(kept['target'])) == pytest.approx(result['test_top1'], abs=0.02)
+    assert 'Expected calibration error' in report and (tmp_path / 'out' / 'calibration.png').stat().st_size > 1000
 
     runs = [str(p.parent) for p in sorted((tmp_path / 'out').glob('runs/*/seed-0/result.json'))]
     assert main(['--report', *runs, '--output', str(tmp_path / 'again')]) == 0

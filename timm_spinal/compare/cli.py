@@ -57,15 +57,22 @@ def _sweep(argv: list[str], command: str) -> int:
     parser.add_argument('--jobs', type=int, default=1, help='trainings at a time')
     parser.add_argument('--data-dir', default='', help='folder of the data, over that of the file')
     parser.add_argument('--output', default='', help='folder of the comparison, over that of the file')
-    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    _add_extras(parser)
     args = parser.parse_args(argv)
     if args.jobs < 1:
         raise UserError(f'--jobs {args.jobs}: give at least 1')
     from .sweep import run_sweep
     from .sweep_file import read_sweep
-    output, failed = run_sweep(read_sweep(Path(args.sweep), args.output, args.data_dir), args.jobs, command)
+    sweep = read_sweep(Path(args.sweep), args.output, args.data_dir)
+    output, failed = run_sweep(sweep, args.jobs, command, args.per_class, args.calibration)
     show(output)
     return 1 if failed else 0
+
+
+def _add_extras(parser: _Parser) -> None:
+    parser.add_argument('--per-class', action='store_true', help='write per_class.csv, the test accuracy of each class')
+    parser.add_argument('--calibration', action='store_true', help='draw calibration.png, with calibration errors')
+    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
 
 
 def _report(argv: list[str], command: str) -> int:
@@ -74,9 +81,7 @@ def _report(argv: list[str], command: str) -> int:
                         help='folders of comparisons, or run folders of the trainer to compare with each other')
     parser.add_argument('--output', default='output/compare/report', help='folder for a report on run folders')
     parser.add_argument('--control', default='', help='variant that the others are compared with')
-    parser.add_argument('--per-class', action='store_true', help='write per_class.csv')
-    parser.add_argument('--calibration', action='store_true', help='draw calibration.png')
-    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    _add_extras(parser)
     args = parser.parse_args(argv)
     from .report import write_report
     from .run_folders import comparisons_in

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any, Sequence
 
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
-from timm_spinal.training.files import write_atomically
+from timm_spinal.training.predictions import PREDICTIONS, Predictions
 from timm_spinal.training.report import hardware, versions, write_table, write_text
 
 from .controls import Variant, count_params, new_head, new_heads, slug
 from .options import FrozenConfig
-from .report import PREDICTIONS
 from .runs import ERROR, RESULT, SUMMARY, read_json, run_folder, write_json
 from .train_group import Features, Recipe, Trained
 from .train_heads import HeadTask, predict, train_heads
@@ -99,13 +97,13 @@ class HeadBench:
         head = new_head(self.variant, self.in_features, self.num_classes)
         test = self.data['test']
         logits = predict(head, trained.state, test)
-        confidence, prediction = logits.softmax(dim=1).max(dim=1)
-        write_atomically(folder / PREDICTIONS, lambda p: save_file(dict(
-            prediction=prediction.cpu(), confidence=confidence.cpu(), target=test.y.cpu()), p))
+        predictions = Predictions()
+        predictions.add(logits, test.y)
+        predictions.write(folder)
         write_json(folder / RESULT, dict(
             model=self.config.backbone, variant=self.variant.name, seed=trained.seed,
             top1=trained.best['top1'], loss=trained.best['loss'],
-            test_top1=100. * float((prediction == test.y).double().mean()),
+            test_top1=100. * float((logits.argmax(dim=1) == test.y).double().mean()),
             test_loss=float(F.cross_entropy(logits.double(), test.y)),
             epoch=self.recipe.epochs, best_epoch=trained.best_epoch, seconds=trained.seconds,
             params=count_params(head),

@@ -8,14 +8,13 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from timm_spinal.errors import UserError
+from timm_spinal.training.predictions import PREDICTIONS
 from timm_spinal.training.report import write_table, write_text
 
 from .figures import draw_accuracy, draw_calibration, draw_curves
 from .findings import count_text, findings
 from .runs import METRICS, Comparison, Row, metric_of, read_comparison, read_rows, values_by_variant
 from .statistics import Difference, Values, differences, estimate
-
-PREDICTIONS = 'predictions.safetensors'
 
 
 def write_report(
@@ -213,7 +212,7 @@ def read_predictions(rows: list[Row]) -> dict[str, dict[str, np.ndarray]]:
             path = Path(row.folder) / PREDICTIONS
             if not path.exists():
                 raise UserError(f'{row.folder}: has kept no test predictions, which --per-class and --calibration '
-                                f'need; comparisons on frozen features have them')
+                                f'need; runs with a test split have them, but not where images have two classes')
             found.setdefault(row.variant, []).append(load_file(path))
     return {v: {k: np.concatenate([p[k] for p in parts]) for k in parts[0]} for v, parts in found.items()}
 

@@ -27,13 +27,21 @@ _ASIDE = ('resume', 'output', 'experiment', 'workers', 'pin_mem', 'debug', 'log_
           'checkpoint_steps', 'checkpoint_hist', 'validation_batch_size', 'dataset_download')
 
 
-def run_sweep(sweep: Sweep, jobs: int, command: str) -> tuple[Path, int]:
+def run_sweep(
+        sweep: Sweep,
+        jobs: int,
+        command: str,
+        per_class: bool = False,
+        calibration: bool = False,
+) -> tuple[Path, int]:
     """Train what is not finished and write the report.
 
     Args:
         sweep: From `read_sweep`.
         jobs: Trainings at a time, each in a process of its own.
         command: The command line, for the report.
+        per_class: Write ``per_class.csv`` too.
+        calibration: Draw ``calibration.png`` too.
 
     Returns:
         Folder of the comparison and number of runs that failed.
@@ -65,7 +73,7 @@ def run_sweep(sweep: Sweep, jobs: int, command: str) -> tuple[Path, int]:
     for name, config in configs.items():
         comparison.costs[name] = _cost(config, splits.num_classes)
     write_comparison(sweep.output, comparison)
-    write_report(sweep.output, comparison)
+    write_report(sweep.output, comparison, per_class, calibration)
     return sweep.output, failed
 
 

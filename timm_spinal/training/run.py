@@ -24,6 +24,7 @@ from .outcome import export_best, finish, write_reports
 from .predictions import Predictions
 from .signs import signs_of
 from .start import assemble, begin, carry_out, folder_and_checkpoint, make_accelerator
+from .warm_start import check_warm_start, warm_start
 
 
 def train(
@@ -70,6 +71,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
     """Make everything that the loop needs, put a checkpoint back when resuming, and create the run folder."""
     check_model_name(config.model)
     check_distillation(config)
+    check_warm_start(config)
     with accelerator.main_process_first():
         datasets = create_datasets(config)
     config = replace(config, num_classes=datasets.num_classes)
@@ -88,6 +90,8 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
     if config.sync_bn and accelerator.num_processes > 1:
         model = convert_sync_batchnorm(model)
     model.to(accelerator.device)
+    if config.ic_warm_start is not None and checkpoint is None:
+        warm_start(config, model, data, accelerator)
     with accelerator.main_process_first():  # a teacher may be downloaded
         task = build_task(
             config, model, data.mixup is not None, accelerator.device, data.data_config, data.class_names,
