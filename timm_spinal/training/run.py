@@ -101,7 +101,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
     def measure(model: nn.Module, loader: DataLoader, name: str) -> dict[str, Any]:
         kept = Predictions() if name == 'test' and not datasets.multi_label else None
         found = evaluate(
-            accelerator, model, loader, config.channels_last, name, datasets.multi_label, kept and kept.add)
+            accelerator, model, loader, config.channels_last, name, datasets.multi_label, kept.add if kept else None)
         if kept is not None:
             agree(accelerator, lambda: kept.write(folder))
         return found
