@@ -193,6 +193,7 @@ def test_papers_by_name(name, papers):
 
 def test_papers_by_config():
     assert papers_of('anything', 'arXiv:2006.05066') == [SHARED_BASIS]
+    assert papers_of('spinalcnn_plain_xnodr', 'arXiv:2007.03347') == [SPINAL, XNODR]  # net and head are of two papers
     assert papers_of('vgg5_spinal', ('arXiv:1409.1556',)) == [SPINAL]
 
 

@@ -65,7 +65,7 @@ TIMM = Paper('', '', """@misc{rw2019timm,
 }""")
 
 PAPERS = (SPINAL, PROGRESSIVE, XNODR, CAPSULES, IC, SHARED_BASIS)
-# what the name of an architecture says of it; the first that fits counts, and another row may fit besides
+# what the name of an architecture says of it; several may fit
 _BY_NAME = (
     (r'_pspinal\b|^pspinal', PROGRESSIVE),
     (r'(?<!p)spinal', SPINAL),
@@ -80,8 +80,5 @@ def papers_of(architecture: str, paper_ids: Any = None) -> list[Paper]:
     """The papers of an architecture: those that its config names and those that its name speaks of."""
     ids = [paper_ids] if isinstance(paper_ids, str) else list(paper_ids or ())
     numbers = {str(i).lower().removeprefix('arxiv:') for i in ids}
-    named = [paper for paper in PAPERS if paper.arxiv in numbers]
-    spoken = [paper for pattern, paper in _BY_NAME if re.search(pattern, architecture)]
-    if named:  # a config that names papers of ours names all of them
-        return named
-    return spoken
+    spoken = {paper for pattern, paper in _BY_NAME if re.search(pattern, architecture)}
+    return [paper for paper in PAPERS if paper.arxiv in numbers or paper in spoken]
