@@ -30,6 +30,7 @@ VERBS = {
     'train-detection': Verb('timm_spinal.detection.train', 'run', 'train an object detector'),
     'validate': Verb('timm_spinal.validate', 'run', 'measure loss and accuracy of models'),
     'pack': Verb('timm_spinal.pack', 'run', 'an XnODR or XnIDR model in its form for inference'),
+    'active-share': Verb('timm_spinal.active_share', 'run', 'how often each collision of an IC model is active'),
     'env': Verb('timm_spinal.env', 'run', 'versions, and what computes with bits'),
     'list': Verb('timm_spinal.cli', 'list_models', 'names of the models that this package adds to timm'),
     'coverage': Verb('timm_spinal.bench.coverage', 'main', 'which timm models can take a head'),

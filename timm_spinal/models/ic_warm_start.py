@@ -22,7 +22,7 @@ PLACES = 2 ** 14  # of a batch, from which a quantile is taken
 def ic_warm_start(
         model: nn.Module,
         batches: Batches,
-        active: float = 0.05,
+        active: float = 0.01,
         count: int = 8,
         bn_count: Optional[int] = 200,
 ) -> Dict[str, float]:

@@ -8,7 +8,7 @@ BESIDE = 'beside'  # value of a bare --kd-cache
 
 @dataclass
 class DistillOptions:
-    """Distillation"""
+    """Distillation and warm start"""
     kd_model_name: str | None = option(
         None, 'teacher: a name, hf-hub:ORG/NAME, local-dir:FOLDER or the folder of a run')
     kd_distill_type: str = option(
@@ -37,3 +37,7 @@ class DistillOptions:
     kd_cache: str | None = option(
         None, "keep the teacher's logits of the training images in this folder, for wld with --no-aug; without a "
         'value: teacher-logits beside the run folder', const=BESIDE)
+    ic_warm_start: float | None = option(
+        None, "models with inter-layer collision and a plain model's weights: before training, choose w' so that this "
+        'part of the places collides, and estimate BatchNorm statistics anew; without a value: 0.01', low=0.0001,
+        high=0.9999, const=0.01)

@@ -1,0 +1,62 @@
+"""`timm-spinal active-share`."""
+
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+
+from timm_spinal.cli import main
+
+from .training.images import make_folder
+
+
+def shares(out):
+    return [float(line.split()[-2]) for line in out.splitlines() if line.endswith(' %')]
+
+
+def test_a_new_model(capsys):
+    assert main(['active-share', 'icresnet20_cifar', '--count', '8']) == 0
+    out = capsys.readouterr().out
+    assert len(shares(out)) == 18 and all(0 < share < 100 for share in shares(out))
+    assert out.splitlines()[0].startswith('stages.1.0.conv1 ') and out.rstrip().endswith('none dead')
+
+
+def test_dead_layers_are_said(capsys):
+    argv = ['active-share', 'icresnet18', '--img-size', '64', '--count', '4', '--model-kwargs', 'ic_scale=raw',
+            'ic_init=4608']
+    assert main(argv) == 1
+    out = capsys.readouterr().out
+    assert '16 dead or linear' in out and set(shares(out)) == {0.}
+
+
+def test_a_folder_with_images(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = timm.create_model('icresnet20_cifar', num_classes=2)
+    model.stages[1][0].conv1.ic_weight.data.fill_(1000.)
+    save_for_hf(model, str(tmp_path / 'run'), safe_serialization=True)
+    make_folder(tmp_path / 'images')
+    found = []
+    for images in ([], ['--images', str(tmp_path / 'images' / 'train')]):
+        assert main(['active-share', str(tmp_path / 'run'), '--count', '5', *images]) == 1
+        out = capsys.readouterr().out
+        assert '1 dead or linear' in out and shares(out)[0] == 0.
+        found.append(shares(out))
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize('argv, text', [
+    (['resnet18'], 'ResNet has no IC convolution'),
+    (['icresnet20_cifr'], "unknown model 'icresnet20_cifr'; the nearest are icresnet20_cifar"),
+    (['icresnet20_cifar', '--images', '/nowhere'], '--images /nowhere: no such folder'),
+    (['icresnet20_cifar', '--count', '1'], '--count must be at least 2, got 1'),
+    (['icresnet20_cifar', '--cuont', '1'], 'unknown flag --cuont'),
+])
+def test_bad_input(argv, text, capsys):
+    assert main(['active-share', *argv]) == 2
+    out, err = capsys.readouterr()
+    assert text in err and err.count('\n') == 1
+
+
+def test_an_empty_folder(tmp_path, capsys):
+    assert main(['active-share', 'icresnet20_cifar', '--images', str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f'error: --images {tmp_path}: ')

@@ -1,0 +1,81 @@
+"""How often the collision of each IC convolution of a model is active: a guard against dead branches.
+
+    timm-spinal active-share icresnet50                                    # new: on noise, in train mode
+    timm-spinal active-share output/train/RUN --images my/images/validation
+    timm-spinal active-share icresnet18 --model-kwargs ic_scale=raw ic_init=576
+
+A layer whose share is 0 % trains as a plain convolution, and gives w' no gradient; one with 100 % is linear. Models
+with weights are looked at in eval mode.
+"""
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, Iterator
+
+import torch
+from timm.data import ImageDataset, create_transform, resolve_data_config
+from timm.models import parse_model_name
+from torch.utils.data import DataLoader
+
+from timm_spinal.cli import guard
+from timm_spinal.errors import UserError
+
+
+def run(argv: list[str]) -> int:
+    """``timm-spinal active-share``: returns 1 where a layer is dead or linear."""
+    from timm_spinal.training.config import ValidateConfig, parse_config
+    from timm_spinal.training.model import create_model
+    parser = argparse.ArgumentParser(prog='timm-spinal active-share', description=__doc__.splitlines()[0])
+    parser.add_argument('model', help='model name, run folder, local-dir:FOLDER or hf-hub:org/name')
+    parser.add_argument('--images', help='folder of images, in folders by class; noise when not given')
+    parser.add_argument('--count', type=int, default=64, help='images (default: %(default)s)')
+    parser.add_argument('--debug', action='store_true', help=argparse.SUPPRESS)
+    args, rest = parser.parse_known_args(argv)
+    if args.count < 2:
+        raise UserError(f'--count must be at least 2, got {args.count}')
+    name = f'local-dir:{args.model}' if Path(args.model).is_dir() else args.model
+    config = parse_config(['--model', name, *rest], cls=ValidateConfig, prog='timm-spinal active-share')
+    config.pretrained |= bool(parse_model_name(name)[0])
+    model = create_model(config, config.num_classes).train(not config.pretrained)
+    data = resolve_data_config(dict(img_size=config.img_size), model=model)
+    shares = _shares(model, _noise(data, args.count) if args.images is None else _open(args.images, data, args.count))
+    return _tell(args.model, shares)
+
+
+def _shares(model: Any, batches: Any) -> dict[str, float]:
+    import timm_spinal
+    try:
+        return timm_spinal.ic_active_share(model, batches)
+    except ValueError as e:
+        raise UserError(str(e)) from e
+
+
+def _tell(name: str, shares: dict[str, float]) -> int:
+    width = max(map(len, shares))
+    for layer, share in shares.items():
+        print(f'{layer:{width}}  {100 * share:6.2f} %')
+    dead = [layer for layer, share in shares.items() if not 0. < share < 1.]
+    print(f'{name}: {len(shares)} layers, {100 * min(shares.values()):.2f} to {100 * max(shares.values()):.2f} %, '
+          + (f'{len(dead)} dead or linear' if dead else 'none dead'))
+    return int(bool(dead))
+
+
+def _noise(data: dict[str, Any], count: int) -> Iterator[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    yield from torch.randn(count, *data['input_size'], generator=generator).split(16)
+
+
+def _open(folder: str, data: dict[str, Any], count: int) -> DataLoader:
+    """Images at equal distances in the folder, so that all classes take part."""
+    if not Path(folder).is_dir():
+        raise UserError(f'--images {folder}: no such folder')
+    try:
+        images = ImageDataset(folder, transform=create_transform(**data))
+    except (RuntimeError, OSError) as e:
+        raise UserError(f'--images {folder}: {" ".join(str(e).split())}; give a folder of folders with images') from e
+    chosen = range(0, len(images), max(1, len(images) // count))[:count]
+    return DataLoader(torch.utils.data.Subset(images, chosen), batch_size=16)
+
+
+if __name__ == '__main__':
+    sys.exit(guard(run, sys.argv[1:]))
