@@ -83,12 +83,13 @@ def _measure(found: List[torch.Tensor], active: float) -> Any:
 
 
 def _ratios(conv: ICConv2d, z: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    """z over the local mean (in mode 'pair' over its sum over channels), (C_out, M) for some M places."""
+    """z over the local mean (in mode 'pair' over its sum over channels), one row for each w', for some places."""
     s = s.unflatten(1, (conv.groups, -1)).sum(2)
     step = math.ceil(s[:, 0].numel() / PLACES)
     s, z = (t.float().movedim(0, 1).flatten(1)[:, ::step] for t in (s, z))
     s = s.repeat_interleave(len(z) // len(s), 0)
-    return torch.where(s > 0, z / s, -math.inf)  # nothing collides where all is 0
+    ratios = torch.where(s > 0, z / s, -math.inf)  # nothing collides where all is 0
+    return ratios.view(1, -1) if conv.ic_mode == 'layer' else ratios
 
 
 def _quantile(ratios: torch.Tensor, active: float) -> torch.Tensor:
@@ -101,8 +102,5 @@ def _set_w(conv: ICConv2d, ratio: torch.Tensor) -> None:
     """Set w' so that w'S is the ratio times the local mean; filters that hardly ever see an input keep theirs."""
     w = ratio / conv.ic_factor
     seen = w.isfinite()
-    if conv.ic_mode == 'layer':
-        conv.ic_weight.fill_(w[seen].mean() if seen.any() else conv.ic_init)
-        return
     target = conv.ic_weight.view(len(w), -1)
     target[seen] = w[seen].unsqueeze(1).to(target.dtype).expand(-1, target.shape[1])
