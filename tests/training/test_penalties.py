@@ -59,6 +59,17 @@ def test_models_without_shared_filters(model, message):
         build_penalties(TrainConfig(sb_ortho=10.), model())
 
 
+@pytest.mark.parametrize('options, message', [
+    (dict(sb_rank=600), '600 shared and 1 unique filters are more than the 576'),
+    (dict(sb_rank=0, sb_unique=0), r'without shared \(S0\) and without unique filters \(U0\) is empty'),
+])
+def test_ranks_that_do_not_fit(tmp_path, options, message):
+    config = small_config(tmp_path, model='resnet18_sb_s32u1', model_kwargs=options)
+    with pytest.raises(UserError, match=f'model resnet18_sb_s32u1: .*{message}') as error:
+        train(config)
+    assert '\n' not in str(error.value) and '.;' not in str(error.value) and not (tmp_path / 'run').exists()
+
+
 def test_once_per_update_and_in_the_summary(tmp_path, monkeypatch):
     """Five batches in windows of two are three updates; the column holds the penalty, curves.png its panel."""
     values = []

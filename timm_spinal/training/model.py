@@ -72,7 +72,7 @@ def _reason(name: str, error: Exception) -> str | None:
     if isinstance(error, (TypeError, ValueError, AssertionError, AttributeError)):
         if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
             return _unknown_option(name, unknown[1])
-        return f'{one_line(error)}; check --model-kwargs and the image size'
+        return f'{one_line(error).rstrip(".")}; check --model-kwargs and the image size'
     return one_line(error) if isinstance(error, (RuntimeError, OSError, KeyError)) else None
 
 
