@@ -138,3 +138,12 @@ def test_names_that_are_registered_when_asked_for():
     assert not ensure_registered('icnonsense') and not ensure_registered('icresnet18_nonsense')
     with pytest.raises(ValueError, match="Unknown timm model 'resnet5'.*Did you mean 'resnet"):
         register_ic_variant('resnet5')
+
+
+def test_a_head_on_icresnet50_is_a_name_of_timm():
+    torch.manual_seed(0)
+    model = timm.create_model('icresnet50_pspinal', num_classes=5).eval()
+    assert sum(p.numel() for name, p in model.named_parameters() if name.endswith('ic_weight')) == 3_776
+    assert model(X).shape == (2, 5) and model.forward_features(X).shape == (2, 2048, 1, 1)
+    maps = timm.create_model('icresnet50', features_only=True).eval()(X)
+    assert [tuple(m.shape[1:]) for m in maps] == [(64, 16, 16), (256, 8, 8), (512, 4, 4), (1024, 2, 2), (2048, 1, 1)]

@@ -5,7 +5,9 @@ which names ResNet-50 alone; the other hosts are ours (spec ic_networks_wld 2.7)
 parameters, 3,776 more than resnet50.
 
 ``pretrained=True`` loads timm's weights of the plain model (tags ``backbone_<timm tag>``) and says that the collision
-weights are new. Weights of a whole IC model load with them.
+weights are new: v = 1, as for training from scratch. The plain model's BatchNorm statistics do not fit then, and no
+choice of w' without data makes them fit; :func:`timm_spinal.ic_warm_start` does with some images, and nearly keeps the
+plain function. Weights of a whole IC model load with its collisions.
 """
 
 import logging
@@ -20,6 +22,7 @@ from torch import nn
 from ._feature_map import TimmModel
 from ._variants import create_backbone, register_variant
 from .convert_ic import IC_OPTIONS, convert_to_ic, flat_name
+from .head_variants import register_head_variant
 
 _logger = logging.getLogger(__name__)
 
@@ -95,6 +98,7 @@ def register_ic_variant(backbone: str) -> str:
 def _register_table() -> None:
     for backbone in BACKBONES:
         register_ic_variant(backbone)
+    register_head_variant('icresnet50', 'pspinal')
 
 
 _register_table()
