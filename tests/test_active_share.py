@@ -47,6 +47,7 @@ def test_a_folder_with_images(tmp_path, capsys):
 @pytest.mark.parametrize('argv, text', [
     (['resnet18'], 'ResNet has no IC convolution'),
     (['icresnet20_cifr'], "unknown model 'icresnet20_cifr'; the nearest are icresnet20_cifar"),
+    (['some/where'], 'some/where: no such folder; a model on the Hub is hf-hub:some/where'),
     (['icresnet20_cifar', '--images', '/nowhere'], '--images /nowhere: no such folder'),
     (['icresnet20_cifar', '--count', '1'], '--count must be at least 2, got 1'),
     (['icresnet20_cifar', '--cuont', '1'], 'unknown flag --cuont'),

@@ -14,7 +14,6 @@ from typing import Any, Iterator
 
 import torch
 from timm.data import ImageDataset, create_transform, resolve_data_config
-from timm.models import parse_model_name
 from torch.utils.data import DataLoader
 
 from timm_spinal.cli import guard
@@ -34,8 +33,10 @@ def run(argv: list[str]) -> int:
     if args.count < 2:
         raise UserError(f'--count must be at least 2, got {args.count}')
     name = f'local-dir:{args.model}' if Path(args.model).is_dir() else args.model
+    if '/' in name and ':' not in name:
+        raise UserError(f'{name}: no such folder; a model on the Hub is hf-hub:{name}')
     config = parse_config(['--model', name, *rest], cls=ValidateConfig, prog='timm-spinal active-share')
-    config.pretrained |= bool(parse_model_name(name)[0])
+    config.pretrained |= ':' in name  # a saved model
     model = create_model(config, config.num_classes).train(not config.pretrained)
     data = resolve_data_config(dict(img_size=config.img_size), model=model)
     shares = _shares(model, _noise(data, args.count) if args.images is None else _open(args.images, data, args.count))
