@@ -6,6 +6,8 @@ import torch
 from timm.models import save_for_hf
 
 from timm_spinal.cli import main
+from timm_spinal.errors import UserError
+from timm_spinal.training.model import check_model_name
 
 from .training.images import make_folder
 
@@ -61,3 +63,9 @@ def test_bad_input(argv, text, capsys):
 def test_an_empty_folder(tmp_path, capsys):
     assert main(['active-share', 'icresnet20_cifar', '--images', str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f'error: --images {tmp_path}: ')
+
+
+def test_a_path_without_prefix_is_one_line_for_the_other_verbs_too():
+    with pytest.raises(UserError, match="model some/where: .*'local-dir:some/where'") as error:
+        check_model_name('some/where')
+    assert '\n' not in str(error.value)

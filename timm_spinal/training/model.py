@@ -97,7 +97,10 @@ def check_model_name(name: str) -> None:
     Raises:
         UserError: Names the nearest known models.
     """
-    source, name = parse_model_name(name)
+    try:
+        source, name = parse_model_name(name)
+    except ValueError as e:  # a path or the name of a repository without its prefix
+        raise UserError(f'model {name}: {one_line(e)}') from e
     if source:
         _check_source(source, name)
         return
