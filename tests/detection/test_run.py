@@ -190,7 +190,7 @@ def test_two_processes(tmp_path, launch):
 @pytest.mark.slow
 @pytest.mark.parametrize('options', [
     dict(backbone='resnet18_sb_s32u1', epochs=16),
-    dict(RETINA, epochs=40, anchor_scale=2.5, fpn_channels=64),
+    dict(RETINA, epochs=80, fpn_channels=64, lr=2e-3, clip_grad=1.),
 ], ids=['fasterrcnn-resnet18_sb_s32u1', 'retinanet-test_resnet'])
 def test_overfits_the_shapes(tmp_path, options):
     """The images that it trained on: AP50 above 0.9."""
