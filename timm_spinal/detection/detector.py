@@ -94,12 +94,8 @@ def create_detector(
     Raises:
         UserError: Unknown detector, backbone or option; a backbone that gives no features; weights that do not fit.
     """
-    if name not in DETECTORS:
-        raise UserError(f'unknown detector {name!r}; known are {", ".join(DETECTORS)}')
-    if num_classes < 2:
-        raise UserError(f'num_classes {num_classes}: background is one, so give 2 or more')
+    _check_options(name, num_classes, kwargs)
     kind = DETECTORS[name]
-    _check_options(name, kwargs)
     arch, saved_kwargs = architecture(backbone)
     body = create_body(backbone, pretrained_backbone, backbone_kwargs or {})
     trained = bool(pretrained_backbone)
@@ -125,8 +121,12 @@ def create_detector(
     return detector
 
 
-def _check_options(name: str, kwargs: dict[str, Any]) -> None:
-    """torchvision takes any keyword and passes over those that it does not know."""
+def _check_options(name: str, num_classes: int, kwargs: dict[str, Any]) -> None:
+    if name not in DETECTORS:
+        raise UserError(f'unknown detector {name!r}; known are {", ".join(DETECTORS)}')
+    if num_classes < 2:
+        raise UserError(f'num_classes {num_classes}: background is one, so give 2 or more')
+    # torchvision takes any keyword and passes over those that it does not know
     classes = DETECTORS[name].cls, GeneralizedRCNNTransform
     known = {key for cls in classes for key in inspect.signature(cls).parameters} - {'kwargs'}
     if unknown := sorted(kwargs.keys() - known):
