@@ -191,6 +191,20 @@ def test_packaged_weights_answer_as_they_did(name):
     torch.testing.assert_close(golden['logits'], torch.tensor(info['logits']), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('name', packaged_names())
+def test_packaged_weights_adapt_as_timms_do(name):
+    model = timm.create_model(name, pretrained=True).eval()
+    chans, height, width = model.pretrained_cfg['input_size']
+    x = torch.randn(2, chans, height, width, generator=torch.Generator().manual_seed(0))
+    other = timm.create_model(name, pretrained=True, num_classes=3).eval()
+    torch.testing.assert_close(other.forward_features(x), model.forward_features(x))
+    assert other(x).shape == (2, 3)
+    colour = timm.create_model(name, pretrained=True, in_chans=4 - chans, num_classes=0).eval()
+    assert colour(torch.zeros(1, 4 - chans, height, width)).ndim == 2
+    maps = timm.create_model(name, pretrained=True, features_only=True).eval()(x)
+    assert len(maps) >= 3 and all(len(m) == 2 for m in maps)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', packaged_names())
 def test_packaged_weights_have_the_accuracy_of_their_card(name, tmp_path):
