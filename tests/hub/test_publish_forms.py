@@ -139,7 +139,7 @@ def test_runs_of_other_recipes(comparison):
     assert [row.label for row in table.rows] == ['spinalcnn_a1', 'spinalcnn_a1 head_layers=2 head_width=10']
     assert table.recipe == ['lr']
     table = result_rows(open_run(first), (str(third),))
-    assert [row.label for row in table.rows] == ['spinalcnn_a1, lr=0.004', 'spinalcnn_a1, lr=0.5']
+    assert [row.label for row in table.rows] == ['lr=0.004', 'lr=0.5']
 
 
 def test_runs_that_cannot_stand_beside_it(comparison, run):
