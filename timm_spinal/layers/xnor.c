@@ -39,7 +39,7 @@ struct work {
 INLINE void pack_capsules(int path, const struct work *w, size_t in_dim, size_t first, size_t last) {
     for (size_t i = first * w->capsules; i < last * w->capsules; i++) {
         pack_signs(path, w->x + i * in_dim, w->signs + i * ((in_dim + 7) / 8), 1, in_dim);
-        w->k[i] = mean_abs(w->x + i * in_dim, in_dim);
+        if (w->kind == XNODR) w->k[i] = mean_abs(w->x + i * in_dim, in_dim);
     }
 }
 
@@ -106,9 +106,16 @@ INLINE int route_xnodr(int path, const struct work *w, size_t in_dim, size_t dim
 INLINE void agree(
         const uint8_t *u, const float *u_scale, const uint8_t *v, const float *v_scale, float *l, float *c,
         size_t classes, size_t dim) {
-    for (size_t j = 0; j < classes; j++) {
+    size_t j = 0;
+    for (; j + LANES <= classes; j += LANES)
+        for (size_t at = j; at < j + LANES; at++) {
+            int differing = 0;
+            for (size_t q = 0; q < dim / 8; q++) differing += ones(u[q * classes + at] ^ v[q * classes + at]);
+            c[at] = l[at] += (float)((int)dim - 2 * differing) * (u_scale[at] * v_scale[at]);
+        }
+    for (; j < classes; j++) {
         int differing = 0;
-        for (size_t q = 0; q < dim / 8; q++) differing += ones(u[q * classes + j] ^ v[q * classes + j]);
+        for (size_t q = 0; q < dim / 8; q++) differing += __builtin_popcount(u[q * classes + j] ^ v[q * classes + j]);
         c[j] = l[j] += (float)((int)dim - 2 * differing) * (u_scale[j] * v_scale[j]);
     }
 }

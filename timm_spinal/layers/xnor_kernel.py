@@ -13,7 +13,7 @@ PATHS = ('avx512', 'avx2', 'neon', 'portable')
 KINDS = ('products', 'xnodr', 'xnidr', 'agreement')  # as in xnor.c, which says what their arguments are
 LANES = 16  # class capsules have a multiple of so many dimensions
 GRAIN = 2 ** 17  # predictions that are worth a thread, whose start takes as long as some 2 ** 16
-PRODUCTS_PER_PREDICTION = 1 / 32  # what a product or an agreement costs beside a prediction
+PRODUCT_COST = 1 / 8  # what a product or an agreement costs beside a prediction
 
 
 @functools.cache
@@ -87,7 +87,7 @@ def run(
     library = _library()
     assert library is not None
     batch = out.shape[0]
-    work = batch * capsules * classes * dim * (iterations or PRODUCTS_PER_PREDICTION)
+    work = batch * capsules * classes * dim * (iterations or PRODUCT_COST)
     threads = max(1, min(int(work / GRAIN), torch.get_num_threads()))
     tensors = [None if t is None else t.contiguous() for t in (x, bits, scale)]
     failed = library.xnor_compute(
