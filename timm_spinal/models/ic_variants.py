@@ -5,9 +5,10 @@ which names ResNet-50 alone; the other hosts are ours (spec ic_networks_wld 2.7)
 parameters, 3,776 more than resnet50.
 
 ``pretrained=True`` loads timm's weights of the plain model (tags ``backbone_<timm tag>``) and says that the collision
-weights are new: v = 1, as for training from scratch. The plain model's BatchNorm statistics do not fit then, and no
-choice of w' without data makes them fit; :func:`timm_spinal.ic_warm_start` does with some images, and nearly keeps the
-plain function. Weights of a whole IC model load with its collisions.
+weights are new. From the weights alone they are chosen so that collisions are rare and the plain model's BatchNorm
+statistics nearly fit, see :func:`ic_quiet_start`; :func:`timm_spinal.ic_warm_start` comes nearer with some images. With
+``ic_init`` given they start there instead, as from scratch, and the statistics do not fit until they are made anew.
+Weights of a whole IC model load with its collisions.
 """
 
 import logging
@@ -23,6 +24,7 @@ from ._feature_map import TimmModel
 from ._variants import create_backbone, register_variant
 from .convert_ic import IC_OPTIONS, convert_to_ic, flat_name
 from .head_variants import register_head_variant
+from .ic_quiet_start import ic_quiet_start
 
 _logger = logging.getLogger(__name__)
 
@@ -39,14 +41,17 @@ def _is_collision(name: str) -> bool:
     return '.ic_' in name
 
 
-def _load_collision(model: TimmModel, state_dict: Dict[str, torch.Tensor], variant: str) -> None:
-    """Load what the plain model does not have, or say that it is new."""
+def _load_collision(model: TimmModel, state_dict: Dict[str, torch.Tensor], variant: str, quiet: bool) -> None:
+    """Load what the plain model does not have, or say that it is new, and start it quietly where asked for."""
     ours = [name for name in model.state_dict() if _is_collision(name)]
     found = {flat_name(name): value for name, value in state_dict.items() if _is_collision(name)}
     if not found:
+        if quiet:
+            ic_quiet_start(model)
+        fit = 'nearly fit' if quiet else 'do not fit'
         _logger.warning(
             f"{variant}: the plain model's weights are loaded, {len(ours)} tensors of the collision are new, and "
-            'BatchNorm statistics no longer fit: use timm_spinal.ic_warm_start or recalibrate_bn, or train.')
+            f'BatchNorm statistics {fit}: use timm_spinal.ic_warm_start or recalibrate_bn, or train.')
         return
     missing = [name for name in ours if flat_name(name) not in found]
     if missing:
@@ -69,7 +74,7 @@ def _create_ic_variant(
         backbone, cfg, is_ours=_is_collision, pretrained=pretrained, cache_dir=cache_dir, **kwargs)
     convert_to_ic(model, **options)
     if pretrained:
-        _load_collision(model, state_dict, variant)
+        _load_collision(model, state_dict, variant, quiet='init' not in options)
     return model
 
 

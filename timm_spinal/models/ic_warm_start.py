@@ -68,7 +68,7 @@ def ic_warm_start(
         model.train(training)
     for name, conv in convs.items():
         conv.reset_collision()
-        _set_w(conv, torch.stack(found[name]).mean(0))
+        set_ratio(conv, torch.stack(found[name]).mean(0))
     recalibrate_bn(model, batches, bn_count)
     return ic_active_share(model, batches, 1)
 
@@ -98,8 +98,12 @@ def _quantile(ratios: torch.Tensor, active: float) -> torch.Tensor:
     return ratios.kthvalue(rank, dim=1).values
 
 
-def _set_w(conv: ICConv2d, ratio: torch.Tensor) -> None:
-    """Set w' so that w'S is the ratio times the local mean; filters that hardly ever see an input keep theirs."""
+@torch.no_grad()
+def set_ratio(conv: ICConv2d, ratio: torch.Tensor) -> None:
+    """Set w' so that w'S is the ratio times what :func:`_ratios` divides by.
+
+    Filters that hardly ever see an input keep theirs.
+    """
     w = ratio / conv.ic_factor
     seen = w.isfinite()
     target = conv.ic_weight.view(len(w), -1)
