@@ -11,10 +11,9 @@ xnor = Extension(
     'timm_spinal.layers._xnor',
     sources=['timm_spinal/layers/xnor.c'],
     depends=['timm_spinal/layers/xnor.h'],
-    extra_compile_args=['-O3', '-Wno-psabi', '-fvisibility=hidden', '-pthread'],
-    extra_link_args=['-pthread'],
+    extra_compile_args=['-O3', '-Wno-psabi', '-fvisibility=hidden'],
     libraries=['m'],
     optional=True,
 )
 
-setup(ext_modules=[] if sys.platform == 'win32' else [xnor])  # GCC or Clang, POSIX threads
+setup(ext_modules=[] if sys.platform == 'win32' else [xnor])  # GCC or Clang

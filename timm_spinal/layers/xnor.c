@@ -8,14 +8,12 @@
  * For GCC and Clang, called through ctypes; no header of Python or torch. What is marked INLINE is compiled once for
  * each path of xnor.h.
  */
-#include <pthread.h>
 #include <stdlib.h>
 
 #include "xnor.h"
 
 #define EXPORT __attribute__((visibility("default")))
 #define TILE 8 /* samples that share one pass over the weights */
-#define MAX_THREADS 64
 
 /* kind       x                     bits and scale                             out
  * PRODUCTS   capsules (B, N, d)    of W (N, ceil(d / 8), J, D), none          sums P (B, N, J, D) int8
@@ -200,46 +198,42 @@ TARGET_SIMD static int run_simd(const struct work *w, size_t first, size_t last)
 TARGET_WIDE static int run_wide(const struct work *w, size_t first, size_t last) { return run(WIDE, w, first, last); }
 static runner *const RUNNERS[] = {run_portable, run_simd, run_wide};
 
-struct share {
+struct team {
     const struct work *work;
     runner *run;
-    size_t first, last;
-    int failed, started;
-    pthread_t thread;
+    size_t shares, next;
+    int failed;
 };
 
-static void *run_share(void *argument) {
-    struct share *s = argument;
-    s->failed = s->run(s->work, s->first, s->last);
-    return NULL;
+/* Takes shares of the batch until none is left, for each thread of a team of any size. */
+static void run_shares(void *argument) {
+    struct team *team = argument;
+    size_t batch = team->work->batch;
+    for (size_t k; (k = __atomic_fetch_add(&team->next, 1, __ATOMIC_RELAXED)) < team->shares;)
+        if (team->run(team->work, batch * k / team->shares, batch * (k + 1) / team->shares))
+            __atomic_store_n(&team->failed, 1, __ATOMIC_RELAXED);
 }
 
 /* Name of a path of this build that this processor has, the best one last; NULL behind it. */
 EXPORT const char *xnor_path(int path) { return path <= best_path() ? PATHS[path] : NULL; }
 
-/* Arguments as in struct work. Each thread takes a range of the batch. Threads start and end here: forks and other
- * thread pools are no concern. Returns 0, or 1 if memory ran out. */
-EXPORT int xnor_compute(
+typedef void parallel(void (*function)(void *), void *argument, unsigned threads, unsigned flags);
+
+/* Arguments as in struct work; run_parallel is GOMP_parallel of the OpenMP that torch has loaded, or NULL for one
+ * thread. Threads of our own would compete with torch's, which wait for work without sleeping.
+ * Returns 0, or 1 if memory ran out. */
+EXPORT int xnor_compute_shares(
         int kind, const float *x, const uint8_t *bits, const float *scale, void *out, size_t batch, size_t capsules,
-        size_t in_dim, size_t classes, size_t dim, size_t iterations, int path, size_t threads) {
+        size_t in_dim, size_t classes, size_t dim, size_t iterations, int path, size_t threads,
+        parallel *run_parallel) {
     struct work work = {kind, x, bits, scale, out, batch, capsules, in_dim, classes, dim, iterations, NULL, NULL};
-    struct share shares[MAX_THREADS] = {0};
-    size_t count = threads < MAX_THREADS ? threads : MAX_THREADS, inputs = batch * capsules;
-    int failed = 0;
+    size_t inputs = batch * capsules;
     work.k = malloc(inputs * sizeof(float) + inputs * ((in_dim + 7) / 8));
     if (!work.k) return 1;
     work.signs = (uint8_t *)(work.k + inputs);
-    if (count > batch) count = batch;
-    for (size_t k = 0; k < count; k++) {
-        struct share *s = &shares[k];
-        s->work = &work, s->run = RUNNERS[path], s->first = batch * k / count, s->last = batch * (k + 1) / count;
-        s->started = k + 1 < count && !pthread_create(&s->thread, NULL, run_share, s);
-        if (!s->started) run_share(s);
-    }
-    for (size_t k = 0; k < count; k++) {
-        if (shares[k].started) pthread_join(shares[k].thread, NULL);
-        failed |= shares[k].failed;
-    }
+    struct team team = {&work, RUNNERS[path], threads < batch ? threads : batch, 0, 0};
+    if (team.shares > 1 && run_parallel) run_parallel(run_shares, &team, (unsigned)team.shares, 0);
+    else run_shares(&team);
     free(work.k);
-    return failed;
+    return team.failed;
 }

@@ -12,7 +12,7 @@ ENVIRONMENT = 'TIMM_SPINAL_XNOR'
 PATHS = ('avx512', 'avx2', 'neon', 'portable')
 KINDS = ('products', 'xnodr', 'xnidr', 'agreement')  # as in xnor.c, which says what their arguments are
 LANES = 16  # class capsules have a multiple of so many dimensions
-GRAIN = 2 ** 17  # predictions that are worth a thread, whose start takes as long as some 2 ** 16
+GRAIN = 2 ** 15  # predictions that are worth a thread
 PRODUCT_COST = 1 / 8  # what a product or an agreement costs beside a prediction
 
 
@@ -24,11 +24,21 @@ def _library() -> Optional[ctypes.CDLL]:
     try:
         library = ctypes.CDLL(spec.origin)
         library.xnor_path.restype = ctypes.c_char_p
-        library.xnor_compute.argtypes = [
-            ctypes.c_int, *[ctypes.c_void_p] * 4, *[ctypes.c_size_t] * 6, ctypes.c_int, ctypes.c_size_t]
+        library.xnor_compute_shares.argtypes = [
+            ctypes.c_int, *[ctypes.c_void_p] * 4, *[ctypes.c_size_t] * 6, ctypes.c_int, ctypes.c_size_t,
+            ctypes.c_void_p]
     except (OSError, AttributeError):  # built for another system, or from other sources
         return None
     return library
+
+
+@functools.cache
+def _parallel() -> Optional[int]:
+    """Address of GOMP_parallel in the OpenMP that torch has loaded; None where it has another, such as on macOS."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except AttributeError:
+        return None
 
 
 @functools.cache
@@ -78,7 +88,7 @@ def run(
         dim: int,
         iterations: int = 0,
 ) -> torch.Tensor:
-    """Call the C code on as many threads as torch uses.
+    """Call the C code on as many threads as torch uses, which are torch's.
 
     Args:
         kind: One of ``KINDS``; x, bits, scale and out as xnor.c says.
@@ -90,11 +100,11 @@ def run(
     work = batch * capsules * classes * dim * (iterations or PRODUCT_COST)
     threads = max(1, min(int(work / GRAIN), torch.get_num_threads()))
     tensors = [None if t is None else t.contiguous() for t in (x, bits, scale)]
-    failed = library.xnor_compute(
+    failed = library.xnor_compute_shares(
         KINDS.index(kind),
         *[None if t is None else t.data_ptr() for t in tensors],
         out.data_ptr(),
-        batch, capsules, in_dim, classes, dim, iterations, xnor_paths().index(xnor_backend()) - 1, threads)
+        batch, capsules, in_dim, classes, dim, iterations, xnor_paths().index(xnor_backend()) - 1, threads, _parallel())
     if failed:
         raise MemoryError('No memory for the routing of packed capsules; use a smaller batch.')
     return out
