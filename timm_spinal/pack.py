@@ -4,7 +4,7 @@
     timm-spinal pack hf-hub:org/name --output packed
 
 The output folder has ``model.safetensors`` and ``config.json``; timm loads it as ``local-dir:packed``, and
-``timm-spinal validate --model local-dir:packed`` measures it. Both forms are run on the same noise images, and the
+``timm-spinal validate --checkpoint packed`` measures it. Both forms are run on the same noise images, and the
 largest difference of scores and the predictions that are the same are printed.
 """
 import argparse
