@@ -30,7 +30,7 @@ def options(config, **kwargs):
 
 def test_run_folder_gives_the_numbers_of_the_run(trained, tmp_path):
     config, result = trained
-    for where in (dict(checkpoint=str(tmp_path / 'run')), dict(model=f'local-dir:{tmp_path / "run"}', pretrained=True)):
+    for where in (dict(checkpoint=str(tmp_path / 'run')), dict(model=f'local-dir:{tmp_path / "run"}')):
         row, = validate(options(config, **where))
         assert row['top1'] == pytest.approx(result['top1']) and row['loss'] == pytest.approx(result['loss'], rel=1e-6)
         assert row['images'] == 22 and row['top1_err'] == pytest.approx(100 - result['top1'])

@@ -93,7 +93,9 @@ def open_candidate(config: ValidateConfig, name: str) -> Candidate:
         UserError: A path that is none of the kinds that can be evaluated, or a damaged checkpoint.
     """
     if not config.checkpoint:
-        return Candidate(name, replace(config, model=name))
+        # who names a published model means its weights, without which timm would make it anew
+        published = name.startswith(('hf-hub:', 'local-dir:'))
+        return Candidate(name, replace(config, model=name, pretrained=config.pretrained or published))
     path = Path(name)
     if (path / STATE).is_file():
         return _open_checkpoint(config, path)
