@@ -27,7 +27,7 @@ def images(model, batch=2, size=None, seed=0):
 def test_names_are_registered_without_weights():
     registered = {name for module in MODULES for name in timm.list_models(module=module.__name__.rsplit('.', 1)[-1])}
     assert registered == set(NAMES) and len(NAMES) == 16
-    assert not [tag for wildcard in ('*vgg5*', 'cifarcnn*', 'resnet18_cifar*') for tag in timm.list_pretrained(wildcard)]
+    assert not [tag for names in ('*vgg5*', 'cifarcnn*', 'resnet18_cifar*') for tag in timm.list_pretrained(names)]
 
 
 @pytest.mark.parametrize('name', NAMES)
