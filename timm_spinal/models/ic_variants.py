@@ -74,7 +74,8 @@ def _create_ic_variant(
         backbone, cfg, is_ours=_is_collision, pretrained=pretrained, cache_dir=cache_dir, **kwargs)
     convert_to_ic(model, **options)
     if pretrained:
-        _load_collision(model, state_dict, variant, quiet='init' not in options)
+        quiet = 'init' not in options and options.get('norm') != 'bn'  # which is about half active for any w'
+        _load_collision(model, state_dict, variant, quiet)
     return model
 
 
