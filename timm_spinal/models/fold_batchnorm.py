@@ -11,21 +11,26 @@ from typing import Any, Dict, List, Tuple
 
 import torch
 import torch.fx
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, Conv2dSame
+from timm.models import get_notrace_functions, get_notrace_modules
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..layers import ICConv2d
 
-CONVS = (nn.Conv2d, ICConv2d)
+CONVS = (nn.Conv2d, Conv2dSame, ICConv2d)
 NORMS = (nn.BatchNorm2d, BatchNormAct2d)
 
 
 class _Tracer(torch.fx.Tracer):
-    """Does not look into convolutions and norms."""
+    """Does not look into convolutions and norms, nor into what timm's own tracing leaves whole."""
+
+    def __init__(self) -> None:
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        self.leaves = CONVS + NORMS + tuple(get_notrace_modules())
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in CONVS + NORMS or super().is_leaf_module(m, module_qualified_name)
+        return type(m) in self.leaves or super().is_leaf_module(m, module_qualified_name)
 
 
 def fold_batchnorm(model: nn.Module) -> nn.Module:
