@@ -24,6 +24,17 @@ def test_lean_needs_less_memory():
     assert all(lean < 0.8 * whole for lean, whole in zip(peaks['lean'], peaks['whole']))
 
 
+def test_inference_grows_with_coefficients_and_not_with_predictions():
+    batches, capsules, classes = (32, 160), 64, 1000
+    peaks = []
+    for case in (routing.Case('caps', batch, capsules, classes) for batch in batches):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
+            peaks.append(pool.submit(routing.peak_memory, case, 'lean', train=False))
+    small, large = (peak.result()[0] for peak in peaks)
+    coefficients = (batches[1] - batches[0]) * capsules * classes * 4 / 2 ** 20
+    assert coefficients < large - small < 5 * coefficients  # predictions are 16 times as many
+
+
 def test_prints_a_line_for_each_number_of_classes(capsys):
     assert routing.main(['--classes', '5', '-b', '2', '--capsules', '3', '--rounds', '1', '--layer', 'xnidr']) == 0
     *_, heading, row = capsys.readouterr().out.splitlines()

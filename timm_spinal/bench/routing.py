@@ -55,7 +55,7 @@ def _step(case: Case, x: torch.Tensor, weight: torch.Tensor, memory: str) -> tor
     return v.detach()
 
 
-def peak_memory(case: Case, memory: str, threads: int = 1) -> Tuple[float, float]:
+def peak_memory(case: Case, memory: str, threads: int = 1, train: bool = True) -> Tuple[float, float]:
     """MiB above inputs and weights, of inference and of a training step; to be called in a process of its own."""
     torch.set_num_threads(threads)
     small = Case(case.layer, 1, 2, 3)
@@ -65,7 +65,8 @@ def peak_memory(case: Case, memory: str, threads: int = 1) -> Tuple[float, float
     with torch.no_grad():
         case.route(x, weight, memory)
     inference = process_memory('VmHWM') - before
-    _step(case, x, weight, memory)
+    if train:
+        _step(case, x, weight, memory)
     return max(inference, 0.), max(process_memory('VmHWM') - before, 0.)
 
 

@@ -5,7 +5,7 @@ Papers: https://arxiv.org/abs/1710.09829 and https://arxiv.org/abs/2111.10854 (s
 
 import math
 from contextlib import nullcontext
-from typing import ContextManager, List
+from typing import ContextManager
 
 import torch
 from torch import nn
@@ -68,13 +68,18 @@ def route_lean(
         Class capsules v (B, J, D).
     """
     weights = weight.split(chunk, 1)
-    uniform = torch.full_like(x[..., :1], 1. / weight.shape[1]).expand(-1, -1, weight.shape[1])
-    couplings = uniform.split(chunk, 2)
-    logits: List[torch.Tensor] = []
-    for t in range(iterations - 1):
-        agreements = [_lean_agreement(x, w, c, xnor_projector, xnor_agreement) for w, c in zip(weights, couplings)]
-        logits = [b + a for b, a in zip(logits, agreements)] if t > 0 else agreements
-        couplings = torch.cat(logits, 2).softmax(2).split(chunk, 2)
+    uniform = torch.full_like(x[..., :1], 1. / weight.shape[1])
+    couplings = uniform.expand(-1, -1, weight.shape[1]).split(chunk, 2)
+    logits = torch.zeros_like(uniform).repeat(1, 1, weight.shape[1])
+    for _ in range(iterations - 1):
+        if torch.jit.is_scripting() or torch.is_grad_enabled():
+            logits = logits + torch.cat([
+                _lean_agreement(x, w, c, xnor_projector, xnor_agreement) for w, c in zip(weights, couplings)], 2)
+        else:  # in place, so that no more than two tensors (B, N, J) are there
+            for i, (w, c) in enumerate(zip(weights, couplings)):
+                logits[:, :, i * chunk:(i + 1) * chunk] += _agreement_chunk(x, w, c, xnor_projector, xnor_agreement)
+            couplings = uniform.split(1, 2)  # frees the last ones
+        couplings = logits.softmax(2).split(chunk, 2)
     return torch.cat([_lean_capsules(x, w, c, xnor_projector) for w, c in zip(weights, couplings)], 1)
 
 
