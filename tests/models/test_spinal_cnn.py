@@ -109,3 +109,12 @@ def test_state_dict_keys_are_stable():
     chains = [key for i, layers in enumerate((10, 8, 8)) for key in chain(f'head.hidden.chains.{i}', layers)]
     out = ['head.hidden.out.fc.weight', 'head.hidden.out.fc.bias']
     assert list(timm.create_model('spinalcnn_a2').state_dict()) == convs + chains + out + fc
+
+
+@pytest.mark.parametrize('widths, message', [
+    ([], "widths is empty; give the width of each hidden layer, or use the head 'linear'"),
+    ([50, 0], 'widths must be a positive whole number, got 0'),
+])
+def test_widths_out_of_range(widths, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model('spinalcnn_plain', head_widths=widths)

@@ -8,7 +8,7 @@ from timm.layers import SelectAdaptivePool2d
 from torch import nn
 
 from ..layers import ClassifierHead
-from ..layers.classifier_head import hidden_block
+from ..layers.classifier_head import check_positive, hidden_block
 
 
 class GridPool(nn.Module):
@@ -48,6 +48,9 @@ class PlainLayers(nn.Sequential):
         in_dropout: Dropout rate in front of the first layer.
         norm_layer: timm name of a norm behind each linear, '' for none.
         act_layer: timm name of the activation.
+
+    Raises:
+        ValueError: If there is no width, or one is not positive.
     """
 
     def __init__(
@@ -60,6 +63,10 @@ class PlainLayers(nn.Sequential):
             device=None,
             dtype=None,
     ):
+        if not widths:
+            raise ValueError("widths is empty; give the width of each hidden layer, or use the head 'linear'.")
+        for width in widths:
+            check_positive(widths=width)
         super().__init__(*[
             hidden_block(before, width, in_dropout if i == 0 else 0., norm_layer, act_layer, device, dtype)
             for i, (before, width) in enumerate(zip([in_features, *widths], widths))
