@@ -153,3 +153,11 @@ def test_crops_that_say_little_or_cannot_be(trained, tmp_path, capsys):
         validate(options(config, crop_mode='border', **where))
     assert main(['validate', '--crops', '5', '--data-dir', config.data_dir]) == 2
     assert "--crops: '5' is not one of 1, 10" in capsys.readouterr().err
+
+
+def test_a_detector_is_no_classifier(trained, tmp_path):
+    config, _ = trained
+    (tmp_path / 'detector').mkdir()
+    (tmp_path / 'detector' / 'config.json').write_text(json.dumps(dict(detector={}, class_names=[])))
+    with pytest.raises(UserError, match="no 'architecture', .* a detector opens with timm_spinal.detection.load_det"):
+        validate(options(config, model=f'local-dir:{tmp_path / "detector"}'))
