@@ -42,6 +42,12 @@ def test_prints_a_line_for_each_number_of_classes(capsys):
     assert row.split()[0] == '5' and float(row.split()[-1]) < 1e-5
 
 
+def test_a_network_is_trained_in_a_process_of_its_own(capsys):
+    assert routing.main(['--network', 'test_efficientnet_xnodr', '--classes', '3', '-b', '2', '--img-size', '64']) == 0
+    line, = capsys.readouterr().out.splitlines()
+    assert line.startswith('test_efficientnet_xnodr, 3 classes, batch 2, 64 px: training takes 0.')
+
+
 @pytest.mark.parametrize('argv, message', [
     (['--classes', '1'], 'at least 2 classes, got 1'),
     (['--rounds', '0'], '--rounds must be at least 1, got 0'),

@@ -2,10 +2,12 @@
 
     timm-spinal bench routing                                      # 10, 100, 1,000 and 10,000 classes
     timm-spinal bench routing --layer xnidr -b 64 --classes 1000
+    timm-spinal bench routing --network resnet50_xnodr -b 64 --classes 1000     # a training step of a whole network
 
 One line per number of classes: peak memory above that of the inputs and weights, for inference and for a training step
 (forward and backward), each in a process of its own; time of both in turns in one process. Then the largest difference
-of values and gradients, relative to the largest value.
+of values and gradients, relative to the largest value. --network gives the peak memory of a process that makes a
+network and takes two training steps (SGD with momentum, images of --img-size) instead.
 """
 
 import argparse
@@ -17,10 +19,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import List, Optional, Tuple
 
+import timm
 import torch
+import torch.nn.functional as F
 
 from ..errors import UserError
 from ..layers import dynamic_routing
+from ..models import ensure_registered
 from .memory import process_memory
 from .timing import machine_load, paired_times
 
@@ -92,6 +97,28 @@ def times(case: Case, rounds: int) -> List[float]:
     return [1000 * statistics.median(side) for side in (*inference, *training)]
 
 
+def network_peak(name: str, batch: int, classes: int, size: int, threads: int) -> float:
+    """MiB of the whole process after two training steps of a network; to be called in a process of its own."""
+    torch.set_num_threads(threads)
+    ensure_registered(name)
+    model = timm.create_model(name, num_classes=classes)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
+    images, labels = torch.randn(batch, 3, size, size), torch.arange(batch) % classes
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    return process_memory('VmHWM')
+
+
+def measure_network(name: str, batch: int, classes: int, size: int) -> None:
+    """Print the line of a network."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
+        peak = pool.submit(network_peak, name, batch, classes, size, torch.get_num_threads()).result()
+    print(f'{name}, {classes:,} classes, batch {batch}, {size} px: training takes {peak / 1024:.2f} GiB, all of the '
+          f'process ({machine_load()})', flush=True)
+
+
 def measure(case: Case, rounds: int) -> None:
     """Print the line of one case."""
     context = multiprocessing.get_context('spawn')
@@ -114,13 +141,19 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument('-b', '--batch-size', type=int, default=16)
     parser.add_argument('--capsules', type=int, default=128, help='input capsules (default: %(default)s)')
     parser.add_argument('--rounds', type=int, default=2, help='pairs of calls (default: %(default)s)')
+    parser.add_argument('--network', metavar='MODEL', help='a network of timm instead of a layer')
+    parser.add_argument('--img-size', type=int, default=64, help='pixels, of --network (default: %(default)s)')
     args = parser.parse_args(argv)
-    for name in ('batch_size', 'capsules', 'rounds'):
+    for name in ('batch_size', 'capsules', 'rounds', 'img_size'):
         if getattr(args, name) < 1:
             raise UserError(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}')
     if min(args.classes) < 2:
         raise UserError(f'--classes: routing needs at least 2 classes, got {min(args.classes)}')
 
+    if args.network:
+        for classes in args.classes:
+            measure_network(args.network, args.batch_size, classes, args.img_size)
+        return 0
     print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, {args.layer}, batch {args.batch_size}, '
           f'{args.capsules} x {IN_DIM} capsules to J x {CLASS_DIM}, {machine_load()}')
     print('         peak MiB, inference  peak MiB, training   ms, inference        ms, training         largest')
