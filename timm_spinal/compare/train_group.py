@@ -115,7 +115,9 @@ def _train_epoch(
         scheduler.step_update(epoch * steps + step)
         here = slice(step * recipe.batch_size, (step + 1) * recipe.batch_size)
         index = order[:, here]
-        x = train.x[0][index] if train.x.shape[0] == 1 else train.x[which[:, here], index]
+        rows = index + train.x.shape[1] * which[:, here]
+        # index_select copies rows, which indexing with a tensor does a number at a time
+        x = train.x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
         output = group.forward_train(x)
         loss = F.cross_entropy(
             output.flatten(0, 1), train.y[index].flatten(), reduction='none', label_smoothing=recipe.smoothing)
