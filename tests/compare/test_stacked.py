@@ -82,7 +82,7 @@ def test_weight_decay_is_for_matrices_only():
     assert [tuple(p.shape) for p, decays in stacked.parameters() if decays] == [(2, 9, 6), (2, 6, 4)]
 
 
-@pytest.mark.parametrize('p', [0.3, 0.5])  # to 16 bits, and in 8
+@pytest.mark.parametrize('p', [0.3, 0.5])  # from 16 bits each, and from one
 def test_masks_keep_the_mean_and_differ_by_seed(p):
     generators = [seed_dropout(nn.Sequential(), seed) for seed in (0, 1)]
     masks = draw_masks(p, (100, 100), generators)
