@@ -4,6 +4,7 @@ Paper: "ProgressiveSpinalNet architecture for FC layers", Chopra, https://arxiv.
 """
 
 from functools import partial
+from typing import List
 
 import torch
 from torch import nn
@@ -67,10 +68,10 @@ class ProgressiveLayers(nn.Module):
         self.blocks = nn.ModuleList([create_block(in_features + i * width) for i in range(1, layers)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        z = torch.cat([self.skip_drop(x), self.first(x)], dim=1)
-        for block in self.blocks:
-            z = torch.cat([z, block(z)], dim=1)
-        return z
+        z: List[torch.Tensor] = [self.skip_drop(x), self.first(x)]
+        for block in self.blocks:  # joined anew each time: so the backward pass adds gradients of the h_i only
+            z.append(block(torch.cat(z, dim=1)))
+        return torch.cat(z, dim=1)
 
 
 class ProgressiveSpinalHead(ClassifierHead):
