@@ -82,12 +82,12 @@ def test_weight_decay_is_for_matrices_only():
     assert [tuple(p.shape) for p, decays in stacked.parameters() if decays] == [(2, 9, 6), (2, 6, 4)]
 
 
-@pytest.mark.parametrize('p', [0.3, 0.5])  # from 16 bits each, and from one
+@pytest.mark.parametrize('p', [0.3, 0.5])
 def test_masks_keep_the_mean_and_differ_by_seed(p):
     generators = [seed_dropout(nn.Sequential(), seed) for seed in (0, 1)]
     masks = draw_masks(p, (100, 100), generators)
     assert masks.unique().tolist() == pytest.approx([0., 1 / (1 - p)])
-    assert masks.mean().item() == pytest.approx(1., abs=0.03)
+    assert masks.mean().item() == pytest.approx(1., abs=0.02)
     assert not torch.equal(masks[0], masks[1])
     again = draw_masks(p, (100, 100), [seed_dropout(nn.Sequential(), 1)])
     assert torch.equal(again[0], masks[1])

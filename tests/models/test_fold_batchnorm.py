@@ -90,6 +90,8 @@ def test_what_cannot_be_folded():
     with pytest.raises(ValueError, match='torch.fx cannot trace ByShape') as error:
         fold_batchnorm(ByShape().eval())
     assert '\n' not in str(error.value)
+    with pytest.raises(ValueError, match='VisionTransformer has no BatchNorm behind a convolution'):
+        fold_batchnorm(timm.create_model('test_vit').eval())
     with pytest.raises(ValueError, match='Sequential has no BatchNorm behind a convolution'):
         fold_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)).eval())
     assert timm_spinal.fold_batchnorm is fold_batchnorm

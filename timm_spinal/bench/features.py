@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 
 from timm_spinal.compare.controls import new_heads, parse_variants, size_controls
-from timm_spinal.compare.features import CPU_BATCH, extract
+from timm_spinal.compare.features import backbone_batch, extract
 from timm_spinal.compare.options import FrozenConfig, as_train_config
 from timm_spinal.compare.splits import open_splits
 from timm_spinal.compare.train_group import Features
@@ -51,7 +51,7 @@ def measure_features(config: FrozenConfig, size: int, images: int, rounds: int) 
         splits = open_splits(train_config)
         model, accelerator = create_model(train_config, 0), Accelerator()
         count = sum(len(split) for split in (splits.train, splits.validation, splits.test))
-        step = CPU_BATCH if accelerator.device.type == 'cpu' else config.batch_size
+        step = backbone_batch(accelerator.device, config.batch_size)
         batch = torch.rand(step, 3, size, size, device=accelerator.device)
         model.to(accelerator.device).eval()
         if config.channels_last:

@@ -11,10 +11,8 @@ rest, and the bytes that autograd keeps between forward and backward.
 """
 
 import argparse
-import multiprocessing
 import statistics
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
@@ -28,7 +26,7 @@ from ..errors import UserError
 from ..models import ensure_registered, fold_batchnorm
 from .basis import Setting, create, images, training_step
 from .heads import count_macs, count_params
-from .memory import MIB, process_memory
+from .memory import MIB, in_own_process, process_memory
 from .timing import Ratio, machine_load, paired_ratio, paired_times
 
 MODEL = 'icresnet50'
@@ -107,11 +105,9 @@ def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
 
 def memory_of_both(name: str, setting: Setting, threads: int) -> Tuple[Memory, Memory]:
     """Of the IC model and of the plain one."""
-    found = []
-    for side in (name, plain_name(name)):
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
-            found.append(pool.submit(step_memory, side, setting.batch_size, setting.image_size, threads).result())
-    return found[0], found[1]
+    ic, plain = (in_own_process(step_memory, side, setting.batch_size, setting.image_size, threads)
+                 for side in (name, plain_name(name)))
+    return ic, plain
 
 
 def _verdict(name: str, part: str, ratio: float) -> Tuple[str, bool]:

@@ -11,22 +11,20 @@ network and takes two training steps (SGD with momentum, images of --img-size) i
 """
 
 import argparse
-import multiprocessing
 import statistics
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import List, Optional, Tuple
 
 import timm
 import torch
-import torch.nn.functional as F
 
 from ..errors import UserError
 from ..layers import dynamic_routing
 from ..models import ensure_registered
-from .memory import process_memory
+from .basis import training_step
+from .memory import in_own_process, process_memory
 from .timing import machine_load, paired_times
 
 LAYERS = {'caps': (False, False), 'xnodr': (True, False), 'xnidr': (False, True)}
@@ -101,31 +99,22 @@ def network_peak(name: str, batch: int, classes: int, size: int, threads: int) -
     """MiB of the whole process after two training steps of a network; to be called in a process of its own."""
     torch.set_num_threads(threads)
     ensure_registered(name)
-    model = timm.create_model(name, num_classes=classes)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
-    images, labels = torch.randn(batch, 3, size, size), torch.arange(batch) % classes
+    step = training_step(timm.create_model(name, num_classes=classes), torch.randn(batch, 3, size, size))
     for _ in range(2):
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
+        step()
     return process_memory('VmHWM')
 
 
 def measure_network(name: str, batch: int, classes: int, size: int) -> None:
     """Print the line of a network."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
-        peak = pool.submit(network_peak, name, batch, classes, size, torch.get_num_threads()).result()
+    peak = in_own_process(network_peak, name, batch, classes, size, torch.get_num_threads())
     print(f'{name}, {classes:,} classes, batch {batch}, {size} px: training takes {peak / 1024:.2f} GiB, all of the '
           f'process ({machine_load()})', flush=True)
 
 
 def measure(case: Case, rounds: int) -> None:
     """Print the line of one case."""
-    context = multiprocessing.get_context('spawn')
-    peaks = []
-    for mode in MODES:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            peaks.append(pool.submit(peak_memory, case, mode, torch.get_num_threads()).result())
+    peaks = [in_own_process(peak_memory, case, mode, torch.get_num_threads()) for mode in MODES]
     (whole_inference, whole_training), (lean_inference, lean_training) = peaks
     ms = times(case, rounds)
     memory = f'{whole_inference:9,.0f} {lean_inference:6,.0f} {whole_training:9,.0f} {lean_training:6,.0f}'

@@ -1,7 +1,5 @@
 """Run a frozen backbone once over all images and keep what it answers."""
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -32,11 +30,12 @@ from timm_spinal.training.shards import (
 )
 from timm_spinal.training.transforms import eval_transform, image_mode, resolve_data, split_transform, train_transform
 
+from .cores import core_each
 from .options import FrozenConfig, as_train_config
 from .splits import Splits
 from .train_group import Features
 
-CPU_BATCH = 16  # small enough for activations to stay in the caches: up to twice the speed of a batch of 128
+_CPU_BATCH = 16  # small enough for activations to stay in the caches: up to twice the speed of a batch of 128
 
 _WORDS = Wording(
     'features', 'add --rebuild to make them anew, or choose another --features', 'run again, or add --rebuild',
@@ -110,7 +109,7 @@ def extract(
         precision=accelerator.mixed_precision,
         maps=maps,
     )
-    model = _folded(model.eval()).to(accelerator.device).requires_grad_(False)
+    model = model.to(accelerator.device).eval().requires_grad_(False)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     sizes = _output_sizes(model, data_config['input_size'], accelerator.device, maps)
@@ -122,6 +121,8 @@ def extract(
     check_space(folder, total * (4 * sum(sizes) + 8), _WORDS)
     # no process may write before all have seen what is missing
     accelerator.wait_for_everyone()
+    if missing:
+        model = _folded(model)
 
     start = time.perf_counter()
     mine = missing[accelerator.process_index::accelerator.num_processes]
@@ -136,6 +137,11 @@ def extract(
     seconds = time.perf_counter() - start if total else 0.
     features = _load(parts, folder, mark) if accelerator.is_main_process else {}
     return Extracted(features, identity, seconds, total, tuple(data_config['input_size']))
+
+
+def backbone_batch(device: torch.device, batch_size: int) -> int:
+    """Images that the backbone gets at a time: a batch, on a CPU fewer."""
+    return _CPU_BATCH if device.type == 'cpu' else batch_size
 
 
 def run_backbone(model: nn.Module, images: torch.Tensor, maps: bool = False) -> dict[str, torch.Tensor]:
@@ -211,6 +217,7 @@ def _run_part(
     loader = DataLoader(
         dataset, batch_sampler=batches, num_workers=min(config.workers, len(batches)), pin_memory=config.pin_mem)
     kept: dict[str, list[torch.Tensor]] = {}
+    step = backbone_batch(accelerator.device, config.batch_size)
 
     @torch.inference_mode()
     def answer(chunk: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -220,10 +227,11 @@ def _run_part(
         with accelerator.autocast():
             return {name: value.cpu() for name, value in run_backbone(model, images, maps).items()}
 
-    with _answers(accelerator.device, config.batch_size) as answers:
+    with core_each() as pool:  # loader workers disturb that less than all cores on one chunk
+        run = pool.map if accelerator.device.type == 'cpu' else map
         for end, (images, labels) in zip(ends, loader):
             kept.setdefault('labels', []).append(labels)
-            for found in answers(answer, _as_images(images, part, config, mode)):
+            for found in run(answer, _as_images(images, part, config, mode).split(step)):
                 for name, value in found.items():
                     kept.setdefault(name, []).append(value)
             bar.update(len(labels))
@@ -231,21 +239,6 @@ def _run_part(
                 tensors = {name: torch.cat(values).contiguous() for name, values in kept.items()}
                 write_shard(shard_path(folder, part.split, part.number, end), tensors, mark)
                 kept = {}
-
-
-@contextmanager
-def _answers(device: torch.device, batch_size: int) -> Iterator[Callable[[Callable, torch.Tensor], Iterator[Any]]]:
-    """How to run a batch: whole, or on a CPU in small chunks on a core each, which loader workers disturb less."""
-    if device.type != 'cpu':
-        yield lambda answer, images: map(answer, images.split(batch_size))
-        return
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            yield lambda answer, images: pool.map(answer, images.split(CPU_BATCH))
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)
 
 
 def _as_images(images: Any, part: Part, config: FrozenConfig, mode: str) -> torch.Tensor:

@@ -45,15 +45,11 @@ def draw_masks(p: float, shape: Sequence[int], generators: Sequence[np.random.Ge
     """A mask from each generator, (M, *shape): zeros with probability p to 16 bits, else 1 / (1 - p)."""
     size = math.prod(shape)
     masks = np.empty((len(generators), size), dtype=np.float32)
-    bits = 1 if p == 0.5 else 16
     for mask, generator in zip(masks, generators):
-        # some twenty times as fast as torch's bernoulli_ on one core: many numbers from each draw
-        words = generator.integers(2 ** 64, size=-(-size * bits // 64), dtype=np.uint64)
-        if bits == 1:
-            keep = np.unpackbits(words.view(np.uint8), count=size)
-        else:
-            keep = (words.view(np.uint16)[:size] >= round(p * 2 ** 16)).view(np.uint8)
-        np.multiply(keep, np.float32(1. / (1. - p)), out=mask)
+        # some twenty times as fast as torch's bernoulli_ on one core: four numbers from each draw
+        words = generator.integers(2 ** 64, size=-(-size // 4), dtype=np.uint64)
+        keep = words.view(np.uint16)[:size] >= round(p * 2 ** 16)
+        np.multiply(keep.view(np.uint8), np.float32(1. / (1. - p)), out=mask)
     return torch.from_numpy(masks).view(len(generators), *shape)
 
 

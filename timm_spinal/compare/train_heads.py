@@ -1,6 +1,6 @@
 """Train heads on cached features, each with its seeds: side by side or together, where that is exact."""
 import copy
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from typing import Callable, Iterator, Sequence
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from timm_spinal.errors import UserError
 
+from .cores import core_each
 from .feature_linear import skip_feature_gradients
 from .stacked import SeparateHeads, StackedHeads, can_stack
 from .train_group import EVAL_BATCH, Features, Recipe, Trained, train_group
@@ -116,15 +117,10 @@ def _train_side_by_side(tasks: list[tuple[int, HeadTask]]) -> Iterator[tuple[int
     for i, task in tasks:
         jobs = [_Job(i, task, seed, head) for seed, head in zip(task.seeds, task.new_heads(task.seeds))]
         (alone if jobs and _draws_from_global(jobs[0]) else paired).extend(jobs)
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            futures = [pool.submit(job.run) for job in sorted(paired, key=_Job.work, reverse=True)]
-            for future in as_completed(futures):
-                yield future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)
+    with core_each() as pool:
+        futures = [pool.submit(job.run) for job in sorted(paired, key=_Job.work, reverse=True)]
+        for future in as_completed(futures):
+            yield future.result()
     for job in alone:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(job.seed)

@@ -131,10 +131,10 @@ def _check_source(source: str, name: str) -> None:
     try:
         architecture = load(name)[1]
     except Exception as e:
-        if isinstance(e, KeyError):
-            raise UserError(f'model {source}:{name}: its config.json has no {e}, so it is no classifier of timm; a '
-                            'detector opens with timm_spinal.detection.load_detector') from e
         reason = explain(e) or (one_line(e) if isinstance(e, (OSError, ValueError, RuntimeError)) else None)
+        if isinstance(e, KeyError):
+            reason = (f'its config.json has no {e}, so it is no classifier of timm; a detector opens with '
+                      'timm_spinal.detection.load_detector')
         if reason is None:
             raise
         raise UserError(f'model {source}:{name}: {reason}') from e
