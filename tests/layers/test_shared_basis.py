@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from timm_spinal.layers import SharedBasisConv2d, SharedConv2d, basis_product, check_ranks
-from timm_spinal.layers.shared_basis import MAX_UNIQUE_BY_TAPS, product_by_taps
+from timm_spinal.layers.shared_basis import MAX_UNIQUE, product_by_taps
 
 
 def randn(*shape, seed=0):
@@ -57,7 +57,7 @@ def test_train_mode_is_basis_norm_coefficients_norm():
     torch.testing.assert_close(conv.basis_norm.running_mean, 0.9 * before + 0.1 * mean.detach(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('unique', [2, MAX_UNIQUE_BY_TAPS + 1])
+@pytest.mark.parametrize('unique', [2, MAX_UNIQUE + 1])
 @pytest.mark.parametrize('dilation', [1, 2])
 def test_eval_mode_folds_the_norms(unique, dilation):
     """The same numbers and gradients as the three steps one after the other."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from timm_spinal.layers import dynamic_routing, xnor_kernel, xnor_ops, xnorize
+from timm_spinal.layers import c_library, dynamic_routing, xnor_kernel, xnor_ops, xnorize
 from timm_spinal.layers.capsule import mean_abs
 
 PATHS = xnor_kernel.xnor_paths()
@@ -204,9 +204,9 @@ def test_without_the_library(content, monkeypatch, tmp_path):
     expected = xnor_ops.xnodr_routing(x, *packed, 3)
     spec = None
     if content is not None:
-        (tmp_path / '_xnor.so').write_bytes(content)
-        spec = type('Spec', (), {'origin': str(tmp_path / '_xnor.so')})
-    monkeypatch.setattr(xnor_kernel.importlib.util, 'find_spec', lambda name: spec)
+        (tmp_path / '_kernels.so').write_bytes(content)
+        spec = type('Spec', (), {'origin': str(tmp_path / '_kernels.so')})
+    monkeypatch.setattr(c_library.importlib.util, 'find_spec', lambda name: spec)
     _forget_library()
     try:
         assert xnor_kernel.xnor_backend() == 'torch'
@@ -216,5 +216,6 @@ def test_without_the_library(content, monkeypatch, tmp_path):
 
 
 def _forget_library():
+    c_library.load.cache_clear()
     xnor_kernel._library.cache_clear()
     xnor_kernel.xnor_paths.cache_clear()

@@ -5,14 +5,13 @@ https://arxiv.org/abs/2006.05066 (spec shared_basis 1). The paper's symbols: W t
 filters, u of them unique to one convolution (U) and s shared by the stage (B_s), A the coefficients.
 """
 
-from typing import TYPE_CHECKING, Any, Optional, Tuple, Type
+from typing import TYPE_CHECKING, Any, List, Optional, Tuple, Type
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# filters are computed 16 at a time on a CPU: so few more than that are cheaper tap by tap
-MAX_UNIQUE_BY_TAPS = 8
+from .shared_basis_kernel import MAX_UNIQUE, can_run, shared_basis_combine
 
 
 def product_by_taps(x: torch.Tensor, filters: torch.Tensor, dilation: int = 1) -> torch.Tensor:
@@ -30,8 +29,9 @@ def product_by_taps(x: torch.Tensor, filters: torch.Tensor, dilation: int = 1) -
     kernel = filters.shape[2]
     taps = filters.flip(2, 3).permute(0, 2, 3, 1).reshape(-1, chs)
     products = torch.mm(taps, x.transpose(0, 1).reshape(chs, -1)).view(-1, n, height * width)
+    size = (int(height), int(width))  # which torch.jit.trace gives as tensors
     return F.fold(
-        products.transpose(0, 1), (height, width), kernel, dilation=dilation, padding=dilation * (kernel - 1) // 2)
+        products.transpose(0, 1), size, int(kernel), dilation=dilation, padding=dilation * (int(kernel) - 1) // 2)
 
 
 @torch.fx.wrap
@@ -122,7 +122,7 @@ class SharedBasisConv2d(nn.Module):
         self.out_channels = out_channels
         self.kernel_size = kernel_size
         self.dilation = dilation
-        self.few_unique = unique <= MAX_UNIQUE_BY_TAPS
+        self.few_unique = unique <= MAX_UNIQUE
         shape = (unique, in_channels, kernel_size, kernel_size)
         self.register_parameter('unique', nn.Parameter(torch.empty(shape, **dd)) if unique else None)
         self.basis_norm = None if folded else norm_layer(rank, **dd)
@@ -138,6 +138,9 @@ class SharedBasisConv2d(nn.Module):
                 nn.init.kaiming_normal_(filters, mode='fan_out', nonlinearity='relu')
 
     def forward(self, x: torch.Tensor, basis: Optional[torch.Tensor] = None) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if self.runs_in_c(x, basis):
+                return self.run_in_c(x, basis)
         z = basis_product(x, self.unique, basis, self.dilation, self.few_unique and not self.training)
         if self.basis_norm is None:
             return combine(z, self.coeff, self.bias)
@@ -146,6 +149,28 @@ class SharedBasisConv2d(nn.Module):
             return combine(z, coeff, bias)
         else:
             return self.norm(combine(self.basis_norm(z), self.coeff))
+
+    @torch.jit.unused
+    def runs_in_c(self, x: torch.Tensor, basis: Optional[torch.Tensor]) -> bool:
+        """Whether there is a faster way than torch's convolutions, see shared_basis_kernel."""
+        if basis is None or self.unique is None or not self.few_unique or self.training:
+            return False
+        norms = [] if self.basis_norm is None else [self.basis_norm, self.norm]
+        if not all(type(norm) is nn.BatchNorm2d and not norm.training for norm in norms):
+            return False
+        tensors = [basis, self.coeff, *[t for norm in norms for t in _norm_tensors(norm)]]
+        return all(t is not None for t in tensors) and can_run(x, self.unique, tensors)
+
+    @torch.jit.unused
+    def run_in_c(self, x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+        """The output, where :meth:`runs_in_c`."""
+        assert self.unique is not None
+        z = basis_product(x, None, basis, self.dilation)
+        if self.basis_norm is None:
+            return shared_basis_combine(x, z, self.unique, self.coeff, [self.bias], [], self.dilation)
+        norms = [*_norm_tensors(self.basis_norm), *_norm_tensors(self.norm)]
+        eps = [self.basis_norm.eps, self.norm.eps]
+        return shared_basis_combine(x, z, self.unique, self.coeff, norms, eps, self.dilation)
 
     def fold(self) -> Tuple[torch.Tensor, torch.Tensor]:
         """A' = diag(g2) A diag(g) and b' = g2 (A h) + h2, with g and h the scale and shift of a norm (spec 8.1 a)."""
@@ -160,6 +185,10 @@ class SharedBasisConv2d(nn.Module):
         unique = 0 if self.unique is None else len(self.unique)
         return (f'{self.in_channels}, {self.out_channels}, shared={self.coeff.shape[1] - unique}, unique={unique}, '
                 f'kernel_size={self.kernel_size}')
+
+
+def _norm_tensors(norm: Any) -> List[torch.Tensor]:
+    return [norm.weight, norm.bias, norm.running_mean, norm.running_var]
 
 
 def check_ranks(shared: int, unique: int, width: int) -> int:

@@ -12,7 +12,6 @@
 
 #include "xnor.h"
 
-#define EXPORT __attribute__((visibility("default")))
 #define TILE 8 /* samples that share one pass over the weights */
 
 /* kind       x                     bits and scale                             out
@@ -217,11 +216,7 @@ static void run_shares(void *argument) {
 /* Name of a path of this build that this processor has, the best one last; NULL behind it. */
 EXPORT const char *xnor_path(int path) { return path <= best_path() ? PATHS[path] : NULL; }
 
-typedef void parallel(void (*function)(void *), void *argument, unsigned threads, unsigned flags);
-
-/* Arguments as in struct work; run_parallel is GOMP_parallel of the OpenMP that torch has loaded, or NULL for one
- * thread. Threads of our own would compete with torch's, which wait for work without sleeping.
- * Returns 0, or 1 if memory ran out. */
+/* Arguments as in struct work. Returns 0, or 1 if memory ran out. */
 EXPORT int xnor_compute_shares(
         int kind, const float *x, const uint8_t *bits, const float *scale, void *out, size_t batch, size_t capsules,
         size_t in_dim, size_t classes, size_t dim, size_t iterations, int path, size_t threads,

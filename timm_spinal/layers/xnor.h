@@ -4,20 +4,14 @@
  * or NEON. The rest is written once, with vectors of GCC and Clang, and compiled for each path.
  */
 #include <math.h>
-#include <stdint.h>
 #include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
-#define LANES 16
+#include "vectors.h"
 
 enum { PORTABLE, SIMD, WIDE };
 
-/* 16 numbers, which the compiler keeps in as many registers as a path needs; memory need not be aligned */
-typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float quarter __attribute__((vector_size(LANES), aligned(4), may_alias));
-#define AT(x) (*(lanes *)(x))
-#define AT_CONST(x) (*(const lanes *)(x))
 
 INLINE float total(const lanes *x) {
     const quarter *q = (const quarter *)x;

@@ -1,12 +1,13 @@
-"""The library of bit kernels, xnor.c, where it was built when the package was installed."""
+"""The bit kernels of xnor.c, where the C library was built."""
 
 import ctypes
 import functools
-import importlib.util
 import os
 from typing import List, Optional
 
 import torch
+
+from . import c_library
 
 ENVIRONMENT = 'TIMM_SPINAL_XNOR'
 PATHS = ('avx512', 'avx2', 'neon', 'portable')
@@ -18,27 +19,17 @@ PRODUCT_COST = 1 / 8  # what a product or an agreement costs beside a prediction
 
 @functools.cache
 def _library() -> Optional[ctypes.CDLL]:
-    spec = importlib.util.find_spec(f'{__package__}._xnor')
-    if spec is None or spec.origin is None:
+    library = c_library.load()
+    if library is None:
         return None
     try:
-        library = ctypes.CDLL(spec.origin)
         library.xnor_path.restype = ctypes.c_char_p
         library.xnor_compute_shares.argtypes = [
             ctypes.c_int, *[ctypes.c_void_p] * 4, *[ctypes.c_size_t] * 6, ctypes.c_int, ctypes.c_size_t,
             ctypes.c_void_p]
-    except (OSError, AttributeError):  # built for another system, or from other sources
+    except AttributeError:  # built from other sources
         return None
     return library
-
-
-@functools.cache
-def _parallel() -> Optional[int]:
-    """Address of GOMP_parallel in the OpenMP that torch has loaded; None where it has another, such as on macOS."""
-    try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
-    except AttributeError:
-        return None
 
 
 @functools.cache
@@ -104,7 +95,8 @@ def run(
         KINDS.index(kind),
         *[None if t is None else t.data_ptr() for t in tensors],
         out.data_ptr(),
-        batch, capsules, in_dim, classes, dim, iterations, xnor_paths().index(xnor_backend()) - 1, threads, _parallel())
+        batch, capsules, in_dim, classes, dim, iterations, xnor_paths().index(xnor_backend()) - 1, threads,
+        c_library.run_parallel())
     if failed:
         raise MemoryError('No memory for the routing of packed capsules; use a smaller batch.')
     return out

@@ -1,0 +1,123 @@
+"""A convolution over a basis as shared_basis.c computes it: few unique filters, in eval mode, without gradients.
+
+Facts: spec shared_basis 1.1 and 8.1 a. It is one torch operator, so that FLOP counters see it.
+"""
+
+import ctypes
+import functools
+from typing import Any, List, Optional, Sequence
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from . import c_library
+
+MAX_UNIQUE = 8  # as in shared_basis.c: so few are cheaper apart, for convolutions compute 16 filters at a time
+LANES = 16
+GRAIN = 2 ** 18  # multiplications that are worth a thread
+
+_TENSORS = ('x', 'z', 'unique', 'coeff')
+_SIZES = ('batch', 'height', 'width', 'chs', 'kernel', 'dilation', 'filters', 'shared', 'out_chs', 'columns',
+          'unique_chs', 'unique_tap')
+
+
+class _Work(ctypes.Structure):
+    """``struct work`` of shared_basis.c."""
+
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in (*_TENSORS, 'norms', 'space', 'out')],
+        *[(name, ctypes.c_size_t) for name in _SIZES],
+        ('normed', ctypes.c_int),
+        ('eps', ctypes.c_float),
+        ('eps2', ctypes.c_float),
+    ]
+
+
+@functools.cache
+def _library() -> Optional[ctypes.CDLL]:
+    library = c_library.load()
+    try:
+        if library is None or not library.shared_basis_can_run():
+            return None
+        library.shared_basis_run.argtypes = [
+            ctypes.POINTER(_Work), ctypes.c_size_t, ctypes.c_void_p]
+    except AttributeError:  # another processor, or built from other sources
+        return None
+    return library
+
+
+def can_run(x: torch.Tensor, unique: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
+    """Whether the C code takes a convolution: float32 on the CPU, channels last, nothing recorded or traced.
+
+    Args:
+        x: Images (N, C, H, W).
+        unique: U.
+        weights: The other weights, A the second of them.
+    """
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if recorded or type(x) is not torch.Tensor or x.device.type != 'cpu' or torch.is_autocast_enabled('cpu'):
+        return False
+    floats = all(t.dtype == torch.float32 and t.device.type == 'cpu' for t in (x, unique, *weights))
+    fits = 0 < len(unique) <= MAX_UNIQUE and len(weights[1]) % LANES == 0 and x.numel() > 0
+    return floats and fits and x.is_contiguous(memory_format=torch.channels_last) and _library() is not None
+
+
+@torch.library.custom_op('timm_spinal::shared_basis_combine', mutates_args=())
+def shared_basis_combine(
+        x: torch.Tensor,
+        z: torch.Tensor,
+        unique: torch.Tensor,
+        coeff: torch.Tensor,
+        norms: List[torch.Tensor],
+        eps: List[float],
+        dilation: int,
+) -> torch.Tensor:
+    """y = A' . [U * x; z] + b' (N, T, H, W), channels last.
+
+    Args:
+        x: Images (N, C, H, W), for which :func:`can_run` holds.
+        z: Outputs of the shared filters (N, s, H, W).
+        unique: U (u, C, k, k).
+        coeff: A (T, u + s, 1, 1).
+        norms: Weight, bias, running mean and variance of the basis' norm, then those of the convolution's; or b' alone,
+            and then A' = A.
+        eps: Of both norms; or empty.
+        dilation: Dilation of the filters.
+    """
+    n, chs, height, width = x.shape
+    filters, kernel, out_chs, shared = len(unique), unique.shape[2], len(coeff), z.shape[1]
+    taps = filters * kernel * kernel
+    columns = -(-taps // LANES) * LANES
+    pixels = n * height * width
+    z = z.contiguous(memory_format=torch.channels_last)
+    strides = (1, chs)
+    if not unique.is_contiguous(memory_format=torch.channels_last):
+        unique, strides = unique.contiguous(), (kernel * kernel, 1)
+    tensors = [x, z, unique, coeff.contiguous()]
+    norms = [t.contiguous() for t in norms]
+    out = x.new_empty(n, height, width, out_chs)
+    rank = filters + shared
+    space = x.new_empty((chs + pixels) * columns + (rank + 3) * out_chs + 2 * rank)
+    pointers = (ctypes.c_void_p * len(norms))(*[t.data_ptr() for t in norms])
+    work = _Work(
+        *[t.data_ptr() for t in tensors], ctypes.cast(pointers, ctypes.c_void_p), space.data_ptr(), out.data_ptr(),
+        n, height, width, chs, kernel, dilation, filters, shared, out_chs, columns, *strides, bool(eps), *eps)
+    products = pixels * (chs * columns + rank * out_chs)
+    threads = max(1, min(products // GRAIN, torch.get_num_threads()))
+    library = _library()
+    assert library is not None
+    library.shared_basis_run(ctypes.byref(work), threads, c_library.run_parallel())
+    return out.permute(0, 3, 1, 2)
+
+
+@shared_basis_combine.register_fake
+def _(x: torch.Tensor, z: torch.Tensor, unique: torch.Tensor, coeff: torch.Tensor, norms: Any, eps: Any,
+      dilation: int) -> torch.Tensor:
+    n, _, height, width = x.shape
+    return x.new_empty(n, height, width, coeff.shape[0]).permute(0, 3, 1, 2)
+
+
+@register_flop_formula(torch.ops.timm_spinal.shared_basis_combine)
+def _flops(x: Any, z: Any, unique: Any, coeff: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    filters, chs, kernel, _ = unique
+    return 2 * x[0] * x[2] * x[3] * (filters * chs * kernel ** 2 + coeff[0] * coeff[1])
