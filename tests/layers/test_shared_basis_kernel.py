@@ -82,9 +82,9 @@ def test_what_is_left_to_torch():
         conv, x, basis = make(SIZES[0])
         conv, x, basis = make(SIZES[0])
         exported = torch.export.export(conv, (x, basis))
-        assert 'shared_basis_combine' not in str(exported.graph)
+        assert 'shared_basis_conv' not in str(exported.graph)
         traced = torch.jit.trace(conv, (x, basis))
-        assert 'shared_basis_combine' not in str(traced.inlined_graph)
+        assert 'shared_basis_conv' not in str(traced.inlined_graph)
 
 
 def test_without_the_library(monkeypatch):
@@ -112,6 +112,43 @@ def test_multiplications_are_counted_as_torchs(monkeypatch):
 @needs_c
 def test_operator_is_well_formed():
     conv, x, basis = make(SIZES[1], folded=True)
-    z = F.conv2d(x, basis, padding=2, dilation=2)
+    shortcut = torch.randn(2, 48, 8, 8)
     torch.library.opcheck(
-        shared_basis_kernel.shared_basis_combine, (x, z, conv.unique, conv.coeff, [conv.bias], [], 2))
+        shared_basis_kernel.shared_basis_conv,
+        (x, basis, conv.unique, conv.coeff, [conv.bias], [], 2, shortcut, True))
+
+
+@needs_c
+@pytest.mark.parametrize('packed', [False, True])
+@pytest.mark.parametrize('size', SIZES)
+def test_shortcut_and_relu(size, packed):
+    conv, x, basis = make(size)
+    y = reference(conv, x, basis)
+    shortcut = torch.randn(y.shape)
+    conv.float()
+    with torch.no_grad():
+        given = shared_basis_kernel.pack(basis, x, conv.dilation) if packed else basis
+        found = conv.run_in_c(x, given, shortcut, relu=True)
+    expected = F.relu(y + shortcut)
+    assert (expected == 0).any() and (expected > 0).any()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5 * float(y.abs().max()))
+
+
+@needs_c
+def test_relu_keeps_what_is_no_number():
+    conv, x, basis = make(SIZES[0])
+    x[0, 0, 0, 0] = float('nan')
+    with torch.no_grad():
+        found = conv.run_in_c(x, basis, relu=True)
+    assert torch.equal(found.isnan(), conv.run_in_c(x, basis).isnan()) and found[0].isnan().any()
+
+
+@needs_c
+def test_a_packed_basis_is_unpacked_for_torch(monkeypatch):
+    conv, x, basis = make(SIZES[1])
+    with torch.no_grad():
+        packed = shared_basis_kernel.pack(basis, x, conv.dilation)
+        assert packed.is_mkldnn
+        monkeypatch.setattr(shared_basis, 'can_run', lambda *args: False)
+        found = conv(x, packed)
+    torch.testing.assert_close(found.double(), reference(conv, x, basis), rtol=1e-4, atol=1e-4)

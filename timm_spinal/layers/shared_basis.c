@@ -3,7 +3,8 @@
  *
  *     y = A' . [U * x; z] + b'    A' = diag(g2) A diag(g),  b' = g2 (A h) + h2
  *
- * z are the outputs of the shared filters; g, h and g2, h2 scale and shift of the norms. Convolutions compute 16 filters
+ * and what a residual block does with y: add a shortcut, ReLU. z are the outputs of the shared filters; g, h and g2, h2
+ * scale and shift of the norms. Convolutions compute 16 filters
  * at a time, so U * x is a matrix product with every tap of U, P = taps . x, whose columns are added where they belong.
  *
  * Called through ctypes; no header of Python or torch.
@@ -18,16 +19,19 @@
 #define MOST 4   /* vectors of columns at a time */
 #define UNIQUE 8 /* filters at most */
 
+typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
 struct work {
     const float *x;      /* (batch, height, width, chs) */
     const float *z;      /* (batch, height, width, shared) */
     const float *unique; /* U (filters, chs, kernel, kernel), channels last or not */
     const float *coeff;  /* A (out_chs, filters + shared) */
     const float *const *norms; /* weight, bias, mean, variance of the basis' norm, then of the convolution's; or b' alone */
-    float *space;        /* for parts */
-    float *out;          /* (batch, height, width, out_chs) */
+    const float *shortcut; /* as out, or NULL */
+    float *space;          /* for parts */
+    float *out;            /* (batch, height, width, out_chs) */
     size_t batch, height, width, chs, kernel, dilation, filters, shared, out_chs, columns, unique_chs, unique_tap; /* the last two are strides of U */
-    int normed; /* whether there are norms */
+    int normed, relu; /* whether there are norms, a ReLU */
     float eps, eps2;
 };
 
@@ -138,6 +142,19 @@ INLINE void combine_block(
     add_products(sum, vectors, rows, s->coeff + column, w->out_chs, w->filters);
     point_at(w->z, w->shared, p, last, rows);
     add_products(sum, vectors, rows, s->coeff + w->filters * w->out_chs + column, w->out_chs, w->shared);
+    if (w->shortcut) {
+        point_at(w->shortcut + column, w->out_chs, p, last, rows);
+#pragma GCC unroll 6
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) sum[r][v] += AT_CONST(rows[r] + v * LANES);
+    }
+    if (w->relu)
+#pragma GCC unroll 6
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++)
+                sum[r][v] = (lanes)((ints)sum[r][v] & ~(sum[r][v] < 0.f)); /* keeps NaN, as torch */
     store(sum, vectors, w->out + p * w->out_chs + column, w->out_chs, last - p);
 }
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .shared_basis_kernel import MAX_UNIQUE, can_run, shared_basis_combine
+from .shared_basis_kernel import MAX_UNIQUE, can_run, shared_basis_conv
 
 
 def product_by_taps(x: torch.Tensor, filters: torch.Tensor, dilation: int = 1) -> torch.Tensor:
@@ -53,6 +53,8 @@ def basis_product(
         dilation: Dilation of all filters.
         apart: Compute the unique filters apart where that is faster without gradients: channels last on a CPU.
     """
+    if basis is not None and basis.is_mkldnn:  # packed for shared_basis_kernel, which cannot run after all
+        basis = basis.to_dense()
     if unique is not None and basis is not None:
         padding = dilation * (basis.shape[2] - 1) // 2
         if apart and x.device.type == 'cpu' and x.is_contiguous(memory_format=torch.channels_last):
@@ -162,15 +164,20 @@ class SharedBasisConv2d(nn.Module):
         return all(t is not None for t in tensors) and can_run(x, self.unique, tensors)
 
     @torch.jit.unused
-    def run_in_c(self, x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-        """The output, where :meth:`runs_in_c`."""
+    def run_in_c(
+            self,
+            x: torch.Tensor,
+            basis: torch.Tensor,
+            shortcut: Optional[torch.Tensor] = None,
+            relu: bool = False,
+    ) -> torch.Tensor:
+        """The output, where :meth:`runs_in_c`, plus a shortcut, through a ReLU."""
         assert self.unique is not None
-        z = basis_product(x, None, basis, self.dilation)
-        if self.basis_norm is None:
-            return shared_basis_combine(x, z, self.unique, self.coeff, [self.bias], [], self.dilation)
-        norms = [*_norm_tensors(self.basis_norm), *_norm_tensors(self.norm)]
-        eps = [self.basis_norm.eps, self.norm.eps]
-        return shared_basis_combine(x, z, self.unique, self.coeff, norms, eps, self.dilation)
+        norms, eps = [self.bias], []
+        if self.basis_norm is not None:
+            norms = [*_norm_tensors(self.basis_norm), *_norm_tensors(self.norm)]
+            eps = [self.basis_norm.eps, self.norm.eps]
+        return shared_basis_conv(x, basis, self.unique, self.coeff, norms, eps, self.dilation, shortcut, relu)
 
     def fold(self) -> Tuple[torch.Tensor, torch.Tensor]:
         """A' = diag(g2) A diag(g) and b' = g2 (A h) + h2, with g and h the scale and shift of a norm (spec 8.1 a)."""

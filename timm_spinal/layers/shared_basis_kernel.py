@@ -8,6 +8,7 @@ import functools
 from typing import Any, List, Optional, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from . import c_library
@@ -16,7 +17,7 @@ MAX_UNIQUE = 8  # as in shared_basis.c: so few are cheaper apart, for convolutio
 LANES = 16
 GRAIN = 2 ** 18  # multiplications that are worth a thread
 
-_TENSORS = ('x', 'z', 'unique', 'coeff')
+_POINTERS = ('x', 'z', 'unique', 'coeff', 'norms', 'shortcut', 'space', 'out')
 _SIZES = ('batch', 'height', 'width', 'chs', 'kernel', 'dilation', 'filters', 'shared', 'out_chs', 'columns',
           'unique_chs', 'unique_tap')
 
@@ -25,9 +26,10 @@ class _Work(ctypes.Structure):
     """``struct work`` of shared_basis.c."""
 
     _fields_ = [
-        *[(name, ctypes.c_void_p) for name in (*_TENSORS, 'norms', 'space', 'out')],
+        *[(name, ctypes.c_void_p) for name in _POINTERS],
         *[(name, ctypes.c_size_t) for name in _SIZES],
         ('normed', ctypes.c_int),
+        ('relu', ctypes.c_int),
         ('eps', ctypes.c_float),
         ('eps2', ctypes.c_float),
     ]
@@ -62,62 +64,88 @@ def can_run(x: torch.Tensor, unique: torch.Tensor, weights: Sequence[torch.Tenso
     return floats and fits and x.is_contiguous(memory_format=torch.channels_last) and _library() is not None
 
 
-@torch.library.custom_op('timm_spinal::shared_basis_combine', mutates_args=())
-def shared_basis_combine(
+def pack(basis: torch.Tensor, x: torch.Tensor, dilation: int) -> torch.Tensor:
+    """B_s laid out as oneDNN wants it, so that it is not laid out anew for each convolution of a stage.
+
+    Args:
+        basis: B_s (s, C, k, k).
+        x: Images of the size that all convolutions see.
+        dilation: Dilation of the filters.
+    """
+    if not hasattr(torch.ops.mkldnn, '_convolution_pointwise'):  # not public: the compiler's
+        return basis
+    padding = dilation * (basis.shape[2] // 2)
+    return torch.ops.mkldnn._reorder_convolution_weight(
+        basis.contiguous(), [padding] * 2, [1, 1], [dilation] * 2, 1, list(x.shape))
+
+
+def _shared_product(x: torch.Tensor, basis: torch.Tensor, dilation: int) -> torch.Tensor:
+    padding = dilation * (basis.shape[2] // 2)
+    if not basis.is_mkldnn:
+        return F.conv2d(x, basis, None, 1, padding, dilation)
+    return torch.ops.mkldnn._convolution_pointwise(
+        x, basis, None, [padding] * 2, [1, 1], [dilation] * 2, 1, 'none', [], '')
+
+
+@torch.library.custom_op('timm_spinal::shared_basis_conv', mutates_args=())
+def shared_basis_conv(
         x: torch.Tensor,
-        z: torch.Tensor,
+        basis: torch.Tensor,
         unique: torch.Tensor,
         coeff: torch.Tensor,
         norms: List[torch.Tensor],
         eps: List[float],
         dilation: int,
+        shortcut: Optional[torch.Tensor] = None,
+        relu: bool = False,
 ) -> torch.Tensor:
-    """y = A' . [U * x; z] + b' (N, T, H, W), channels last.
+    """y = A' . [U; B_s] * x + b', plus a shortcut, through a ReLU: (N, T, H, W), channels last.
 
     Args:
         x: Images (N, C, H, W), for which :func:`can_run` holds.
-        z: Outputs of the shared filters (N, s, H, W).
+        basis: B_s (s, C, k, k), as it is or from :func:`pack`.
         unique: U (u, C, k, k).
         coeff: A (T, u + s, 1, 1).
         norms: Weight, bias, running mean and variance of the basis' norm, then those of the convolution's; or b' alone,
             and then A' = A.
         eps: Of both norms; or empty.
         dilation: Dilation of the filters.
+        shortcut: (N, T, H, W), or None.
+        relu: Whether there is a ReLU behind all of it.
     """
     n, chs, height, width = x.shape
-    filters, kernel, out_chs, shared = len(unique), unique.shape[2], len(coeff), z.shape[1]
-    taps = filters * kernel * kernel
-    columns = -(-taps // LANES) * LANES
-    pixels = n * height * width
-    z = z.contiguous(memory_format=torch.channels_last)
+    filters, kernel, out_chs, shared = len(unique), unique.shape[2], len(coeff), len(basis)
+    columns = -(-filters * kernel * kernel // LANES) * LANES
+    pixels, rank = n * height * width, filters + shared
+    last = torch.channels_last
+    z = _shared_product(x, basis, dilation).contiguous(memory_format=last)
     strides = (1, chs)
-    if not unique.is_contiguous(memory_format=torch.channels_last):
+    if not unique.is_contiguous(memory_format=last):
         unique, strides = unique.contiguous(), (kernel * kernel, 1)
-    tensors = [x, z, unique, coeff.contiguous()]
-    norms = [t.contiguous() for t in norms]
+    if shortcut is not None:
+        shortcut = shortcut.contiguous(memory_format=last)
+    coeff, norms = coeff.contiguous(), [t.contiguous() for t in norms]
     out = x.new_empty(n, height, width, out_chs)
-    rank = filters + shared
     space = x.new_empty((chs + pixels) * columns + (rank + 3) * out_chs + 2 * rank)
     pointers = (ctypes.c_void_p * len(norms))(*[t.data_ptr() for t in norms])
     work = _Work(
-        *[t.data_ptr() for t in tensors], ctypes.cast(pointers, ctypes.c_void_p), space.data_ptr(), out.data_ptr(),
-        n, height, width, chs, kernel, dilation, filters, shared, out_chs, columns, *strides, bool(eps), *eps)
-    products = pixels * (chs * columns + rank * out_chs)
-    threads = max(1, min(products // GRAIN, torch.get_num_threads()))
+        x.data_ptr(), z.data_ptr(), unique.data_ptr(), coeff.data_ptr(), ctypes.cast(pointers, ctypes.c_void_p),
+        None if shortcut is None else shortcut.data_ptr(), space.data_ptr(), out.data_ptr(),
+        n, height, width, chs, kernel, dilation, filters, shared, out_chs, columns, *strides, bool(eps), relu, *eps)
+    threads = max(1, min(pixels * (chs * columns + rank * out_chs) // GRAIN, torch.get_num_threads()))
     library = _library()
     assert library is not None
     library.shared_basis_run(ctypes.byref(work), threads, c_library.run_parallel())
     return out.permute(0, 3, 1, 2)
 
 
-@shared_basis_combine.register_fake
-def _(x: torch.Tensor, z: torch.Tensor, unique: torch.Tensor, coeff: torch.Tensor, norms: Any, eps: Any,
-      dilation: int) -> torch.Tensor:
+@shared_basis_conv.register_fake
+def _(x: torch.Tensor, basis: Any, unique: Any, coeff: torch.Tensor, *args: Any) -> torch.Tensor:
     n, _, height, width = x.shape
     return x.new_empty(n, height, width, coeff.shape[0]).permute(0, 3, 1, 2)
 
 
-@register_flop_formula(torch.ops.timm_spinal.shared_basis_combine)
-def _flops(x: Any, z: Any, unique: Any, coeff: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    filters, chs, kernel, _ = unique
-    return 2 * x[0] * x[2] * x[3] * (filters * chs * kernel ** 2 + coeff[0] * coeff[1])
+@register_flop_formula(torch.ops.timm_spinal.shared_basis_conv)
+def _flops(x: Any, basis: Any, unique: Any, coeff: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    rank, chs, kernel, _ = unique[0] + basis[0], *unique[1:]
+    return 2 * x[0] * x[2] * x[3] * (rank * chs * kernel ** 2 + coeff[0] * rank)
