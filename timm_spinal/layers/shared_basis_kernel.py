@@ -57,9 +57,9 @@ def can_run(x: torch.Tensor, unique: torch.Tensor, weights: Sequence[torch.Tenso
         weights: The other weights, A the second of them.
     """
     recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if recorded or type(x) is not torch.Tensor or x.device.type != 'cpu' or torch.is_autocast_enabled('cpu'):
+    if recorded or type(x) is not torch.Tensor or not x.is_cpu or torch.is_autocast_enabled('cpu'):
         return False
-    floats = all(t.dtype == torch.float32 and t.device.type == 'cpu' for t in (x, unique, *weights))
+    floats = all(t.dtype == torch.float32 and (t.is_cpu or t.is_mkldnn) for t in (x, unique, *weights))
     fits = 0 < len(unique) <= MAX_UNIQUE and len(weights[1]) % LANES == 0 and x.numel() > 0
     return floats and fits and x.is_contiguous(memory_format=torch.channels_last) and _library() is not None
 
@@ -76,7 +76,7 @@ def pack(basis: torch.Tensor, x: torch.Tensor, dilation: int) -> torch.Tensor:
         return basis
     padding = dilation * (basis.shape[2] // 2)
     return torch.ops.mkldnn._reorder_convolution_weight(
-        basis.contiguous(), [padding] * 2, [1, 1], [dilation] * 2, 1, list(x.shape))
+        basis, [padding] * 2, [1, 1], [dilation] * 2, 1, list(x.shape))
 
 
 def _shared_product(x: torch.Tensor, basis: torch.Tensor, dilation: int) -> torch.Tensor:
@@ -124,7 +124,7 @@ def shared_basis_conv(
         unique, strides = unique.contiguous(), (kernel * kernel, 1)
     if shortcut is not None:
         shortcut = shortcut.contiguous(memory_format=last)
-    coeff, norms = coeff.contiguous(), [t.contiguous() for t in norms]
+    coeff, *norms = [t if t.is_contiguous() else t.contiguous() for t in (coeff, *norms)]
     out = x.new_empty(n, height, width, out_chs)
     space = x.new_empty((chs + pixels) * columns + (rank + 3) * out_chs + 2 * rank)
     pointers = (ctypes.c_void_p * len(norms))(*[t.data_ptr() for t in norms])
