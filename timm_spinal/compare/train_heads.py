@@ -11,6 +11,7 @@ from timm_spinal.errors import UserError
 
 from .cores import core_each
 from .feature_linear import skip_feature_gradients
+from .products import fast_float32_products
 from .stacked import SeparateHeads, StackedHeads, can_stack
 from .train_group import EVAL_BATCH, Features, Recipe, Trained, train_group
 
@@ -117,7 +118,7 @@ def _train_side_by_side(tasks: list[tuple[int, HeadTask]]) -> Iterator[tuple[int
     for i, task in tasks:
         jobs = [_Job(i, task, seed, head) for seed, head in zip(task.seeds, task.new_heads(task.seeds))]
         (alone if jobs and _draws_from_global(jobs[0]) else paired).extend(jobs)
-    with core_each() as pool:
+    with fast_float32_products(), core_each() as pool:
         futures = [pool.submit(job.run) for job in sorted(paired, key=_Job.work, reverse=True)]
         for future in as_completed(futures):
             yield future.result()
