@@ -17,6 +17,7 @@
 #define TARGET __attribute__((target("avx2,fma,avx512f")))
 #define ROWS 6   /* pixels at a time, so that ROWS * MOST sums stay in registers */
 #define MOST 4   /* vectors of columns at a time */
+#define AHEAD 4  /* blocks of ROWS that memory is asked for beforehand */
 #define UNIQUE 8 /* filters at most */
 
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -108,6 +109,13 @@ INLINE void point_at(const float *data, size_t stride, size_t first, size_t last
     for (size_t r = 0; r < ROWS; r++) rows[r] = data + (first + r < last ? first + r : last - 1) * stride;
 }
 
+/* A processor does not guess by itself what comes next: it sees ROWS of rows side by side. */
+INLINE void fetch_ahead(const float *data, size_t stride, size_t first, size_t size) {
+    const char *row = (const char *)(data + (first + AHEAD * ROWS) * stride);
+    for (size_t r = 0; r < ROWS; r++, row += stride * sizeof(float))
+        for (size_t byte = 0; byte < size * sizeof(float); byte += 64) __builtin_prefetch(row + byte);
+}
+
 INLINE void store(lanes sum[ROWS][MOST], const int vectors, float *to, size_t stride, size_t rows) {
 #pragma GCC unroll 6
     for (size_t r = 0; r < ROWS; r++)
@@ -125,6 +133,7 @@ INLINE void multiply_block(
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) sum[r][v] = (lanes){0};
     point_at(w->x, w->chs, p, last, rows);
+    if (column == 0) fetch_ahead(w->x, w->chs, p, w->chs);
     add_products(sum, vectors, rows, s->taps + column, w->columns, w->chs);
     store(sum, vectors, s->products + p * w->columns + column, w->columns, last - p);
 }
@@ -141,9 +150,12 @@ INLINE void combine_block(
     point_at(u, UNIQUE, 0, ROWS, rows);
     add_products(sum, vectors, rows, s->coeff + column, w->out_chs, w->filters);
     point_at(w->z, w->shared, p, last, rows);
+    if (column == 0) fetch_ahead(w->z, w->shared, p, w->shared);
+    fetch_ahead(w->out + column, w->out_chs, p, (size_t)vectors * LANES);
     add_products(sum, vectors, rows, s->coeff + w->filters * w->out_chs + column, w->out_chs, w->shared);
     if (w->shortcut) {
         point_at(w->shortcut + column, w->out_chs, p, last, rows);
+        fetch_ahead(w->shortcut + column, w->out_chs, p, (size_t)vectors * LANES);
 #pragma GCC unroll 6
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
