@@ -140,9 +140,8 @@ class SharedBasisConv2d(nn.Module):
                 nn.init.kaiming_normal_(filters, mode='fan_out', nonlinearity='relu')
 
     def forward(self, x: torch.Tensor, basis: Optional[torch.Tensor] = None) -> torch.Tensor:
-        if not torch.jit.is_scripting():
-            if self.runs_in_c(x, basis):
-                return self.run_in_c(x, basis)
+        if not torch.jit.is_scripting() and basis is not None and self.runs_in_c(x, basis):
+            return self.run_in_c(x, basis)
         z = basis_product(x, self.unique, basis, self.dilation, self.few_unique and not self.training)
         if self.basis_norm is None:
             return combine(z, self.coeff, self.bias)
@@ -173,7 +172,8 @@ class SharedBasisConv2d(nn.Module):
     ) -> torch.Tensor:
         """The output, where :meth:`runs_in_c`, plus a shortcut, through a ReLU."""
         assert self.unique is not None
-        norms, eps = [self.bias], []
+        norms: List[Any] = [self.bias]
+        eps: List[float] = []
         if self.basis_norm is not None:
             norms = [*_norm_tensors(self.basis_norm), *_norm_tensors(self.norm)]
             eps = [self.basis_norm.eps, self.norm.eps]

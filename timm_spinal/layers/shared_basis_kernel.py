@@ -48,18 +48,24 @@ def _library() -> Optional[ctypes.CDLL]:
     return library
 
 
+def infers(x: torch.Tensor) -> bool:
+    """Whether x is computed with as it is: float32 on the CPU, nothing recorded, traced or cast."""
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    plain = type(x) is torch.Tensor and x.is_cpu and x.dtype == torch.float32
+    return plain and not recorded and not torch.is_autocast_enabled('cpu')
+
+
 def can_run(x: torch.Tensor, unique: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
-    """Whether the C code takes a convolution: float32 on the CPU, channels last, nothing recorded or traced.
+    """Whether the C code takes a convolution: float32, channels last, and :func:`infers`.
 
     Args:
         x: Images (N, C, H, W).
         unique: U.
         weights: The other weights, A the second of them.
     """
-    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if recorded or type(x) is not torch.Tensor or not x.is_cpu or torch.is_autocast_enabled('cpu'):
+    if not infers(x):
         return False
-    floats = all(t.dtype == torch.float32 and (t.is_cpu or t.is_mkldnn) for t in (x, unique, *weights))
+    floats = all(t.dtype == torch.float32 and (t.is_cpu or t.is_mkldnn) for t in (unique, *weights))
     fits = 0 < len(unique) <= MAX_UNIQUE and len(weights[1]) % LANES == 0 and x.numel() > 0
     return floats and fits and x.is_contiguous(memory_format=torch.channels_last) and _library() is not None
 
@@ -147,5 +153,5 @@ def _(x: torch.Tensor, basis: Any, unique: Any, coeff: torch.Tensor, *args: Any)
 
 @register_flop_formula(torch.ops.timm_spinal.shared_basis_conv)
 def _flops(x: Any, basis: Any, unique: Any, coeff: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    rank, chs, kernel, _ = unique[0] + basis[0], *unique[1:]
-    return 2 * x[0] * x[2] * x[3] * (rank * chs * kernel ** 2 + coeff[0] * rank)
+    rank, width = unique[0] + basis[0], unique[1] * unique[2] * unique[3]
+    return 2 * x[0] * x[2] * x[3] * rank * (width + coeff[0])

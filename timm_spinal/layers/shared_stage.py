@@ -78,9 +78,8 @@ class SharedStage(nn.Module):
         basis, basis2 = self._arguments()
         for i, block in enumerate(self.children()):
             if hasattr(block, 'takes_basis'):
-                if not torch.jit.is_scripting():
-                    if i == 1:
-                        basis, basis2 = self._packed(x, basis, basis2)
+                if not torch.jit.is_scripting() and i == 1:
+                    basis, basis2 = self._packed(x, basis, basis2)
                 x = block(x, basis, basis2)
             else:
                 x = block(x)
@@ -92,13 +91,20 @@ class SharedStage(nn.Module):
         return basis, basis2
 
     @torch.jit.unused
-    def _packed(self, x: torch.Tensor, basis: Optional[torch.Tensor], basis2: Optional[torch.Tensor]):
+    def _packed(
+            self,
+            x: torch.Tensor,
+            basis: Optional[torch.Tensor],
+            basis2: Optional[torch.Tensor],
+    ) -> Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
         """The bases laid out once for all blocks, where these compute with shared_basis_kernel."""
-        convs = [self[1].conv1, self[1].conv2] if hasattr(self[1], 'runs_in_c') else []
-        if basis is None or basis2 is None or not convs or not self[1].runs_in_c(x, basis, basis2):
+        block: Any = self[1]
+        if basis is None or basis2 is None or not hasattr(block, 'runs_in_c'):
             return basis, basis2
-        packed = pack(basis, x, convs[0].dilation)
-        return packed, packed if basis2 is basis else pack(basis2, x, convs[1].dilation)
+        if not block.runs_in_c(x, basis, basis2):
+            return basis, basis2
+        packed = pack(basis, x, block.conv1.dilation)
+        return packed, packed if basis2 is basis else pack(basis2, x, block.conv2.dilation)
 
     def __iter__(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         basis, basis2 = self._arguments()

@@ -24,9 +24,8 @@ class SharedBasicBlock(BasicBlock):
             basis: Optional[torch.Tensor],
             basis2: Optional[torch.Tensor],
     ) -> torch.Tensor:
-        if not torch.jit.is_scripting():
-            if basis is not None and basis2 is not None and self.runs_in_c(x, basis, basis2):
-                return self.conv2.run_in_c(self.conv1.run_in_c(x, basis, relu=True), basis2, shortcut=x, relu=True)
+        if not torch.jit.is_scripting() and self.runs_in_c(x, basis, basis2):
+            return self.run_in_c(x, basis, basis2)
         shortcut = x
         x = self.conv1(x, basis)
         x = self.drop_block(x)
@@ -40,10 +39,16 @@ class SharedBasicBlock(BasicBlock):
         return self.act2(x)
 
     @torch.jit.unused
-    def runs_in_c(self, x: torch.Tensor, basis: torch.Tensor, basis2: torch.Tensor) -> bool:
-        """Whether both convolutions do, with nothing but ReLU and the shortcut to add, and no hook that would miss it."""
+    def run_in_c(self: Any, x: torch.Tensor, basis: Any, basis2: Any) -> torch.Tensor:
+        """The output, where :meth:`runs_in_c`."""
+        return self.conv2.run_in_c(self.conv1.run_in_c(x, basis, relu=True), basis2, shortcut=x, relu=True)
+
+    @torch.jit.unused
+    def runs_in_c(self: Any, x: torch.Tensor, basis: Optional[torch.Tensor], basis2: Optional[torch.Tensor]) -> bool:
+        """Whether both convolutions do, with only ReLU and the shortcut to add, and no hook would miss anything."""
         acts = (self.act1, self.act2)
-        if self.training or self.se is not None or not all(type(act) is nn.ReLU for act in acts):
+        plain = self.se is None and all(type(act) is nn.ReLU for act in acts)
+        if self.training or not plain or basis is None or basis2 is None:
             return False
         passed = (self.conv1, self.conv2, self.drop_block, *acts, *([] if self.drop_path is None else [self.drop_path]))
         if any(module.training or module._forward_hooks or module._forward_pre_hooks for module in passed):
