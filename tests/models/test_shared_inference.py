@@ -98,6 +98,23 @@ def test_blocks_and_stem_take_the_short_way(monkeypatch):
     assert norms == [model.layer1[0].bn1]
 
 
+def test_ensembles_by_vmap():
+    """Weights with a dimension in front, as in torch.func's guide to ensembles."""
+    models, x = [trained('resnet18_sb_s32u1') for _ in range(2)], images()
+    with torch.no_grad():
+        for p in models[1].parameters():
+            p.mul_(0.9)
+        params, buffers = torch.func.stack_module_state(models)
+
+        def call(params, buffers, x):
+            return torch.func.functional_call(models[0], (params, buffers), (x,))
+
+        found = torch.func.vmap(call, in_dims=(0, 0, None))(params, buffers, x)
+        expected = torch.stack([model(x) for model in models])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+        torch.testing.assert_close(torch.func.vmap(models[0])(x[None]), expected[:1], rtol=1e-4, atol=1e-4)
+
+
 def test_gradient_checkpointing_still_works():
     model, x = trained('resnet18_sb_s32u1'), images()
     model.set_grad_checkpointing()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .shared_basis_kernel import MAX_UNIQUE, can_run, shared_basis_conv
+from .shared_basis_kernel import MAX_UNIQUE, can_run, is_transformed, shared_basis_conv
 
 
 def product_by_taps(x: torch.Tensor, filters: torch.Tensor, dilation: int = 1) -> torch.Tensor:
@@ -142,7 +142,10 @@ class SharedBasisConv2d(nn.Module):
     def forward(self, x: torch.Tensor, basis: Optional[torch.Tensor] = None) -> torch.Tensor:
         if not torch.jit.is_scripting() and basis is not None and self.runs_in_c(x, basis):
             return self.run_in_c(x, basis)
-        z = basis_product(x, self.unique, basis, self.dilation, self.few_unique and not self.training)
+        apart = self.few_unique and not self.training
+        if not torch.jit.is_scripting():
+            apart = apart and not is_transformed()
+        z = basis_product(x, self.unique, basis, self.dilation, apart)
         if self.basis_norm is None:
             return combine(z, self.coeff, self.bias)
         elif hasattr(self.basis_norm, 'running_var') and not (self.basis_norm.training or self.norm.training):

@@ -48,11 +48,16 @@ def _library() -> Optional[ctypes.CDLL]:
     return library
 
 
+def is_transformed() -> bool:
+    """Whether torch.func, such as vmap, is at work, under which tensors do not tell how they lie."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def infers(x: torch.Tensor) -> bool:
     """Whether x is computed with as it is: float32 on the CPU, nothing recorded, traced or cast."""
     recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
     plain = type(x) is torch.Tensor and x.is_cpu and x.dtype == torch.float32
-    return plain and not recorded and not torch.is_autocast_enabled('cpu')
+    return plain and not recorded and not is_transformed() and not torch.is_autocast_enabled('cpu')
 
 
 def can_run(x: torch.Tensor, unique: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
