@@ -80,6 +80,9 @@ def test_what_is_left_to_torch():
         assert not other.eval().runs_in_c(x, basis)
         assert not make((1, 8, 16, 17, 7, 5, 3, 1, 3))[0].runs_in_c(x, basis)
         conv, x, basis = make(SIZES[0])
+        conv, x, basis = make(SIZES[0], folded=True)
+        conv.bias.data = conv.bias.data.double()  # one weight of another type
+        assert not conv.runs_in_c(x, basis)
         conv, x, basis = make(SIZES[0])
         exported = torch.export.export(conv, (x, basis))
         assert 'shared_basis_conv' not in str(exported.graph)

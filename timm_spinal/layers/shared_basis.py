@@ -162,7 +162,8 @@ class SharedBasisConv2d(nn.Module):
         norms = [] if self.basis_norm is None else [self.basis_norm, self.norm]
         if not all(type(norm) is nn.BatchNorm2d and not norm.training for norm in norms):
             return False
-        tensors = [basis, self.coeff, *[t for norm in norms for t in _norm_tensors(norm)]]
+        shifts = [self.bias] if self.basis_norm is None else [t for norm in norms for t in _norm_tensors(norm)]
+        tensors = [basis, self.coeff, *shifts]
         return all(t is not None for t in tensors) and can_run(x, self.unique, tensors)
 
     @torch.jit.unused
