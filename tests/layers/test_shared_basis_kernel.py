@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_spinal.layers import SharedBasisConv2d, shared_basis, shared_basis_kernel
+from timm_spinal.layers import SharedBasisConv2d, shared_basis, shared_basis_kernel, shared_basis_op
 
-needs_c = pytest.mark.skipif(shared_basis_kernel._library() is None, reason='no C code for this processor')
+needs_c = pytest.mark.skipif(shared_basis_kernel.library() is None, reason='no C code for this processor')
 # u, s, C, T, H, W, kernel, dilation, batch: one tap vector and several; edges that no block of 6 pixels ends at; one
 # pixel; a dilation that leaves most taps outside; channels that are no multiple of 16
 SIZES = [(1, 8, 16, 16, 7, 5, 3, 1, 3), (2, 5, 9, 48, 8, 8, 3, 2, 2), (4, 3, 6, 64, 1, 1, 3, 1, 1),
@@ -55,8 +55,8 @@ def test_same_numbers_as_the_convolutions(size, folded):
 @needs_c
 @pytest.mark.parametrize('threads', [1, 2, 3])
 def test_threads_share_the_pixels(threads, monkeypatch):
-    monkeypatch.setattr(shared_basis_kernel, 'GRAIN', 1)
-    monkeypatch.setattr(shared_basis_kernel.torch, 'get_num_threads', lambda: threads)
+    monkeypatch.setattr(shared_basis_op, 'GRAIN', 1)
+    monkeypatch.setattr(shared_basis_op.torch, 'get_num_threads', lambda: threads)
     conv, x, basis = make(SIZES[0])
     with torch.no_grad():
         found = conv(x, basis)
@@ -92,7 +92,7 @@ def test_what_is_left_to_torch():
 
 def test_without_the_library(monkeypatch):
     conv, x, basis = make(SIZES[1])
-    monkeypatch.setattr(shared_basis_kernel, '_library', lambda: None)
+    monkeypatch.setattr(shared_basis_kernel, 'library', lambda: None)
     with torch.no_grad():
         assert not conv.runs_in_c(x, basis)
         found = conv(x, basis)
@@ -117,7 +117,7 @@ def test_operator_is_well_formed():
     conv, x, basis = make(SIZES[1], folded=True)
     shortcut = torch.randn(2, 48, 8, 8)
     torch.library.opcheck(
-        shared_basis_kernel.shared_basis_conv,
+        shared_basis_op.shared_basis_conv,
         (x, basis, conv.unique, conv.coeff, [conv.bias], [], 2, shortcut, True))
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .shared_basis_kernel import MAX_UNIQUE, can_run, is_transformed, shared_basis_conv
+from .shared_basis_kernel import MAX_UNIQUE, can_run, is_transformed
 
 
 def product_by_taps(x: torch.Tensor, filters: torch.Tensor, dilation: int = 1) -> torch.Tensor:
@@ -175,6 +175,7 @@ class SharedBasisConv2d(nn.Module):
             relu: bool = False,
     ) -> torch.Tensor:
         """The output, where :meth:`runs_in_c`, plus a shortcut, through a ReLU."""
+        from .shared_basis_op import shared_basis_conv  # not before it is needed: to register an operator takes time
         assert self.unique is not None
         norms: List[Any] = [self.bias]
         eps: List[float] = []
