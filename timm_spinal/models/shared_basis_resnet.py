@@ -16,7 +16,7 @@ from timm.models import ResNet, build_model_with_cfg, register_model
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
-from ._folded_stem import FoldedStem
+from ._inplace_stem import InplaceStem
 from ._packaged import generate_default_cfgs
 from ._shared_blocks import SharedBottleneck, share_basic_stages, share_convs, stage_names
 from ._shared_model import SharedBasisModel, checkpoint_filter_fn, shared_cfg
@@ -26,7 +26,7 @@ __all__ = ['SharedBasisResNet', 'SharedBottleneckResNet']
 STAGES = ('layer1', 'layer2', 'layer3', 'layer4')
 
 
-class SharedBasisResNet(FoldedStem, SharedBasisModel, ResNet):
+class SharedBasisResNet(InplaceStem, SharedBasisModel, ResNet):
     """timm's ResNet of BasicBlocks, all but the first of each stage decomposed over the stage's basis.
 
     Args:
@@ -71,7 +71,7 @@ class SharedBasisResNet(FoldedStem, SharedBasisModel, ResNet):
         self.init_shared()
 
 
-class SharedBottleneckResNet(FoldedStem, SharedBasisModel, ResNet):
+class SharedBottleneckResNet(InplaceStem, SharedBasisModel, ResNet):
     """timm's ResNet of Bottlenecks, all but the first of each stage with one shared 3x3 convolution.
 
     Args:
