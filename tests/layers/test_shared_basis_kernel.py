@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_spinal.layers import SharedBasisConv2d, shared_basis, shared_basis_kernel, shared_basis_op
 
+# only AVX-512 has the C code; what torch computes instead is tested everywhere
 needs_c = pytest.mark.skipif(shared_basis_kernel.library() is None, reason='no C code for this processor')
 # u, s, C, T, H, W, kernel, dilation, batch: one tap vector and several; edges that no block of 6 pixels ends at; one
 # pixel; a dilation that leaves most taps outside; channels that are no multiple of 16

@@ -8,6 +8,7 @@ from torch import nn
 from timm_spinal.layers import shared_basis_kernel
 from timm_spinal.models import fold_bases
 
+# only AVX-512 has the C code; what torch computes instead is tested everywhere
 needs_c = pytest.mark.skipif(shared_basis_kernel.library() is None, reason='no C code for this processor')
 NAMES = ['resnet18_sb_s32u1', 'resnet34_sb_s48u1d', 'resnet50_sb', 'resnet32_sb_s16u1_cifar']
 

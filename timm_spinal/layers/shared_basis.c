@@ -20,8 +20,6 @@
 #define AHEAD 4  /* blocks of ROWS that memory is asked for beforehand */
 #define UNIQUE 8 /* filters at most */
 
-typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
 struct work {
     const float *x;      /* (batch, height, width, chs) */
     const float *z;      /* (batch, height, width, shared) */

@@ -8,6 +8,7 @@ import functools
 from typing import Optional, Sequence
 
 import torch
+from torch import nn
 
 from . import c_library
 
@@ -37,6 +38,11 @@ def infers(x: torch.Tensor) -> bool:
     recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
     plain = type(x) is torch.Tensor and x.is_cpu and x.dtype == torch.float32
     return plain and not recorded and not is_transformed() and not torch.is_autocast_enabled('cpu')
+
+
+def is_hooked(*modules: nn.Module) -> bool:
+    """Whether somebody looks at what goes into one of some modules or comes out, so that none may be left out."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 def can_run(x: torch.Tensor, unique: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:

@@ -8,6 +8,7 @@
 
 /* 16 numbers, which the compiler keeps in as many registers as a path needs; memory need not be aligned */
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 #define AT(x) (*(lanes *)(x))
 #define AT_CONST(x) (*(const lanes *)(x))
 

@@ -10,7 +10,6 @@
 
 enum { PORTABLE, SIMD, WIDE };
 
-typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float quarter __attribute__((vector_size(LANES), aligned(4), may_alias));
 
 INLINE float total(const lanes *x) {

@@ -6,7 +6,7 @@ import torch
 from timm.models import checkpoint_seq
 from torch import nn
 
-from ..layers.shared_basis_kernel import infers
+from ..layers.shared_basis_kernel import infers, is_hooked
 
 
 class InplaceStem:
@@ -48,5 +48,5 @@ class InplaceStem:
         known = type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d
         if not known or self.training or norm.training or norm.running_var is None or not infers(x):
             return False
-        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in (conv, norm))
-        return norm.weight is not None and norm.weight.dtype == norm.running_var.dtype == x.dtype and not hooked
+        same_type = norm.weight is not None and norm.weight.dtype == norm.running_var.dtype == x.dtype
+        return same_type and not is_hooked(conv, norm)

@@ -8,6 +8,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 from ..layers import SharedBasisConv2d, SharedConv2d, SharedStage, check_ranks
+from ..layers.shared_basis_kernel import is_hooked
 
 
 class SharedBasicBlock(BasicBlock):
@@ -51,7 +52,7 @@ class SharedBasicBlock(BasicBlock):
         if self.training or not plain or basis is None or basis2 is None:
             return False
         passed = (self.conv1, self.conv2, self.drop_block, *acts, *([] if self.drop_path is None else [self.drop_path]))
-        if any(module.training or module._forward_hooks or module._forward_pre_hooks for module in passed):
+        if any(module.training for module in passed) or is_hooked(*passed):
             return False
         return self.conv1.runs_in_c(x, basis) and self.conv2.runs_in_c(x, basis2)
 
