@@ -131,8 +131,8 @@ def _train_epoch(
 
 def _order(sampler: TrainSampler, epoch: int, passes: int) -> tuple[torch.Tensor, torch.Tensor]:
     sampler.begin_epoch(epoch)
-    pairs = torch.tensor(list(sampler))
-    return pairs[:, 0], pairs[:, 1] % passes
+    order, seeds = sampler.draw()
+    return order, seeds % passes
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import nn
 from timm_spinal.errors import UserError
 
 from .cores import core_each
-from .feature_linear import skip_feature_gradients
+from .joined_linear import join_linears
 from .products import fast_float32_products
 from .stacked import SeparateHeads, StackedHeads, can_stack
 from .train_group import EVAL_BATCH, Features, Recipe, Trained, train_group
@@ -91,21 +91,18 @@ class _Job:
     index: int
     task: HeadTask
     seed: int
-    head: nn.Module
+    group: SeparateHeads
 
     def sample(self) -> torch.Tensor:
         return self.task.train.x[0, :min(16, len(self.task.train.y))]
 
     def work(self) -> int:
         """Grows with the time that the job takes."""
-        return sum(p.numel() for p in self.head.parameters()) * self.task.recipe.epochs * len(self.task.train.y)
+        return sum(p.numel() for p, _ in self.group.parameters()) * self.task.recipe.epochs * len(self.task.train.y)
 
     def run(self) -> tuple[int, Trained]:
         task = self.task
-        if task.train.x.ndim == 3:
-            skip_feature_gradients(self.head, self.sample())
-        group = SeparateHeads([self.head], [self.seed])
-        return self.index, train_group(group, [self.seed], task.train, task.validation, task.recipe)[0]
+        return self.index, train_group(self.group, [self.seed], task.train, task.validation, task.recipe)[0]
 
 
 def _train_side_by_side(tasks: list[tuple[int, HeadTask]]) -> Iterator[tuple[int, Trained]]:
@@ -116,7 +113,11 @@ def _train_side_by_side(tasks: list[tuple[int, HeadTask]]) -> Iterator[tuple[int
     paired: list[_Job] = []
     alone: list[_Job] = []
     for i, task in tasks:
-        jobs = [_Job(i, task, seed, head) for seed, head in zip(task.seeds, task.new_heads(task.seeds))]
+        jobs = [_Job(i, task, seed, SeparateHeads([head], [seed]))
+                for seed, head in zip(task.seeds, task.new_heads(task.seeds))]
+        if task.train.x.ndim == 3:
+            for job in jobs:
+                job.group.heads = [join_linears(job.group.heads[0], job.sample())]
         (alone if jobs and _draws_from_global(jobs[0]) else paired).extend(jobs)
     with fast_float32_products(), core_each() as pool:
         futures = [pool.submit(job.run) for job in sorted(paired, key=_Job.work, reverse=True)]
@@ -130,7 +131,7 @@ def _train_side_by_side(tasks: list[tuple[int, HeadTask]]) -> Iterator[tuple[int
 
 def _draws_from_global(job: _Job) -> bool:
     """Whether a training step of a head, other than its dropout modules, draws from torch's global generator."""
-    group = SeparateHeads([copy.deepcopy(job.head)], [0])
+    group = copy.deepcopy(job.group)
     with torch.random.fork_rng(devices=[]):
         before = torch.get_rng_state()
         group.forward_train(job.sample()[None])

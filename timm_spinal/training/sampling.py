@@ -40,7 +40,8 @@ class TrainSampler(Sampler):
     def __len__(self) -> int:
         return self.length
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def draw(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices and seeds of the epoch's images, each (len(self),) of int64."""
         entropy = int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)[0] >> 1)
         generator = torch.Generator().manual_seed(entropy)
         chosen = math.ceil(self.length / self.aug_repeats)
@@ -48,7 +49,10 @@ class TrainSampler(Sampler):
         place = (torch.arange(self.length) / self.aug_repeats).long()
         order = torch.cat(passes)[place]
         # 32 bits: what numpy's global generator takes as a seed
-        seeds = torch.randint(0, 2 ** 32, (self.length,), generator=generator)
+        return order, torch.randint(0, 2 ** 32, (self.length,), generator=generator)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order, seeds = self.draw()
         return zip(order.tolist(), seeds.tolist())
 
 
