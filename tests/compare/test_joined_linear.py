@@ -117,3 +117,23 @@ def test_dropout_in_front_of_something_else_stays():
     joined = join_linears(head, x)
     assert joined.get_submodule('2').drop is None
     assert torch.equal(joined(x), head(x))
+
+
+class TwoReaders(nn.Module):
+    """Two linears behind one dropout, which see the same mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.first, self.second = nn.Dropout(0.5), nn.Linear(9, 3), nn.Linear(9, 3)
+
+    def forward(self, x):
+        x = self.drop(x)
+        return self.first(x) - self.second(x)
+
+
+def test_one_dropout_in_front_of_two_linears_draws_once():
+    torch.manual_seed(0)
+    x, head = torch.randn(8, 9), seeded(TwoReaders())
+    joined = join_linears(head, x)
+    assert isinstance(joined.first, JoinedLinear) and joined.first.drop is joined.second.drop is None
+    torch.testing.assert_close(joined(x), head(x), rtol=1e-6, atol=1e-6)
