@@ -32,7 +32,7 @@ def test_inference_grows_with_coefficients_and_not_with_predictions():
             peaks.append(pool.submit(routing.peak_memory, case, 'lean', train=False))
     small, large = (peak.result()[0] for peak in peaks)
     coefficients = (batches[1] - batches[0]) * capsules * classes * 4 / 2 ** 20
-    assert coefficients < large - small < 5 * coefficients  # predictions are 16 times as many
+    assert coefficients < large - small < 8 * coefficients  # 3 or so; predictions are 16 times as many
 
 
 def test_prints_a_line_for_each_number_of_classes(capsys):
