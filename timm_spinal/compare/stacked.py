@@ -39,9 +39,12 @@ class SeededDropout(nn.Module):
         if self.shapes is not None:
             self.shapes.append((self.p, x.shape))
             return x
-        if self.masks is None and x.ndim == 2 and not x.requires_grad:
+        if self.masks is not None:
+            mask = next(self.masks)
+        elif x.ndim == 2 and not x.requires_grad:
             return join_and_drop([x], self.p, self.generator)[0]
-        mask = draw_masks(self.p, x.shape, [self.generator])[0] if self.masks is None else next(self.masks)
+        else:
+            mask = draw_masks(self.p, x.shape, [self.generator])[0]
         return x * mask.to(x.device)
 
 

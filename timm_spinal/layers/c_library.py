@@ -3,7 +3,7 @@
 import ctypes
 import functools
 import importlib.util
-from typing import Optional
+from typing import Any, List, Optional
 
 
 @functools.cache
@@ -16,6 +16,20 @@ def load() -> Optional[ctypes.CDLL]:
         return ctypes.CDLL(spec.origin)
     except OSError:
         return None
+
+
+def declare(**arguments: List[Any]) -> Optional[ctypes.CDLL]:
+    """The library, its functions of these names with these types of arguments.
+
+    Returns:
+        None where there is no library, or it lacks one of them: for another processor, or built from other sources.
+    """
+    library = load()
+    if library is None or not all(hasattr(library, name) for name in arguments):
+        return None
+    for name, types in arguments.items():
+        getattr(library, name).argtypes = types
+    return library
 
 
 @functools.cache

@@ -15,18 +15,17 @@ RANGE = 2 ** 16  # dropout rates are taken to 16 bits
 
 @functools.cache
 def _library() -> Optional[ctypes.CDLL]:
-    library = c_library.load()
-    if library is None:
-        return None
-    try:
-        library.dropout_join.argtypes = [
-            ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, *[ctypes.c_void_p] * 3, ctypes.c_uint16, ctypes.c_float,
-            *[ctypes.c_void_p] * 2]
-        library.dropout_scale_gradient.argtypes = [
-            *[ctypes.c_void_p] * 2, ctypes.c_size_t, ctypes.c_float, *[ctypes.c_size_t] * 2]
-    except AttributeError:  # built from other sources
-        return None
-    return library
+    return c_library.declare(
+        dropout_join=[
+            ctypes.c_void_p, *[ctypes.c_size_t] * 2, *[ctypes.c_void_p] * 3, ctypes.c_uint16, ctypes.c_float,
+            *[ctypes.c_void_p] * 2],
+        dropout_scale_gradient=[*[ctypes.c_void_p] * 2, ctypes.c_size_t, ctypes.c_float, *[ctypes.c_size_t] * 2],
+    )
+
+
+def _library_for(*tensors: torch.Tensor) -> Optional[ctypes.CDLL]:
+    """The library where it takes these tensors: float32 on the CPU."""
+    return _library() if all(t.dtype == torch.float32 and t.device.type == 'cpu' for t in tensors) else None
 
 
 def _threshold(p: float) -> int:
@@ -37,10 +36,6 @@ def draw_keep(p: float, size: int, generator: np.random.Generator) -> np.ndarray
     """Booleans (size,), False with probability ``p`` to 16 bits; some twenty times as fast as torch's bernoulli_."""
     words = generator.integers(2 ** 64, size=-(-size // 4), dtype=np.uint64)  # four values from each draw
     return words.view(np.uint16)[:size] >= _threshold(p)
-
-
-def _runs_in_c(tensors: Sequence[torch.Tensor]) -> bool:
-    return _library() is not None and all(t.dtype == torch.float32 and t.device.type == 'cpu' for t in tensors)
 
 
 def join_and_drop(
@@ -60,12 +55,11 @@ def join_and_drop(
     """
     rows, widths = parts[0].shape[0], [part.shape[1] for part in parts]
     shape = rows, sum(widths)
-    if not _runs_in_c(parts):
+    library = _library_for(*parts)
+    if library is None:
         kept = torch.from_numpy(draw_keep(p, math.prod(shape), generator).view(np.uint8)).view(shape)
         kept = kept.to(parts[0].device)
         return scale_kept(torch.cat(list(parts), dim=1), kept, p), kept
-    library = _library()
-    assert library is not None
     parts = [part if part.stride(1) == 1 else part.contiguous() for part in parts]
     out, keep = torch.empty(shape), torch.empty(shape, dtype=torch.uint8)
     addresses = (ctypes.c_void_p * len(parts))(*[part.data_ptr() for part in parts])
@@ -84,9 +78,8 @@ def scale_kept(x: torch.Tensor, keep: torch.Tensor, p: float) -> torch.Tensor:
     This is the gradient of dropout, and dropout itself.
     """
     scale = 1. / (1. - p)
-    if not (_runs_in_c([x]) and x.is_contiguous() and keep.stride(1) == 1):
+    library = _library_for(x)
+    if library is None or not x.is_contiguous() or keep.stride(1) != 1:
         return x.mul_(keep.to(x.dtype) * scale)
-    library = _library()
-    assert library is not None
     library.dropout_scale_gradient(x.data_ptr(), keep.data_ptr(), keep.stride(0), scale, *x.shape)
     return x

@@ -15,17 +15,13 @@ from . import c_library
 MAX_UNIQUE = 8  # as in shared_basis.c: so few are cheaper apart, for convolutions compute 16 filters at a time
 LANES = 16
 
+
 @functools.cache
 def library() -> Optional[ctypes.CDLL]:
     """The C library where it can compute this; else None."""
-    found = c_library.load()
-    try:
-        if found is None or not found.shared_basis_can_run():
-            return None
-        found.shared_basis_run.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-    except AttributeError:  # another processor, or built from other sources
-        return None
-    return found
+    found = c_library.declare(
+        shared_basis_can_run=[], shared_basis_run=[ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p])
+    return found if found is not None and found.shared_basis_can_run() else None
 
 
 def is_transformed() -> bool:

@@ -19,16 +19,14 @@ PRODUCT_COST = 1 / 8  # what a product or an agreement costs beside a prediction
 
 @functools.cache
 def _library() -> Optional[ctypes.CDLL]:
-    library = c_library.load()
-    if library is None:
-        return None
-    try:
-        library.xnor_path.restype = ctypes.c_char_p
-        library.xnor_compute_shares.argtypes = [
+    library = c_library.declare(
+        xnor_path=[ctypes.c_int],
+        xnor_compute_shares=[
             ctypes.c_int, *[ctypes.c_void_p] * 4, *[ctypes.c_size_t] * 6, ctypes.c_int, ctypes.c_size_t,
-            ctypes.c_void_p]
-    except AttributeError:  # built from other sources
-        return None
+            ctypes.c_void_p],
+    )
+    if library is not None:
+        library.xnor_path.restype = ctypes.c_char_p
     return library
 
 
