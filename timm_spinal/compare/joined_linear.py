@@ -1,8 +1,9 @@
 """Linear layers of a head with what stands in front of them: inputs joined, then dropout.
 
 On cached features much of the time of a head goes into inputs that are joined, masks of floats, and gradients of the
-features, which nothing uses. Here the three are one function, which joins only what it must and computes no gradient
-where no weight has made the input. Which layers can be replaced is read from the traced head.
+features, which nothing uses. Here the three are one function, which joins only what it must, computes no gradient
+where no weight has made the input, and passes over what dropout has set to zero. Which layers can be replaced is read
+from the traced head.
 """
 import copy
 import inspect
@@ -13,10 +14,17 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from timm_spinal.layers.dropout_kernel import join_and_drop, scale_kept
+from timm_spinal.layers.sparse_product import can_multiply, sparse_product
 
 from .stacked import SeededDropout
 
 TOLERANCE = 1e-4  # of the greatest logit, between a head and its traced form
+SPARSE_FROM = 0.5  # dropout rate from which products that pass over zeros are the faster ones
+
+
+def _is_sparse(drop: SeededDropout | None, weight: torch.Tensor) -> bool:
+    """Whether the products of a layer (out, in) with its dropped inputs pass over zeros."""
+    return drop is not None and drop.p >= SPARSE_FROM and can_multiply(weight, weight.shape[0])
 
 
 class _JoinedLinear(torch.autograd.Function):
@@ -41,6 +49,9 @@ class _JoinedLinear(torch.autograd.Function):
             if rest := parts[first:]:
                 blocks.append(rest[0] if len(rest) == 1 else torch.cat(rest, dim=1))
         ctx.save_for_backward(weight, *blocks)
+        ctx.sparse = _is_sparse(dropout, weight)
+        if ctx.sparse:
+            return sparse_product(blocks[0], weight.t(), bias)
         columns = weight.split([block.shape[1] for block in blocks], dim=1)
         y = F.linear(blocks[0], columns[0], bias)
         for block, some in zip(blocks[1:], columns[1:]):
@@ -51,9 +62,12 @@ class _JoinedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
         weight, *blocks = ctx.saved_tensors
         first, start = ctx.first, sum(ctx.widths[:ctx.first])
-        grad_weight = torch.empty_like(weight)
-        for block, out in zip(blocks, grad_weight.split([block.shape[1] for block in blocks], dim=1)):
-            torch.mm(grad.t(), block, out=out)
+        if ctx.sparse:
+            grad_weight = sparse_product(blocks[0].t(), grad).t()
+        else:
+            grad_weight = torch.empty_like(weight)
+            for block, out in zip(blocks, grad_weight.split([block.shape[1] for block in blocks], dim=1)):
+                torch.mm(grad.t(), block, out=out)
         grads: list[torch.Tensor | None] = [None] * len(ctx.widths)
         if first < len(grads):
             grad_parts = grad @ weight[:, start:]
@@ -74,6 +88,8 @@ class JoinedLinear(nn.Module):
     def __init__(self, linear: nn.Module, drop: SeededDropout | None):
         super().__init__()
         self.weight, self.bias, self.drop = linear.weight, linear.bias, drop
+        if _is_sparse(drop, self.weight):  # the layout that its products take, and in which its gradient comes
+            self.weight.data = self.weight.data.t().contiguous().t()
 
     def forward(self, *parts: torch.Tensor) -> torch.Tensor:
         if any(part.ndim != 2 for part in parts):

@@ -87,7 +87,9 @@ def train_group(
                 lr=optimizer.param_groups[0]['lr']))
             if math.isfinite(row['loss']) and (not result.best or row['top1'] > result.best['top1']):
                 result.best, result.best_epoch = row, epoch
-                result.state = {name: value.clone() for name, value in states[i].items()}
+                result.state = {
+                    name: value.clone(memory_format=torch.contiguous_format) for name, value in states[i].items()
+                }
     for result in results:
         result.seconds = (time.perf_counter() - start) / len(seeds)
         last = result.history[-1]

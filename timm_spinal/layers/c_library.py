@@ -1,4 +1,4 @@
-"""The library of C code, xnor.c, shared_basis.c and dropout.c, where it was built when the package was installed."""
+"""The library of the C files in this folder, where it was built when the package was installed."""
 
 import ctypes
 import functools
