@@ -1,20 +1,26 @@
 """A CPU core for each piece of work, where that is faster than all cores for one piece."""
+import ctypes
+import platform
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Iterator
 
 import torch
 
-KEPT = 31 * 2 ** 20  # bytes; just under 32 MiB, above which glibc asks the system for every block anew
+# settings of glibc, as in malloc.h and mallopt(3), and their values in bytes
+_GLIBC = {
+    -3: 32 * 2 ** 20,   # M_MMAP_THRESHOLD: blocks up to here, the most it can be, are not asked of the system each
+    -1: 2 ** 30,        # M_TRIM_THRESHOLD: what is free is given back from here
+    -2: 80 * 2 ** 20,   # M_TOP_PAD: more than an arena of a thread, which is not given back then when it is free
+}
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep blocks that are freed and asked for again in each step, in place of fresh pages every time.
-
-    It gives back what is more than twice the largest block that it has mapped and freed so far; elsewhere this is one
-    allocation.
-    """
-    torch.empty(KEPT, dtype=torch.uint8)
+    """Let glibc keep blocks that are freed and asked for again in each step, in place of fresh pages every time."""
+    if platform.libc_ver()[0] == 'glibc':
+        mallopt = ctypes.CDLL(None).mallopt
+        for name, value in _GLIBC.items():
+            mallopt(name, value)
 
 
 @contextmanager

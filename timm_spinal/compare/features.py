@@ -2,7 +2,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, TypeVar
 
 import numpy as np
 import timm
@@ -42,6 +42,7 @@ _WORDS = Wording(
     'choose another --features, or use --train-size or fewer --augment-passes')
 
 Finish = Callable[[torch.Tensor], torch.Tensor]
+T = TypeVar('T')
 
 
 @dataclass(frozen=True)
@@ -216,22 +217,25 @@ def _run_part(
     dataset = ImageData(part.source, part.transform, mode, 'mark' if config.skip_unreadable else 'raise')
     loader = DataLoader(
         dataset, batch_sampler=batches, num_workers=min(config.workers, len(batches)), pin_memory=config.pin_mem)
-    kept: dict[str, list[torch.Tensor]] = {}
     step = backbone_batch(accelerator.device, config.batch_size)
 
     @torch.inference_mode()
     def answer(chunk: torch.Tensor) -> dict[str, torch.Tensor]:
-        images = part.finish(chunk.to(accelerator.device, non_blocking=True))
-        if config.channels_last:
+        images = chunk.to(accelerator.device, non_blocking=True)
+        if config.channels_last:  # as bytes, of which a number is the quarter of what it is in floats
             images = images.contiguous(memory_format=torch.channels_last)
+        images = part.finish(images)
         with accelerator.autocast():
             return {name: value.cpu() for name, value in run_backbone(model, images, maps).items()}
 
+    kept: dict[str, list[torch.Tensor]] = {}
     with core_each() as pool:  # loader workers disturb that less than all cores on one chunk
         run = pool.map if accelerator.device.type == 'cpu' else map
-        for end, (images, labels) in zip(ends, loader):
+        begun = ((end, labels, run(answer, _as_images(images, part, config, mode).split(step)))
+                 for end, (images, labels) in zip(ends, loader))
+        for end, labels, answers in _one_ahead(begun):
             kept.setdefault('labels', []).append(labels)
-            for found in run(answer, _as_images(images, part, config, mode).split(step)):
+            for found in answers:
                 for name, value in found.items():
                     kept.setdefault(name, []).append(value)
             bar.update(len(labels))
@@ -239,6 +243,15 @@ def _run_part(
                 tensors = {name: torch.cat(values).contiguous() for name, values in kept.items()}
                 write_shard(shard_path(folder, part.split, part.number, end), tensors, mark)
                 kept = {}
+
+
+def _one_ahead(begun: Iterator[T]) -> Iterator[T]:
+    """The same, each when the next is begun as well: no core is idle while the last chunk of a batch ends."""
+    waiting = next(begun, None)
+    while waiting is not None:
+        following = next(begun, None)
+        yield waiting
+        waiting = following
 
 
 def _as_images(images: Any, part: Part, config: FrozenConfig, mode: str) -> torch.Tensor:
