@@ -25,14 +25,14 @@ def test_lean_needs_less_memory():
 
 
 def test_inference_grows_with_coefficients_and_not_with_predictions():
-    batches, capsules, classes = (32, 160), 64, 1000
+    batches, capsules, classes = (32, 288), 64, 1000  # so far apart that a heap's 60 MiB more or less do not decide
     peaks = []
     for case in (routing.Case('caps', batch, capsules, classes) for batch in batches):
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
             peaks.append(pool.submit(routing.peak_memory, case, 'lean', train=False))
     small, large = (peak.result()[0] for peak in peaks)
     coefficients = (batches[1] - batches[0]) * capsules * classes * 4 / 2 ** 20
-    assert coefficients < large - small < 8 * coefficients  # 3 or so; predictions are 16 times as many
+    assert coefficients < large - small < 5 * coefficients  # predictions are 16 times as many
 
 
 def test_prints_a_line_for_each_number_of_classes(capsys):

@@ -64,14 +64,13 @@ def test_training_is_the_same(name, in_c, monkeypatch):
 
 @pytest.mark.parametrize('dropout, linears', [(0.5, 2), (0.4, 0)])
 def test_products_pass_over_zeros_from_half_of_them(dropout, linears):
-    if sparse_product._library() is None:
-        pytest.skip('no C library, or no AVX-512')
     torch.manual_seed(0)
     head = seeded(create_head('spinal', 100, 3, width=64, layers=2, dropout=dropout))
     x, y = torch.randn(40, 100), torch.arange(40) % 3
     joined = join_linears(head, x)
     transposed = [m for m in joined.modules() if isinstance(m, JoinedLinear) and m.weight.stride(0) == 1]
-    assert len(transposed) == linears and all(p.is_contiguous() for p in head.parameters())
+    assert len(transposed) == (linears if sparse_product.can_multiply(x, 64) else 0)
+    assert all(p.is_contiguous() for p in head.parameters())
     for _ in range(3):
         torch.testing.assert_close(train_step(joined, x, y), train_step(head, x, y), rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(joined.parameters(), head.parameters()):

@@ -5,6 +5,7 @@ import torch
 from timm_spinal.layers import sparse_product as module
 from timm_spinal.layers.sparse_product import can_multiply, sparse_product
 
+# without the library nothing calls these: layers ask can_multiply, and test_joined_linear.py runs either way
 needs_library = pytest.mark.skipif(module._library() is None, reason='no C library, or no AVX-512')
 
 # M, K, N: one number; parts of a vector; one more than a list or a block takes; several of all

@@ -87,7 +87,7 @@ def train_group(
                 lr=optimizer.param_groups[0]['lr']))
             if math.isfinite(row['loss']) and (not result.best or row['top1'] > result.best['top1']):
                 result.best, result.best_epoch = row, epoch
-                result.state = {
+                result.state = {  # safetensors takes no others than contiguous ones
                     name: value.clone(memory_format=torch.contiguous_format) for name, value in states[i].items()
                 }
     for result in results:

@@ -5,6 +5,8 @@ import functools
 import importlib.util
 from typing import Any, List, Optional
 
+import torch
+
 
 @functools.cache
 def load() -> Optional[ctypes.CDLL]:
@@ -30,6 +32,11 @@ def declare(**arguments: List[Any]) -> Optional[ctypes.CDLL]:
     for name, types in arguments.items():
         getattr(library, name).argtypes = types
     return library
+
+
+def are_floats(*tensors: torch.Tensor) -> bool:
+    """Whether tensors are float32 and on the CPU, as C code reads them."""
+    return all(t.dtype == torch.float32 and t.device.type == 'cpu' for t in tensors)
 
 
 @functools.cache

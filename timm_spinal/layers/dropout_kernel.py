@@ -25,7 +25,7 @@ def _library() -> Optional[ctypes.CDLL]:
 
 def _library_for(*tensors: torch.Tensor) -> Optional[ctypes.CDLL]:
     """The library where it takes these tensors: float32 on the CPU."""
-    return _library() if all(t.dtype == torch.float32 and t.device.type == 'cpu' for t in tensors) else None
+    return _library() if c_library.are_floats(*tensors) else None
 
 
 def _threshold(p: float) -> int:

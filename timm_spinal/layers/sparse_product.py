@@ -8,7 +8,7 @@ import torch
 
 from . import c_library
 
-WIDTH_MULTIPLE = 64
+WIDTH_MULTIPLE = 64  # COLUMNS of sparse_product.c
 
 
 @functools.cache
@@ -24,8 +24,7 @@ def _library() -> Optional[ctypes.CDLL]:
 
 def can_multiply(x: torch.Tensor, width: int) -> bool:
     """Whether :func:`sparse_product` takes ``x`` and gives results of this width: on a CPU with AVX-512, in float32."""
-    fits = x.dtype == torch.float32 and x.device.type == 'cpu' and width % WIDTH_MULTIPLE == 0
-    return fits and _library() is not None
+    return width % WIDTH_MULTIPLE == 0 and c_library.are_floats(x) and _library() is not None
 
 
 def sparse_product(x: torch.Tensor, b: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
