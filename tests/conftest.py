@@ -15,7 +15,6 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 THE_HUB = TestHub()
 os.environ['HF_ENDPOINT'] = THE_HUB.url
 os.environ['HF_HOME'] = os.environ['HF_HUB_CACHE'] = os.path.join(tempfile.gettempdir(), 'timm_spinal_no_such_cache')
-os.environ['HF_HUB_DISABLE_XET'] = '1'
 os.environ['HF_HUB_DISABLE_PROGRESS_BARS'] = '1'
 
 

@@ -1,4 +1,5 @@
 """A fresh Hub, an empty cache and a token for every test; the client is huggingface_hub's own."""
+import io
 import resource
 import shutil
 import time
@@ -6,14 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
-from huggingface_hub.utils import close_session
+from huggingface_hub.utils import _xet, close_session
+from safetensors.torch import save
 
 from timm_spinal.cli import main
 from timm_spinal.training.config import TrainConfig
 from timm_spinal.training.run import train
 
 from ..conftest import THE_HUB
+from .store import Blob, Repo
 
 REPO = 'me/digits'
 
@@ -32,8 +36,27 @@ def hub(monkeypatch, tmp_path):
 
 
 def new_cache(monkeypatch, folder) -> None:
-    """From now on the client's cache is this folder."""
+    """From now on the client's cache is this folder, and it knows nothing of what Xet's storage has sent or taken."""
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(folder))
+    monkeypatch.setenv('HF_XET_CACHE', f'{folder}_xet')
+    getattr(_xet, 'abort_xet_session', lambda: None)()  # the next one reads the environment; clients of 1.0 have none
+    getattr(_xet, 'XET_CONNECTION_INFO_CACHE', {}).clear()
+
+
+@pytest.fixture
+def no_xet(monkeypatch):
+    """Large files go the way of clients without hf_xet: git LFS, and plain HTTP from another host."""
+    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
+
+
+@pytest.fixture(params=['xet', 'no xet'])
+def both_ways(request, hub):
+    """The test runs twice, with Xet and without; and its large files did not come another way."""
+    if request.param == 'no xet':
+        request.getfixturevalue('no_xet')
+    yield
+    assert (hub.count('GET', '/xorbs/') > 0, hub.count('GET', '/cdn/') > 0) == (
+        request.param == 'xet', request.param == 'no xet')
 
 
 @pytest.fixture(scope='session')
@@ -74,13 +97,28 @@ def full_disk():
 
 @pytest.fixture
 def quick(monkeypatch):
-    """The waits between tries, ours and the client's, a thousand times shorter."""
+    """The waits between tries, ours and the client's, a thousand times shorter, and those of hf_xet too."""
+    monkeypatch.setenv('HF_XET_CLIENT_RETRY_BASE_DELAY', '1ms')
     monkeypatch.setattr(time, 'sleep', lambda seconds, sleep=time.sleep: sleep(seconds / 1000))
 
 
 def send(run, *flags, repo=REPO, licence='mit') -> int:
     """Publish a run folder by the command line; returns the exit code."""
     return main(['publish', str(run), '--repo', repo, *(['--license', licence] if licence else []), *flags])
+
+
+def serve(hub, model, repo, name='model.safetensors') -> None:
+    """Put the weights of a timm model where timm looks for them."""
+    data = save(model.state_dict()) if name.endswith('.safetensors') else _pickled(model)
+    hub.store.repos[repo] = Repo(repo)
+    hub.store.add_large(data)
+    hub.store.repos[repo].add_commit('main', {name: Blob(data, large=True)}, 'weights')
+
+
+def _pickled(model) -> bytes:
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    return file.getvalue()
 
 
 def files(hub, revision='main', repo=REPO) -> dict[str, bytes]:

@@ -17,19 +17,25 @@ def resolve(hub: TestHub, request: Request, name: str, revision: str, path: str)
     blob = repo.commits[sha][path]
     headers['ETag'] = f'"{blob.oid}"'
     if blob.large:
+        route = f'{hub.url}/api/models/{name}/xet-read-token/{sha}'
         headers.update({'X-Linked-Size': str(len(blob.data)), 'X-Linked-Etag': f'"{blob.sha256}"',
-                        'Location': f'{hub.cdn}/cdn/{blob.sha256}'})
+                        'Location': f'{hub.cdn}/cdn/{blob.sha256}', 'X-Xet-Hash': hub.store.xet_hash[blob.sha256],
+                        'X-Xet-Refresh-Route': route, 'Link': f'<{route}>; rel="xet-auth"'})
         return Reply(302, b'', headers)
-    return _ranged(request, blob.data, headers)
+    return ranged(request, blob.data, headers)
 
 
 def cdn(hub: TestHub, request: Request, oid: str) -> Reply:
-    return _ranged(request, hub.store.large[oid], {'ETag': f'"{oid}"'})
+    return ranged(request, hub.store.large[oid], {'ETag': f'"{oid}"'})
 
 
-def _ranged(request: Request, data: bytes, headers: dict[str, str]) -> Reply:
-    wanted = re.fullmatch(r'bytes=(\d+)-', request.headers.get('Range', ''))
-    if wanted and int(wanted[1]):
-        first = int(wanted[1])
-        return Reply(206, data[first:], {**headers, 'Content-Range': f'bytes {first}-{len(data) - 1}/{len(data)}'})
-    return Reply(200, data, {**headers, 'Content-Length': str(len(data))})
+def ranged(request: Request, data: bytes, headers: dict[str, str]) -> Reply:
+    """Data, or the range of them that the request names."""
+    wanted = re.fullmatch(r'bytes=(\d+)-(\d*)', request.headers.get('Range', ''))
+    if not wanted or wanted[0] == 'bytes=0-':
+        return Reply(200, data, {**headers, 'Content-Length': str(len(data))})
+    first, last = int(wanted[1]), int(wanted[2] or len(data) - 1)
+    if first >= len(data):
+        raise HubError(416, 'Range Not Satisfiable')
+    part = data[first:last + 1]
+    return Reply(206, part, {**headers, 'Content-Range': f'bytes {first}-{first + len(part) - 1}/{len(data)}'})

@@ -2,8 +2,10 @@
 import re
 from dataclasses import dataclass, field
 
+from .xet import flipped
+
 KINDS = (
-    'status',  # answer with a status code and headers; nothing is done
+    'status',  # answer with a status code, headers and a body; nothing is done
     'cut',  # close the connection before anything is done
     'cut_after',  # do what was asked, then close the connection without an answer
     'cut_body',  # close the connection in the middle of the body
@@ -21,6 +23,7 @@ class Fault:
     times: int = 1
     status: int = 503
     headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b'{"error": "on demand"}'
     seconds: float = 0.
 
     def __post_init__(self) -> None:
@@ -39,6 +42,8 @@ def take(faults: list[Fault], method: str, path: str) -> Fault | None:
     return None
 
 
-def corrupted(body: bytes) -> bytes:
-    """The last byte changed: in a safetensors file it belongs to a weight."""
+def corrupted(body: bytes, is_xorb: bool) -> bytes:
+    """One byte changed: the last one, which in a safetensors file belongs to a weight, or one of a xorb's data."""
+    if is_xorb:
+        return flipped(body)
     return body[:-1] + bytes([body[-1] ^ 0x40]) if body else body

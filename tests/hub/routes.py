@@ -8,6 +8,7 @@ import yaml
 
 from .downloads import cdn, resolve
 from .server import Reply, Request, TestHub, json_reply
+from .storage import chunk, reconstruction_v1, reconstruction_v2, shard_v1, shard_v2, xet_token, xorb, xorb_data
 from .store import HubError, Repo
 from .uploads import commit, lfs_batch, lfs_complete, lfs_put, lfs_put_part, lfs_verify, preupload
 
@@ -67,7 +68,8 @@ def tree(hub: TestHub, request: Request, name: str, revision: str) -> Reply:
     for path, blob in files.items():
         pointer = dict(oid=blob.sha256, size=len(blob.data), pointerSize=130)
         rows.append(dict(type='file', path=path, size=len(blob.data), oid=hashlib.sha1(blob.data).hexdigest()
-                         if blob.large else blob.oid, **(dict(lfs=pointer) if blob.large else {})))
+                         if blob.large else blob.oid,
+                         **(dict(lfs=pointer, xetHash=hub.store.xet_hash[blob.sha256]) if blob.large else {})))
     return json_reply(rows)
 
 
@@ -134,6 +136,14 @@ ROUTES: tuple[tuple[str, str, Callable[..., Reply]], ...] = (
     ('POST', rf'/lfs-verify/{NAME}', lfs_verify),
     ('GET', rf'/{NAME}/resolve/([^/]+)/(.+)', resolve),
     ('GET', r'/cdn/(\w+)', cdn),
+    ('GET', rf'/api/models/{NAME}/xet-(read|write)-token/([^/]+)', xet_token),
+    ('GET', r'/cas/v1/chunks/[\w-]+/(\w+)', chunk),
+    ('POST', r'/cas/v1/xorbs/default/(\w+)', xorb),
+    ('POST', r'/cas/v1/shards', shard_v1),
+    ('POST', r'/cas/v2/shards', shard_v2),
+    ('GET', r'/cas/v1/reconstructions/(\w+)', reconstruction_v1),
+    ('GET', r'/cas/v2/reconstructions/(\w+)', reconstruction_v2),
+    ('GET', r'/xorbs/(\w+)', xorb_data),
 )
 
 

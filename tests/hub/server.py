@@ -1,9 +1,8 @@
 """A Hub in this process: the part of the Hugging Face Hub's HTTP API that huggingface_hub 2.4 calls for models.
 
 Repositories, preupload, large files in one part or several (git LFS), commits, pull requests, branches, tags, trees and
-downloads with ETag, Range, redirects to another host for large files, and errors by code. Not here: Xet. The client
-uploads by Xet when hf_xet is installed and not switched off, and has no other way then; its service is asked for here
-(`/xet-write-token/`) and answers 404.
+downloads with ETag, Range, redirects to another host for large files, and errors by code. Large files come and go by
+Xet's storage protocol too (`storage.py`), which is the client's way unless it is switched off.
 """
 import json
 import re
@@ -103,14 +102,15 @@ class Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             self.hub.log.append((self.command, unquote(path)))
             fault = take(self.hub.faults, self.command, unquote(path))
-            if self.headers.get('Host', '').startswith('localhost') and token:
+            elsewhere = self.headers.get('Host', '').startswith('localhost')
+            if elsewhere and token and not path.startswith('/cas/'):
                 self.hub.cdn_tokens.append(token)
             if fault and fault.kind == 'cut':
                 return self._cut()
             if fault and fault.kind == 'status':
-                return self._send(Reply(fault.status, b'{"error": "on demand"}', fault.headers), None)
+                return self._send(Reply(fault.status, fault.body, fault.headers), None)
             user = self.hub.store.users.get(token)
-            if token and user is None and 'localhost' not in self.headers.get('Host', ''):
+            if token and user is None and not elsewhere:
                 reply = error_reply(HubError(401, 'Invalid credentials in Authorization header'))
             else:
                 try:
@@ -139,7 +139,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send(self, reply: Reply, fault: Fault | None) -> None:
         kind = fault.kind if fault else ''
-        body = corrupted(reply.body) if kind == 'corrupt' else reply.body
+        body = corrupted(reply.body, is_xorb=self.path.startswith('/xorbs/')) if kind == 'corrupt' else reply.body
         self.send_response(reply.status)
         for name, value in reply.headers.items():
             self.send_header(name, value)

@@ -3,6 +3,8 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
+from .xet import Term, XetFile, Xorb, stored_xorb
+
 LARGE = ('.safetensors', '.bin', '.onnx')  # by .gitattributes; other files are large when they are binary
 
 
@@ -88,17 +90,54 @@ class Repo:
 
 
 class Store:
-    """All repositories, uploaded large files and users of a Hub."""
+    """All repositories, uploaded large files and users of a Hub.
+
+    Attributes:
+        large: Large files by SHA-256.
+        xorbs: What Xet's storage holds.
+        files: Files of Xet's storage by their hash there.
+        xet_hash: The hash in Xet's storage by SHA-256; every large file has one, also those that came another way.
+        xet_tokens: What the tokens of Xet's storage allow, 'read' or 'write'.
+    """
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.large: dict[str, bytes] = {}
+        self.xorbs: dict[str, Xorb] = {}
+        self.files: dict[str, list[Term]] = {}
+        self.xet_hash: dict[str, str] = {}
+        self.xet_tokens: dict[str, str] = {}
         self.parts: dict[tuple[str, int], bytes] = {}
         self.users = {
             'hf_writer': User('me', orgs=('org',)),
             'hf_reader': User('me', role='read'),
             'hf_stranger': User('stranger'),
         }
+
+    def add_large(self, data: bytes) -> str:
+        """Keep a large file that did not come by Xet; returns its SHA-256."""
+        sha256 = hashlib.sha256(data).hexdigest()
+        if sha256 not in self.large:
+            xorb = stored_xorb(data)
+            file = hashlib.blake2s(data).hexdigest()  # clients take any hash; Xet's own is another one
+            self.xorbs[file] = xorb
+            self.add_file(XetFile(file, [Term(file, 0, len(xorb.chunks), len(data))], sha256))
+        return sha256
+
+    def add_file(self, file: XetFile) -> None:
+        """Keep a file whose xorbs are there.
+
+        Raises:
+            HubError: They are not, or make up another file.
+        """
+        try:
+            data = b''.join(self.xorbs[term.xorb].data(term.first, term.end) for term in file.terms)
+        except KeyError as e:
+            raise HubError(400, f'xorb {e} was not uploaded') from e
+        if len(data) != sum(term.size for term in file.terms) or hashlib.sha256(data).hexdigest() != file.sha256:
+            raise HubError(400, f'the chunks of file {file.hash} make up another file')
+        self.large[file.sha256] = data
+        self.files[file.hash], self.xet_hash[file.sha256] = file.terms, file.hash
 
     def repo(self, name: str, user: User | None) -> Repo:
         """A repository that a user may see; others do not exist for them, as on the Hub."""

@@ -11,9 +11,9 @@ from timm_spinal.cli import main
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import ValidateConfig
 from timm_spinal.training.model import create_model
-from timm_spinal.training.remote import is_damaged
 
 from .conftest import REPO, new_cache
+from .store import Blob
 
 NAME = f'hf-hub:{REPO}'
 
@@ -38,6 +38,7 @@ def message(name=NAME) -> str:
     return text.partition(f'{name}: ')[2]
 
 
+@pytest.mark.usefixtures('both_ways')
 def test_adapts_as_timm_does(published):
     x = torch.randn(2, 1, 28, 28)
     model = timm.create_model(NAME, pretrained=True).eval()
@@ -108,30 +109,88 @@ def test_hub_that_is_down(published, hub, quick):
     assert message().startswith('the Hub has had too many requests from you')
 
 
-def test_download_cut_for_good_is_no_half_file(published, hub, quick, tmp_path):
-    hub.fail('cut', 'GET', '/cdn/', times=1000)
-    assert message().startswith('the Hub cannot be reached (')
+@pytest.mark.usefixtures('both_ways')
+@pytest.mark.parametrize('kind', ['cut', 'cut_body'])
+def test_download_cut_for_good_is_no_half_file(published, hub, quick, tmp_path, kind):
+    hub.fail(kind, 'GET', '/(cdn|xorbs)/', times=1000)
+    assert message().startswith(('the Hub cannot be reached (', "what came from Xet's storage cannot be read ("))
     hub.faults.clear()
     assert all(p.stat().st_size < 10_000 for p in (tmp_path / 'user').rglob('*') if p.is_file())
     load()
 
 
-def test_damaged_weights_are_found_by_their_checksum(published, hub):
-    hub.fail('corrupt', 'GET', '/cdn/')
-    text = message()
-    assert text.startswith('its weights are damaged (another checksum than on the Hub); delete /')
-    path = Path(text.partition('delete ')[2].partition(' and try')[0])
-    assert is_damaged(path)
-    path.unlink()
+@pytest.mark.parametrize('path, status, text', [
+    ('xet-read-token', 401, 'the token is not valid (on demand); log in'),
+    ('xet-read-token', 403, 'the token may not do this (on demand); make one'),
+    ('xet-read-token', 404, 'the Hub does not hold it (status 404: on demand)'),
+    ('xet-read-token', 429, 'the Hub has had too many requests from you (status 429: on demand)'),
+    ('xet-read-token', 503, 'the Hub has a fault (status 503: on demand)'),
+    ('/cas/', 401, 'the storage of large files refuses it (status 401); what allowed it may have expired: try again'),
+    ('/cas/', 403, 'the storage of large files refuses it (status 403)'),
+    ('/cas/', 404, 'the storage of large files does not hold it (status 404)'),
+    ('/cas/', 429, 'the storage of large files has had too many requests from you (status 429)'),
+    ('/cas/', 503, 'the storage of large files has a fault (status 503)'),
+    ('/xorbs/', 401, 'the storage of large files refuses it (status 401)'),
+    ('/xorbs/', 403, 'the storage of large files refuses it (status 403)'),
+    ('/xorbs/', 404, 'the storage of large files does not hold it (status 404)'),
+    ('/xorbs/', 429, 'the storage of large files has had too many requests from you (status 429)'),
+    ('/xorbs/', 503, 'the storage of large files has a fault (status 503)'),
+])
+def test_status_of_xet_is_told_as_such(published, hub, quick, path, status, text):
+    hub.fail('status', 'GET', path, status=status, times=1000)
+    assert message().startswith(text)
+    hub.faults.clear()
     load()
+
+
+@pytest.mark.parametrize('path, text', [
+    ('xet-read-token', 'HF_ENDPOINT does not answer as a Hub does (Xet headers'),
+    ('/cas/v[12]/reconstructions', "what came from Xet's storage cannot be read ("),
+    ('/xorbs/', "what came from Xet's storage cannot be read ("),
+])
+def test_page_in_place_of_an_answer_of_xet(published, hub, quick, path, text):
+    hub.fail('status', 'GET', path, status=200, times=1000, body=b'<html>Log in to the network</html>')
+    assert message().startswith(text)
+
+
+def test_page_in_place_of_the_hub(published, hub, quick):
+    page = dict(status=200, times=1000, body=b'<html>Log in to the network</html>')
+    hub.fail('status', 'HEAD', '/resolve/', **page)
+    assert message().startswith('HF_ENDPOINT does not answer as a Hub does (')
+    hub.faults.clear()
+    hub.fail('status', 'GET', '/resolve/.*config.json', **page)
+    assert message().startswith('came incomplete; try again')
+
+
+def test_link_that_has_expired(published, hub, no_xet):
+    hub.fail('status', 'GET', '/cdn/', status=403, times=1000, body=b'<Error><Code>AccessDenied</Code></Error>')
+    assert message() == ('the storage of large files refuses it (status 403: AccessDenied); what allowed it may have '
+                         'expired: try again')
+
+
+def test_config_that_is_no_json(published, hub):
+    files = dict(published.files(), **{'config.json': Blob(b'<html>')})
+    published.add_commit('main', files, 'no JSON')
+    assert message().startswith('its config.json is no JSON (')
+
+
+@pytest.mark.usefixtures('both_ways')
+def test_train_from_the_hub(published, tmp_path):
+    assert main([
+        'train', '--model', NAME, '--pretrained', '--dataset', 'digits', '-j', '0', '--epochs', '1', '--lr', '0',
+        '--warmup-lr', '0', '--min-lr', '0', '--output', str(tmp_path / 'out'), '--experiment', 'tuned']) == 0
+    result = json.loads((tmp_path / 'out' / 'tuned' / 'result.json').read_text())
+    assert result['top1'] > 85, 'the published weights, which no step has changed'
 
 
 def test_truncated_weights_in_the_cache(published):
     path = Path(hf_hub_download(REPO, 'model.safetensors')).resolve()
+    path.chmod(0o644)  # the client's shared store is for reading only
     path.write_bytes(path.read_bytes()[:50])
     assert message().startswith('its weights are damaged (')
 
 
+@pytest.mark.usefixtures('both_ways')
 def test_full_disk(published, full_disk, tmp_path):
     with full_disk(20_000):
         assert message() == ('cannot be written (File too large); make room, or set HF_HOME to another disk')
@@ -149,6 +208,7 @@ def test_trainer_and_validation_tell_the_same(published, capsys, tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.usefixtures('both_ways')
 def test_validate_a_published_model(published, run, capsys):
     assert main(['validate', '--model', NAME, '--pretrained', '--dataset', 'digits', '-j', '0']) == 0
     top1 = json.loads((run / 'result.json').read_text())['top1']

@@ -19,6 +19,7 @@ from .conftest import REPO, files, new_cache, send
 pytestmark = pytest.mark.usefixtures('quick')
 
 
+@pytest.mark.usefixtures('both_ways')
 def test_one_commit_that_timm_loads(hub, run, capsys, monkeypatch, tmp_path):
     assert send(run) == 0
     repo = hub.store.repos[REPO]

@@ -29,6 +29,7 @@ def train_with(folder, *flags, **options) -> int:
 PUSH = ('--push-to-hub', REPO, '--hub-license', 'mit')
 
 
+@pytest.mark.usefixtures('both_ways')
 def test_best_weights_at_the_end(hub, tmp_path, capsys):
     assert train_with(tmp_path, *PUSH, '--hub-private') == 0
     assert hub.store.repos[REPO].private and set(files(hub)) == set(FILES)

@@ -9,6 +9,7 @@ from timm_spinal.training.teacher import load_teacher
 from .conftest import REPO, send
 
 
+@pytest.mark.usefixtures('both_ways')
 def test_teacher_from_the_hub(hub, run):
     assert send(run) == 0
     model = load_teacher(f'hf-hub:{REPO}')

@@ -35,13 +35,14 @@ def lfs_batch(hub: TestHub, request: Request, name: str) -> Reply:
             verify = dict(href=f'{hub.url}/lfs-verify/{repo.name}')
             row['actions'] = dict(upload=upload, verify=verify)
         objects.append(row)
-    return json_reply(dict(transfer='basic', objects=objects))
+    transfer = 'xet' if 'xet' in request.json().get('transfers', ()) else 'basic'  # clients before 1.31 ask for it here
+    return json_reply(dict(transfer=transfer, objects=objects))
 
 
 def lfs_put(hub: TestHub, request: Request, oid: str) -> Reply:
     if hashlib.sha256(request.body).hexdigest() != oid:
         raise HubError(400, 'the content has another hash than was announced')
-    hub.store.large[oid] = request.body
+    hub.store.add_large(request.body)
     return Reply()
 
 

@@ -13,7 +13,8 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.model import check_download, check_model_name
+from timm_spinal.training.damage import check_download
+from timm_spinal.training.model import check_model_name
 from timm_spinal.training.remote import explain, one_line
 
 _NO_FEATURES = (RuntimeError, TypeError, ValueError, AssertionError, AttributeError, OSError, KeyError)
@@ -100,11 +101,13 @@ def create_body(name: str, pretrained: bool | str, kwargs: dict[str, Any]) -> An
         file = load_state_dict(pretrained, use_ema=False) if isinstance(pretrained, str) else None
         body: Any = timm.create_model(name, features_only=True, **weights, **kwargs)
     except Exception as e:
+        if pretrained:  # damaged weights may raise any error
+            check_download(f'backbone {name}', dict(file=pretrained) if isinstance(pretrained, str) else name)
         if not isinstance(e, _NO_FEATURES) and explain(e) is None:
             raise
         raise UserError(f'backbone {name}: {explain(e) or one_line(e)}') from e
-    if pretrained is True:
-        check_download(name, body.pretrained_cfg.get('hf_hub_id'))
+    if pretrained:
+        check_download(f'backbone {name}', body.pretrained_cfg)
     if file is not None and not _came_from(body, file):
         raise UserError(f'backbone {name}: {pretrained} holds the weights of another model')
     _check_input(name, body)

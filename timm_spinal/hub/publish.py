@@ -8,8 +8,9 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from huggingface_hub.hf_api import RepoFile
 
 from timm_spinal.errors import UserError
+from timm_spinal.training.damage import git_sha1
 from timm_spinal.training.files import sha256
-from timm_spinal.training.remote import LOG_IN, git_sha1
+from timm_spinal.training.remote import LOG_IN, answer_of, chain
 
 from .download import check_download
 from .options import PublishOptions, check_repo_name
@@ -57,13 +58,18 @@ def check_account(options: PublishOptions, say: Say = print) -> PublishOptions:
                         'timm-spinal publish needs no Hub)')
     if get_token() is None:
         raise UserError(f'{options.repo}: no token of the Hub; {LOG_IN}')
-    me = with_retries(HfApi().whoami, options.repo, say)
-    role = me.get('auth', {}).get('accessToken', {}).get('role')
+    user, role = with_retries(_whoami, options.repo, say)
     if role == 'read':
-        raise UserError(f'{options.repo}: the token of {me["name"]} may only read; make one with write permission on '
+        raise UserError(f'{options.repo}: the token of {user} may only read; make one with write permission on '
                         'hf.co/settings/tokens')
-    name = options.repo if '/' in options.repo else f'{me["name"]}/{options.repo}'
+    name = options.repo if '/' in options.repo else f'{user}/{options.repo}'
     return PublishOptions(**{**vars(options), 'repo': name})
+
+
+def _whoami() -> tuple[str, str | None]:
+    """Whose token this is, and what it may do, where the Hub says that."""
+    me = HfApi().whoami()
+    return me['name'], me.get('auth', {}).get('accessToken', {}).get('role')
 
 
 def publish(folder: Path, options: PublishOptions, title: str, say: Say = print) -> str:
@@ -109,12 +115,22 @@ def _ensure_repository(push: Push) -> None:
 
     found = push.call(info)
     if found is None:
-        push.call(lambda: push.api.create_repo(push.repo, private=push.options.private, exist_ok=True))
+        push.call(lambda: _create_repository(push))
         push.undo.append(lambda: _remove_if_empty(push))
         push.say(f'{push.repo}: new {"private " if push.options.private else ""}repository')
     elif push.options.private and not found.private:
         raise UserError(f'{push.repo}: exists and is public; leave out --private, or make it private in its settings '
                         'first')
+
+
+def _create_repository(push: Push) -> None:
+    """Make the repository; that it is there already is no error, as after a try whose answer was lost."""
+    try:
+        push.api.create_repo(push.repo, private=push.options.private)
+    except Exception as e:
+        answer = next(filter(None, map(answer_of, chain(e))), None)
+        if answer is None or answer.status != 409 or not push.api.repo_exists(push.repo):
+            raise
 
 
 def _remove_if_empty(push: Push) -> None:

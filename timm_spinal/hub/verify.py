@@ -19,9 +19,9 @@ from huggingface_hub import HfApi
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig, ValidateConfig, load_yaml
+from timm_spinal.training.damage import is_damaged
 from timm_spinal.training.metrics import TITLES
 from timm_spinal.training.options import DataOptions
-from timm_spinal.training.remote import is_damaged
 from timm_spinal.training.validation import validate
 
 from .card_check import check_card

@@ -1,5 +1,6 @@
 """A timm model from a config, with one-line errors for what a user can get wrong."""
 import difflib
+import json
 import os
 import re
 from typing import Any
@@ -15,7 +16,8 @@ import timm_spinal
 from timm_spinal.errors import UserError
 
 from .config import TrainConfig, ValidateConfig
-from .remote import damaged_file, explain, one_line
+from .damage import check_download
+from .remote import explain, one_line
 
 _REGISTERED_ON_IMPORT = frozenset(timm_spinal.list_models())
 
@@ -31,6 +33,7 @@ def create_model(config: TrainConfig | ValidateConfig, num_classes: int | None) 
         UserError: Unknown model or model option, weights that are missing, unreachable or do not fit.
     """
     check_model_name(config.model)
+    label, cache_dir = f'model {config.model}', config.model_kwargs.get('cache_dir')
     if config.initial_checkpoint and not os.path.isfile(config.initial_checkpoint):
         raise UserError(f'initial_checkpoint {config.initial_checkpoint}: no such file')
     weights: dict[str, Any] = dict(pretrained=config.pretrained)
@@ -53,12 +56,15 @@ def create_model(config: TrainConfig | ValidateConfig, num_classes: int | None) 
         model = timm.create_model(**resolved, checkpoint_path=config.initial_checkpoint or None)
         _apply_settings(model, config)
     except Exception as e:
+        if weights['pretrained']:  # damaged weights may raise any error
+            origin = dict(file=config.pretrained_path) if config.pretrained_path else config.model
+            check_download(label, origin, cache_dir)
         if (reason := _reason(config.model, e)) is None:
             raise
-        raise UserError(f'model {config.model}: {reason}') from e
-    if config.pretrained and not config.pretrained_path:
+        raise UserError(f'{label}: {reason}') from e
+    if weights['pretrained']:
         cfg: Any = model.pretrained_cfg
-        check_download(config.model, cfg.get('hf_hub_id'))
+        check_download(label, cfg, cache_dir)
     if isinstance(config, TrainConfig) and any(getattr(module, 'packed', False) for module in model.modules()):
         raise UserError(f'model {config.model}: its capsule head is packed, for inference only; train the float model '
                         'and pack it afterwards')
@@ -74,21 +80,6 @@ def _reason(name: str, error: Exception) -> str | None:
             return _unknown_option(name, unknown[1])
         return f'{one_line(error).rstrip(".")}; check --model-kwargs and the image size'
     return one_line(error) if isinstance(error, (RuntimeError, OSError, KeyError)) else None
-
-
-def check_download(name: str, repo: str | None) -> None:
-    """Refuse weights in the cache that are not what was uploaded.
-
-    Args:
-        name: The model's name, for the message.
-        repo: Where on the Hub its weights are from, if they are.
-
-    Raises:
-        UserError: Names the file.
-    """
-    if repo and (path := damaged_file(repo)) is not None:
-        raise UserError(f'model {name}: its weights are damaged (another checksum than on the Hub); delete {path} and '
-                        'try again')
 
 
 def check_model_name(name: str) -> None:
@@ -131,7 +122,10 @@ def _check_source(source: str, name: str) -> None:
     try:
         architecture = load(name)[1]
     except Exception as e:
+        check_download(f'model {source}:{name}', f'{source}:{name}')
         reason = explain(e) or (one_line(e) if isinstance(e, (OSError, ValueError, RuntimeError)) else None)
+        if isinstance(e, (json.JSONDecodeError, UnicodeDecodeError)):
+            reason = f'its config.json is no JSON ({one_line(e)})'
         if isinstance(e, KeyError):
             reason = (f'its config.json has no {e}, so it is no classifier of timm; a detector opens with '
                       'timm_spinal.detection.load_detector')

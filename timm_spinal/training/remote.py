@@ -1,16 +1,14 @@
 """What goes wrong between here and the Hub, in one line."""
 import errno
-import hashlib
+import os
 import re
-from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator, NamedTuple
 
-from huggingface_hub import get_token, try_to_load_from_cache
+from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     FileMetadataError,
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -19,12 +17,50 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 
-from .files import sha256
-
 LOG_IN = "log in with 'hf auth login', or set HF_TOKEN"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # huggingface_hub's HTTP client is another one from version to version; these names are in all of them
 _TRANSPORT = {'TransportError', 'RequestException', 'ConnectionError'}
+# hf_xet raises RuntimeError and ConnectionError for whatever happens, and says in words what it was
+_XET_STATUS = re.compile(r'HTTP status \w+ error \((\d{3}) ([^)]*)\)')
+_XET_NO_ANSWER = 'error sending request'
+_XET_UNREADABLE = ('error decoding response body', 'Malformed data', 'Format error', 'Invalid response')
+_XET_SYSTEM = re.compile(r'\(os error (\d+)\)')
+
+
+class Answer(NamedTuple):
+    """A server's answer that was no success; ``by_xet`` when hf_xet had it, which asks again by itself."""
+    status: int
+    said: str
+    url: str
+    by_xet: bool
+
+    @property
+    def of_storage(self) -> bool:
+        """Whether it is not from the Hub but from where large files lie."""
+        return bool(self.url) and not self.url.startswith((f'{constants.ENDPOINT}/', constants.HUGGINGFACE_CO_URL_HOME))
+
+    @property
+    def line(self) -> str:
+        return f'status {self.status}' + (f': {self.said}' if self.said else '')
+
+
+def answer_of(error: BaseException) -> Answer | None:
+    """The answer that an error is about; None when it is about something else."""
+    response: Any = getattr(error, 'response', None)
+    if getattr(response, 'status_code', None) is not None:
+        said = re.sub('<[^>]*>', ' ', getattr(error, 'server_message', None) or '')  # a storage answers in XML
+        return Answer(response.status_code, one_line(said), str(response.url), by_xet=False)
+    text = xet_text(error)
+    if found := _XET_STATUS.search(text):
+        url = re.search(r'https?://[^\s)]+', text)
+        return Answer(int(found[1]), '', url[0] if url else '', by_xet=True)
+    return None
+
+
+def xet_text(error: BaseException) -> str:
+    """What hf_xet says; empty for errors that cannot be its own."""
+    return str(error) if isinstance(error, (RuntimeError, OSError)) else ''
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -37,6 +73,8 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 def is_transport(error: BaseException) -> bool:
     """Whether the connection failed, before there was an answer."""
     offline = isinstance(error, OfflineModeIsEnabled)  # that is no fault of the connection
+    if _XET_NO_ANSWER in xet_text(error):
+        return True
     return not offline and any(cls.__name__ in _TRANSPORT for cls in type(error).__mro__)
 
 
@@ -46,12 +84,15 @@ def explain(error: BaseException) -> str | None:
     No token is ever in it.
     """
     for cause in chain(error):
-        if isinstance(cause, HfHubHTTPError):
-            return _of_answer(cause)
+        if answer := answer_of(cause):
+            return _of_answer(cause, answer)
         if isinstance(cause, OfflineModeIsEnabled):
             return 'HF_HUB_OFFLINE is set and the cache does not hold it; unset it, or fetch it once while online'
-        if isinstance(cause, OSError) and cause.errno in DISK_FULL:
-            return f'cannot be written ({cause.strerror}); make room, or set HF_HOME to another disk'
+        if full := _disk_full(cause):
+            return f'cannot be written ({full}); make room, or set HF_HOME to another disk'
+        if any(mark in xet_text(cause) for mark in _XET_UNREADABLE):
+            return (f"what came from Xet's storage cannot be read ({one_line(cause)}); the transfer was cut, or a "
+                    'proxy answered in its place: try again, or set HF_HUB_DISABLE_XET=1')
         if isinstance(cause, OSError) and 'Consistency check failed' in str(cause):
             return 'came incomplete; try again'
         if isinstance(cause, SafetensorError):
@@ -60,7 +101,7 @@ def explain(error: BaseException) -> str | None:
             return "is no valid repository name; write it as owner/name, with letters, digits, '-', '_' and '.'"
         if is_transport(cause):
             return f'the Hub cannot be reached ({one_line(cause)}); check the network'
-        if isinstance(cause, FileMetadataError):
+        if isinstance(cause, FileMetadataError) or 'Xet headers' in str(cause):
             return f'HF_ENDPOINT does not answer as a Hub does ({one_line(cause)})'
     if isinstance(error, LocalEntryNotFoundError):
         return 'is not in the cache, and the Hub cannot be reached; check the network'
@@ -69,67 +110,45 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
-def _of_answer(error: HfHubHTTPError) -> str:
-    """The same for an answer of the Hub with an error code."""
-    status = error.response.status_code
-    said = one_line(error.server_message or '') or f'status {status}'
+def _disk_full(error: BaseException) -> str:
+    """The operating system's words when it has no room for a file; empty for other errors."""
+    found = _XET_SYSTEM.search(xet_text(error))
+    code = int(found[1]) if found else getattr(error, 'errno', None)
+    return os.strerror(code) if code in DISK_FULL else ''
+
+
+def _of_answer(error: BaseException, answer: Answer) -> str:
+    """The same for an answer with an error code."""
+    status, said = answer.status, answer.said or f'status {answer.status}'
     if isinstance(error, GatedRepoError):
         return f'access to it is restricted ({said}); ask for it on its page, then {LOG_IN}'
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, RepositoryNotFoundError) or ('-token/' in answer.url and status == 404 and answer.by_xet):
         may = 'or it is private and your token may not read it; check the name' if get_token() else \
             f'or it is private: {LOG_IN}'
         return f'there is no such repository on the Hub, {may}'
     if isinstance(error, RevisionNotFoundError):
         return 'it has no such branch, tag or commit; check what follows the @'
     if isinstance(error, EntryNotFoundError):
-        name = re.search(r'/resolve/[^/]+/(\S+)', str(error.response.url))
+        name = re.search(r'/resolve/[^/]+/(\S+)', answer.url)
         return f'holds no {name[1] if name else "such file"}, so it is no model that timm loads'
-    if status == 401:
+    if status == 401 and not answer.of_storage:
         return f'the token is not valid ({said}); {LOG_IN}'
-    if status == 403:
+    if status == 403 and not answer.of_storage:
         return f'the token may not do this ({said}); make one with write permission on hf.co/settings/tokens'
     if status == 412:
         return 'somebody else has changed it in the meantime; try again'
+    where = 'the storage of large files' if answer.of_storage else 'the Hub'
     if status == 429:
-        return 'the Hub has had too many requests from you; try again later'
+        return f'{where} has had too many requests from you ({answer.line}); try again later'
     if status >= 500:
-        return f'the Hub has a fault ({said}); try again later'
-    return f'the Hub refuses it ({said})'
+        return f'{where} has a fault ({answer.line}); try again later'
+    if status in (401, 403):  # its tokens and links hold for some minutes
+        return f'{where} refuses it ({answer.line}); what allowed it may have expired: try again'
+    if status == 404:
+        return f'{where} does not hold it ({answer.line}); try again later'
+    return f'{where} refuses it ({answer.line})'
 
 
 def one_line(error: object, most: int = 200) -> str:
-    """The text of an error without line breaks."""
-    return ' '.join(str(error).split())[:most]
-
-
-def is_damaged(path: Path) -> bool:
-    """Whether a file in huggingface_hub's cache is not what was uploaded.
-
-    huggingface_hub compares the length of a download only; but it names its files by their checksums: large ones by
-    SHA-256, small ones by git's SHA-1.
-    """
-    name = path.resolve().name
-    if re.fullmatch('[0-9a-f]{64}', name):
-        return sha256(path) != name
-    return re.fullmatch('[0-9a-f]{40}', name) is not None and git_sha1(path) != name
-
-
-def git_sha1(path: Path) -> str:
-    """The id that git gives to a file's content."""
-    data = path.read_bytes()
-    return hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
-
-
-def damaged_file(repo: str, names: tuple[str, ...] = ('model.safetensors', 'config.json')) -> Path | None:
-    """A damaged file of a repository in the cache, or None.
-
-    Args:
-        repo: ``owner/name`` or ``owner/name@revision``.
-        names: Files to look at, if they are there.
-    """
-    name, _, revision = repo.partition('@')
-    for file in names:
-        found = try_to_load_from_cache(name, file, revision=revision or None)
-        if isinstance(found, str) and is_damaged(Path(found)):
-            return Path(found).resolve()
-    return None
+    """The text of an error without line breaks, and without the query of an address, which may hold a signature."""
+    return re.sub(r'(https?://[^\s?]+)\?[^\s)]*', r'\1', ' '.join(str(error).split()))[:most]

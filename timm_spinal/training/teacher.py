@@ -11,9 +11,13 @@ from timm.task import DistillationTeacher
 from timm_spinal.errors import UserError
 
 from .config import TrainConfig
+from .damage import check_download
 from .export import CONFIG, WEIGHTS
 from .model import check_model_name
+from .remote import explain, one_line
 from .transforms import resolve_data
+
+_NO_TEACHER = (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError)
 
 
 class Teacher(DistillationTeacher):
@@ -92,9 +96,16 @@ def load_teacher(name: str) -> nn.Module:
         name = f'local-dir:{folder}'
     try:
         check_model_name(name)
-        return timm.create_model(name, pretrained=True)
-    except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f'teacher {name}: {" ".join(str(e).split())[:300]}') from e
+        model: Any = timm.create_model(name, pretrained=True)
+    except Exception as e:
+        if not isinstance(e, UserError):
+            check_download(f'teacher {name}', name)  # damaged weights may raise any error
+        reason = explain(e)
+        if reason is None and not isinstance(e, _NO_TEACHER):
+            raise
+        raise UserError(f'teacher {name}: {reason or one_line(e, 300)}') from e
+    check_download(f'teacher {name}', model.pretrained_cfg)
+    return model
 
 
 def open_teacher(
