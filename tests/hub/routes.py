@@ -143,7 +143,7 @@ ROUTES: tuple[tuple[str, str, Callable[..., Reply]], ...] = (
     ('POST', r'/cas/v2/shards', shard_v2),
     ('GET', r'/cas/v1/reconstructions/(\w+)', reconstruction_v1),
     ('GET', r'/cas/v2/reconstructions/(\w+)', reconstruction_v2),
-    ('GET', r'/xorbs/(\w+)', xorb_data),
+    ('GET', r'/xorbs/(\w+)/(\d+-\d+)', xorb_data),
 )
 
 

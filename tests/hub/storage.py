@@ -79,36 +79,28 @@ def shard_v2(hub: TestHub, request: Request) -> Reply:
 # ---- downloads --------------------------------------------------------------------------------------------------
 
 
-class Piece(NamedTuple):
-    """Chunks of a xorb that a client shall fetch; the bytes are those of the xorb, the last one included."""
-    xorb: str
-    chunks: dict[str, int]
-    bytes: dict[str, int]
-    size: int
-
-
-def _pieces(hub: TestHub, request: Request, hash: str) -> tuple[int, list[Piece]]:
+def _terms(hub: TestHub, request: Request, hash: str) -> tuple[int, list[Term]]:
     """Bytes to skip at the beginning, and the chunks with the wanted range of a file."""
     _check_token(hub, request, 'read', 'write')
     if hash not in hub.store.files:
         raise HubError(404, 'unknown file')
-    terms = hub.store.files[hash]
-    total = sum(term.size for term in terms)
+    total = sum(term.size for term in hub.store.files[hash])
     wanted = re.fullmatch(r'bytes=(\d+)-(\d+)', request.headers.get('Range', ''))
     first, last = (int(wanted[1]), int(wanted[2])) if wanted else (0, total - 1)
     if first >= total:
         raise HubError(416, 'Range Not Satisfiable')
-    pieces, skip, position = [], 0, 0
-    for term in terms:
-        piece, before = _piece(hub.store.xorbs[term.xorb], term, first - position, last - position)
-        if piece is not None:
-            skip = skip if pieces else first - position - before
-            pieces.append(piece)
+    terms: list[Term] = []
+    skip = position = 0
+    for term in hub.store.files[hash]:
+        cut, before = _cut(hub.store.xorbs[term.xorb], term, first - position, last - position)
+        if cut is not None:
+            skip = skip if terms else first - position - before
+            terms.append(cut)
         position += term.size
-    return skip, pieces
+    return skip, terms
 
 
-def _piece(found: Xorb, term: Term, first: int, last: int) -> tuple[Piece | None, int]:
+def _cut(found: Xorb, term: Term, first: int, last: int) -> tuple[Term | None, int]:
     """The chunks of a term that hold its bytes from first to last, and how many bytes of it lie before them."""
     inside, position = [], 0
     for index in range(term.first, term.end):
@@ -118,32 +110,57 @@ def _piece(found: Xorb, term: Term, first: int, last: int) -> tuple[Piece | None
     if not inside:
         return None, 0
     (start, before), end = inside[0], inside[-1][0] + 1
-    chunks = found.chunks[start:end]
-    span = dict(start=chunks[0].start, end=chunks[-1].end - 1)
-    return Piece(term.xorb, dict(start=start, end=end), span, sum(c.size for c in chunks)), before
+    return Term(term.xorb, start, end, sum(chunk.size for chunk in found.chunks[start:end])), before
 
 
-def _terms(pieces: list[Piece]) -> list[dict[str, Any]]:
-    return [dict(hash=p.xorb, unpacked_length=p.size, range=p.chunks) for p in pieces]
+class Span(NamedTuple):
+    """Chunks that a client shall fetch at once, and their bytes in the xorb, the last one included."""
+    chunks: dict[str, int]
+    bytes: dict[str, int]
+    url: str
+
+
+def _spans(hub: TestHub, terms: list[Term]) -> dict[str, list[Span]]:
+    """What to fetch of each xorb; terms may overlap, spans do not."""
+    ranges: dict[str, list[list[int]]] = {}
+    for term in sorted(terms, key=lambda term: term.first):
+        of_xorb = ranges.setdefault(term.xorb, [])
+        if of_xorb and term.first <= of_xorb[-1][1]:
+            of_xorb[-1][1] = max(of_xorb[-1][1], term.end)
+        else:
+            of_xorb.append([term.first, term.end])
+    return {xorb: [_span(hub, xorb, *span) for span in of_xorb] for xorb, of_xorb in ranges.items()}
+
+
+def _span(hub: TestHub, xorb: str, start: int, end: int) -> Span:
+    chunks = hub.store.xorbs[xorb].chunks[start:end]
+    first, last = chunks[0].start, chunks[-1].end - 1
+    url = f'{hub.cdn}/xorbs/{xorb}/{first}-{last}'
+    return Span(dict(start=start, end=end), dict(start=first, end=last), url)
+
+
+def _reconstruction(skip: int, terms: list[Term], **where: Any) -> Reply:
+    rows = [dict(hash=term.xorb, unpacked_length=term.size, range=dict(start=term.first, end=term.end))
+            for term in terms]
+    return json_reply(dict(offset_into_first_range=skip, terms=rows, **where))
 
 
 def reconstruction_v1(hub: TestHub, request: Request, hash: str) -> Reply:
-    skip, pieces = _pieces(hub, request, hash)
-    fetch: dict[str, list[Any]] = {}
-    for p in pieces:
-        fetch.setdefault(p.xorb, []).append(dict(range=p.chunks, url=f'{hub.cdn}/xorbs/{p.xorb}', url_range=p.bytes))
-    return json_reply(dict(offset_into_first_range=skip, terms=_terms(pieces), fetch_info=fetch))
+    skip, terms = _terms(hub, request, hash)
+    fetch = {xorb: [dict(range=span.chunks, url=span.url, url_range=span.bytes) for span in spans]
+             for xorb, spans in _spans(hub, terms).items()}
+    return _reconstruction(skip, terms, fetch_info=fetch)
 
 
 def reconstruction_v2(hub: TestHub, request: Request, hash: str) -> Reply:
-    skip, pieces = _pieces(hub, request, hash)
-    xorbs: dict[str, list[Any]] = {}
-    for p in pieces:
-        ranges = [dict(chunks=p.chunks, bytes=p.bytes)]
-        xorbs.setdefault(p.xorb, []).append(dict(url=f'{hub.cdn}/xorbs/{p.xorb}', ranges=ranges))
-    return json_reply(dict(offset_into_first_range=skip, terms=_terms(pieces), xorbs=xorbs))
+    skip, terms = _terms(hub, request, hash)
+    xorbs = {xorb: [dict(url=span.url, ranges=[dict(chunks=span.chunks, bytes=span.bytes)]) for span in spans]
+             for xorb, spans in _spans(hub, terms).items()}
+    return _reconstruction(skip, terms, xorbs=xorbs)
 
 
-def xorb_data(hub: TestHub, request: Request, hash: str) -> Reply:
-    """Bytes of a xorb, on the host of large files; whoever has the address may read it."""
+def xorb_data(hub: TestHub, request: Request, hash: str, span: str) -> Reply:
+    """Bytes of a xorb, on the host of large files; whoever has the address may read them."""
+    if request.headers.get('Range') != f'bytes={span}':
+        raise HubError(403, 'the address is that of another range')
     return ranged(request, hub.store.xorbs[hash].body, {})

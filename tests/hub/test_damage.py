@@ -38,6 +38,7 @@ def no_links(monkeypatch) -> None:
         raise OSError('symbolic link privilege not held')
 
     monkeypatch.setattr(os, 'symlink', refuse)
+    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_SYMLINKS_WARNING', True)
     monkeypatch.setattr(file_download, '_are_symlinks_supported_in_dir', {})
 
 
