@@ -159,6 +159,30 @@ def test_no_tag_claims_weights_that_are_not_there():
     assert {path.stem for path in FOLDER.glob('*.json')} == set(packaged_names())
 
 
+@pytest.mark.parametrize('name', sorted({name.partition('.')[0] for name in packaged_names()}))
+def test_bare_name_loads_whole_weights(name, caplog):
+    """Not the backbone's alone beside a new head, where the package has both."""
+    tag = timm.get_pretrained_cfg(name).tag
+    if tag is None:  # packaged weights want another preprocessing than a new model of the name
+        assert not timm.get_pretrained_cfg(name).has_weights
+        return
+    assert f'{name}.{tag}' in timm_spinal.list_models(pretrained='whole')
+    with caplog.at_level('WARNING'):
+        found = timm.create_model(name, pretrained=True).state_dict()
+    expected = load_file(FOLDER / f'{name}.{tag}.safetensors')
+    assert caplog.text == '' and found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key].to(value.dtype)) for key, value in found.items())
+
+
+def test_whole_weights_are_listed():
+    every, whole = timm_spinal.list_models(pretrained=True), timm_spinal.list_models(pretrained='whole')
+    assert whole == [name for name in every if not name.partition('.')[2].startswith('backbone')]
+    assert set(whole) == set(packaged_names()) and len(every) > len(whole) > 0
+    assert timm_spinal.list_models('spinalcnn_plain_xnodr*', pretrained='whole') == ['spinalcnn_plain_xnodr.mnist']
+    with pytest.raises(ValueError, match="pretrained must be True, False or 'whole', got 'half'"):
+        timm_spinal.list_models(pretrained='half')
+
+
 def test_every_packaged_weight_has_a_card_and_every_card_its_weights():
     cards = {path.stem: path.read_text() for path in CARDS.glob('*.md') if path.stem != 'README'}
     assert set(packaged_names()) <= set(cards)
