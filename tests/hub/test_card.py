@@ -171,14 +171,15 @@ def test_hub_dataset(dataset, name):
 
 
 def test_licence_of_the_weights_that_training_started_from(run):
-    source = open_run(run)
+    source, none = open_run(run), replace(OPTIONS, licence='')
     with pytest.raises(UserError, match='no licence'):
-        resolve_licence(source, '')
+        resolve_licence(source, none)
     source.config['pretrained_cfg']['license'] = 'cc-by-nc-4.0'
     with pytest.raises(UserError, match='no licence'):
-        resolve_licence(source, '')  # the model's name has such weights, the run did not start from them
+        resolve_licence(source, none)  # the model's name has such weights, the run did not start from them
     source.args.pretrained = True
-    assert resolve_licence(source, '') == 'cc-by-nc-4.0' and resolve_licence(source, 'mit') == 'mit'
+    assert resolve_licence(source, none) == ('cc-by-nc-4.0', '', '')
+    assert resolve_licence(source, OPTIONS) == ('mit', '', '')
 
 
 @pytest.mark.parametrize('name, papers', [

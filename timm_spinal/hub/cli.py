@@ -47,15 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = open_run(args.run, options.weights)
     if not args.dry_run:
         options = check_account(options)
-    with built(source, options) as folder:
+    with built(source, options) as package:
         if args.dry_run:
             output = args.output or args.run / 'hub'
-            keep(folder, output)
+            keep(package.folder, output)
             print(f'{options.repo}: checked, nothing sent; it is in {output}')
             return 0
-        commit = publish(folder, options, f'{source.architecture} from timm_spinal')
-    print(f"published {options.repo} at {commit[:8]}: "
-          f"timm.create_model('hf-hub:{options.repo}', pretrained=True)")
+        published = publish(package, options, f'{source.architecture} from timm_spinal')
+    print(published.line)
     return 0
 
 
@@ -76,6 +75,10 @@ def _parser() -> Parser:
     parser.add_argument('--license', default='', metavar='ID', dest='licence',
                         help='licence of the weights, an id of the Hub such as apache-2.0; not given: that of the '
                         'weights which training started from')
+    parser.add_argument('--license-name', default='', metavar='NAME', dest='licence_name',
+                        help='name of a licence that has no id there, with --license other')
+    parser.add_argument('--license-link', default='', metavar='URL', dest='licence_link',
+                        help='address of the text of such a licence, or LICENSE, a file of RUN that is published too')
     parser.add_argument('--private', action='store_true', help='a private repository')
     parser.add_argument('--branch', default='', help='commit to this branch, made from main if it is not there')
     parser.add_argument('--pull-request', action='store_true', help='open a pull request on main')
@@ -83,6 +86,8 @@ def _parser() -> Parser:
     parser.add_argument('--weights', choices=WEIGHTS, default='best',
                         help='best of the run, or raw or ema (moving average) of its last checkpoint')
     parser.add_argument('--dtype', choices=DTYPES, default='fp32', help='number format of the weights')
+    parser.add_argument('--data-dir', default='', metavar='DIR',
+                        help='where the data of the run are now; fp16 weights are measured on them for the card')
     parser.add_argument('--dataset-id', default='', metavar='OWNER/NAME',
                         help='name of the data set on the Hub, where the run does not tell')
     parser.add_argument('--dataset-name', default='', metavar='TEXT',
