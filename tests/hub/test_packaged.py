@@ -17,6 +17,7 @@ import timm_spinal
 from timm_spinal.cli import main
 from timm_spinal.errors import UserError
 from timm_spinal.hub import packaged
+from timm_spinal.hub.card import install_line
 from timm_spinal.hub.card_check import check_card
 from timm_spinal.hub.golden import golden_tensors
 from timm_spinal.hub.measure import TOLERANCE, evaluation
@@ -28,6 +29,7 @@ from timm_spinal.models._packaged import FOLDER, packaged_names, read_info
 from timm_spinal.training.config import TrainConfig
 from timm_spinal.training.run import train
 from timm_spinal.training.validation import validate
+from timm_spinal.version import ADDRESS
 
 from ..training.images import data_of
 from .conftest import digits_config
@@ -189,6 +191,8 @@ def test_every_packaged_weight_has_a_card_and_every_card_its_weights():
     for name, text in cards.items():
         check_card(text)
         assert name in packaged_names() or 'await publication' in text
+        assert f'Install `timm_spinal` {install_line(ADDRESS)}.\n' in text
+        assert f'`RuntimeError: Unknown model ({name.rpartition(".")[0]})`' in text
 
 
 def test_sizes():
