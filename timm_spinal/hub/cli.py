@@ -4,11 +4,13 @@
     timm-spinal publish runs/my_run --repo me/... --dry-run --output folder      the same on disk, nothing is sent
     timm-spinal publish runs/my_run --repo me/... --beside 'runs/other_*'        with other runs in the card's table
     timm-spinal publish runs/my_run --repo me/... --beside output/compare/mine   with the comparison that has it
+    timm-spinal publish runs/my_run --repo me/... --branch next                 the card loads hf-hub:me/...@next
     timm-spinal publish runs/my_run --local fashion_mnist                       into this package's source, if small
 
 It is one commit. Before it, the weights are loaded back and the card is checked; after it, everything is downloaded
 into an empty cache and compared to the bit. Publishing the same run again changes nothing. The token is the one of
-`hf auth login` or HF_TOKEN.
+`hf auth login` or HF_TOKEN. A licence that has no id on the Hub is given by --license other, --license-name and
+--license-link. Weights in float16 are measured again on the data of the run, and the card has their accuracy.
 """
 import argparse
 import sys
@@ -108,6 +110,8 @@ def _options(args: argparse.Namespace) -> PublishOptions:
         raise UserError('--card-only: belongs to --local; add it, or use --dry-run for a card on the disk')
     if args.output and not args.dry_run:
         raise UserError(f'--output {args.output}: belongs to --dry-run; add it, or leave --output out')
+    if args.data_dir and args.dtype != 'fp16':
+        raise UserError(f'--data-dir {args.data_dir}: is read to measure --dtype fp16; add it, or leave --data-dir out')
     names = PublishOptions.__dataclass_fields__
     return PublishOptions(**{**{k: v for k, v in vars(args).items() if k in names}, 'beside': tuple(args.beside)})
 
