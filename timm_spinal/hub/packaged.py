@@ -45,8 +45,8 @@ def install(source: Source, options: PublishOptions, tag: str, root: Path = ROOT
     if not (root / 'pyproject.toml').is_file():
         raise UserError(f'--local: {root} is no source tree; work in a clone, installed with pip install -e .')
     if not tag.isidentifier() or tag.startswith(TAG_PREFIX):
-        raise UserError(f"--local {tag!r}: is no tag; use letters, digits and _, and not {TAG_PREFIX!r} in front, which "
-                        'means weights of a backbone alone')
+        raise UserError(f'--local {tag!r}: is no tag; use letters, digits and _, and not {TAG_PREFIX!r} in front, '
+                        'which means weights of a backbone alone')
     if source.args is None:
         raise UserError('--local: needs a run folder, whose recipe can be repeated')
     name = f'{source.architecture}.{tag}'
