@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+import timm
 
 import timm_spinal
 from timm_spinal.cli import VERBS, guard, main
@@ -20,6 +21,16 @@ def test_help_names_every_verb(capsys):
     assert main([]) == main(['--help']) == 0
     out = capsys.readouterr().out
     assert all(f'  {name} ' in out and verb.help in out for name, verb in VERBS.items())
+
+
+def test_list_marks_what_needs_no_network(capsys):
+    assert main(['list', '--pretrained']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == timm_spinal.list_models(pretrained=True)
+    for line in lines:
+        name, _, mark = line.partition('  ')
+        assert bool(timm.get_pretrained_cfg(name).file) == (mark == '(in the package, needs no network)')
+    assert 'spinalcnn_a1.mnist  (in the package, needs no network)' in lines
 
 
 def test_list(capsys):

@@ -115,14 +115,19 @@ def list_models(argv: list[str]) -> int:
     """Print the names of this package's models."""
     parser = argparse.ArgumentParser(prog='timm-spinal list')
     parser.add_argument('filter', nargs='?', default='', help="wildcard, for instance '*pspinal'")
-    parser.add_argument('--pretrained', action='store_true', help='only names with weights, with their tags')
+    parser.add_argument('--pretrained', action='store_true',
+                        help='only names with weights, with their tags; those that need no network are marked')
     parser.add_argument('--debug', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    import timm
+
     import timm_spinal
     names = timm_spinal.list_models(args.filter, pretrained=args.pretrained)
     if not names:
         raise UserError(f"no model of this package matches {args.filter!r}; quote wildcards, as in '*spinal*'")
-    print('\n'.join(names))
+    for name in names:
+        inside = args.pretrained and timm.get_pretrained_cfg_value(name, 'file')
+        print(f'{name}  (in the package, needs no network)' if inside else name)
     return 0
 
 

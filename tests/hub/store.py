@@ -61,6 +61,7 @@ class Repo:
     tags: dict[str, str] = field(default_factory=dict)
     pulls: list[dict[str, Any]] = field(default_factory=list)
     gated: bool = False
+    hidden_numbers: int = 0  # of discussions that are not listed
 
     def __post_init__(self) -> None:
         self.add_commit('main', {'.gitattributes': Blob(b'*.safetensors filter=lfs diff=lfs merge=lfs -text\n')}, 'new')
@@ -82,7 +83,7 @@ class Repo:
 
     def open_pull(self, title: str, author: str) -> str:
         """The ref of a new pull request on main."""
-        number = len(self.pulls) + 1
+        number = len(self.pulls) + self.hidden_numbers + 1
         self.pulls.append(dict(num=number, title=title, author=author, status='open'))
         ref = f'refs/pr/{number}'
         self.branches[ref] = self.branches['main']

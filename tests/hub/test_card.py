@@ -1,6 +1,8 @@
 """Model cards: made from run folders, checked without a network, and true."""
 import re
 import shutil
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 
@@ -21,6 +23,7 @@ from timm_spinal.hub.papers import CAPSULES, IC, PROGRESSIVE, SHARED_BASIS, SPIN
 from timm_spinal.hub.recipe import base_model, command, hparams_yaml, hub_dataset, shared_options
 from timm_spinal.hub.source import open_run
 from timm_spinal.training.config import TrainConfig, parse_config
+from timm_spinal.version import ADDRESS
 
 OPTIONS = PublishOptions('me/digits', licence='mit')
 COST = Cost(13818, 488_040, 7_200, (1, 28, 28))
@@ -91,6 +94,25 @@ def test_first_code_block_runs(trained, tmp_path, monkeypatch):
     for block in re.findall(r'```python\n(.*?)```', text, re.DOTALL):
         exec(block, names)
     assert names['top'].shape == (1, 5) and names['embedding'].shape == (1, 48) and len(names['maps']) == 3
+
+
+def test_install_line_is_one_constant(card, trained, monkeypatch):
+    assert ADDRESS == '', 'the package is in no index'
+    line = next(line for line in card.splitlines() if line.startswith('Install `timm_spinal`'))
+    assert line.startswith('Install `timm_spinal` from a clone of its source (`pip install .` there).')
+    assert 'pip install timm' not in card and 'pypi' not in card.lower()
+    monkeypatch.setattr('timm_spinal.hub.card.ADDRESS', 'a-name')
+    assert 'Install `timm_spinal` with `pip install a-name`.' in card_of(open_run(trained))
+
+
+def test_what_timm_answers_without_the_import(card, trained):
+    """In another process, which never imports this package; `tests/hub/test_transformers.py` does it for the Hub."""
+    code = f"import timm; timm.create_model('local-dir:{trained}', pretrained=True)"
+    err = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stderr.splitlines()[-1]
+    assert err == 'RuntimeError: Unknown model (spinalcnn_a1)' and f'answers `{err}`' in card
+    source = open_run(trained)
+    source.config['architecture'] = 'resnet18'  # one that timm knows by itself
+    assert 'Unknown model' not in card_of(source)
 
 
 @pytest.mark.parametrize('old, new, text', [
@@ -171,14 +193,15 @@ def test_hub_dataset(dataset, name):
 
 
 def test_licence_of_the_weights_that_training_started_from(run):
-    source = open_run(run)
+    source, none = open_run(run), replace(OPTIONS, licence='')
     with pytest.raises(UserError, match='no licence'):
-        resolve_licence(source, '')
+        resolve_licence(source, none)
     source.config['pretrained_cfg']['license'] = 'cc-by-nc-4.0'
     with pytest.raises(UserError, match='no licence'):
-        resolve_licence(source, '')  # the model's name has such weights, the run did not start from them
+        resolve_licence(source, none)  # the model's name has such weights, the run did not start from them
     source.args.pretrained = True
-    assert resolve_licence(source, '') == 'cc-by-nc-4.0' and resolve_licence(source, 'mit') == 'mit'
+    assert resolve_licence(source, none) == ('cc-by-nc-4.0', '', '')
+    assert resolve_licence(source, OPTIONS) == ('mit', '', '')
 
 
 @pytest.mark.parametrize('name, papers', [

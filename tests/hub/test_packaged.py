@@ -17,17 +17,19 @@ import timm_spinal
 from timm_spinal.cli import main
 from timm_spinal.errors import UserError
 from timm_spinal.hub import packaged
+from timm_spinal.hub.card import install_line
 from timm_spinal.hub.card_check import check_card
 from timm_spinal.hub.golden import golden_tensors
+from timm_spinal.hub.measure import TOLERANCE, evaluation
 from timm_spinal.hub.options import PublishOptions
 from timm_spinal.hub.packaged import install
 from timm_spinal.hub.scores import stated_accuracy
 from timm_spinal.hub.source import open_run
-from timm_spinal.hub.verify import TOLERANCE, evaluation
 from timm_spinal.models._packaged import FOLDER, packaged_names, read_info
 from timm_spinal.training.config import TrainConfig
 from timm_spinal.training.run import train
 from timm_spinal.training.validation import validate
+from timm_spinal.version import ADDRESS
 
 from ..training.images import data_of
 from .conftest import digits_config
@@ -129,8 +131,9 @@ def test_what_is_not_installed(run, tmp_path, monkeypatch):
         install(source, OPTIONS, 'digits', tmp_path)
     (tmp_path / 'pyproject.toml').write_text('')
     (tmp_path / 'timm_spinal').mkdir()
-    with pytest.raises(UserError, match="'a.b': is no tag"):
-        install(source, OPTIONS, 'a.b', tmp_path)
+    for tag in ('a.b', 'backbone_digits'):
+        with pytest.raises(UserError, match=f"'{tag}': is no tag"):
+            install(source, OPTIONS, tag, tmp_path)
     monkeypatch.setattr(packaged, 'MOST_EACH', 10_000)
     with pytest.raises(UserError, match='0.1 MB beside 0.0 MB of others; the package takes'):
         install(source, OPTIONS, 'digits', tmp_path)
@@ -159,12 +162,38 @@ def test_no_tag_claims_weights_that_are_not_there():
     assert {path.stem for path in FOLDER.glob('*.json')} == set(packaged_names())
 
 
+@pytest.mark.parametrize('name', sorted({name.partition('.')[0] for name in packaged_names()}))
+def test_bare_name_loads_whole_weights(name, caplog):
+    """Not the backbone's alone beside a new head, where the package has both."""
+    tag = timm.get_pretrained_cfg(name).tag
+    if tag is None:  # packaged weights want another preprocessing than a new model of the name
+        assert not timm.get_pretrained_cfg(name).has_weights
+        return
+    assert f'{name}.{tag}' in timm_spinal.list_models(pretrained='whole')
+    with caplog.at_level('WARNING'):
+        found = timm.create_model(name, pretrained=True).state_dict()
+    expected = load_file(FOLDER / f'{name}.{tag}.safetensors')
+    assert caplog.text == '' and found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key].to(value.dtype)) for key, value in found.items())
+
+
+def test_whole_weights_are_listed():
+    every, whole = timm_spinal.list_models(pretrained=True), timm_spinal.list_models(pretrained='whole')
+    assert whole == [name for name in every if not name.partition('.')[2].startswith('backbone')]
+    assert set(whole) == set(packaged_names()) and len(every) > len(whole) > 0
+    assert timm_spinal.list_models('spinalcnn_plain_xnodr*', pretrained='whole') == ['spinalcnn_plain_xnodr.mnist']
+    with pytest.raises(ValueError, match="pretrained must be True, False or 'whole', got 'half'"):
+        timm_spinal.list_models(pretrained='half')
+
+
 def test_every_packaged_weight_has_a_card_and_every_card_its_weights():
     cards = {path.stem: path.read_text() for path in CARDS.glob('*.md') if path.stem != 'README'}
     assert set(packaged_names()) <= set(cards)
     for name, text in cards.items():
         check_card(text)
         assert name in packaged_names() or 'await publication' in text
+        assert f'Install `timm_spinal` {install_line(ADDRESS)}.\n' in text
+        assert f'`RuntimeError: Unknown model ({name.rpartition(".")[0]})`' in text
 
 
 def test_sizes():

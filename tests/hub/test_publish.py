@@ -118,9 +118,9 @@ def test_model_of_an_unregistered_combination(hub, tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = timm_spinal.attach_head(timm.create_model('test_convnext2', num_classes=7), 'spinal', head_width=24).eval()
     options = PublishOptions('me/combination', licence='mit')
-    with built(open_model(model), options) as folder:
-        publish(folder, options, 'test')
-        card = (folder / 'README.md').read_text()
+    with built(open_model(model), options) as package:
+        publish(package, options, 'test')
+        card = (package.folder / 'README.md').read_text()
     assert "timm_spinal.register_head_variant('test_convnext2', 'spinal')" in card
     assert 'Not recorded' in card and 'No accuracy' in card
     new_cache(monkeypatch, tmp_path / 'user')
@@ -176,7 +176,7 @@ def test_bad_runs_are_one_line_and_nothing_is_sent(hub, run, what, capsys):
     (dict(repo='other/x'), "the token may not do this (You don't have the rights to write to the namespace"),
     (dict(licence='apache'), "licence 'apache' is no id of the Hub; did you mean apache-2.0?"),
     (dict(licence=''), 'no licence, and the weights it started from name none; choose one with --license'),
-    (dict(licence='other'), "licence 'other' tells users nothing"),
+    (dict(licence='other'), "licence 'other' tells users nothing without a name; add --license-name"),
 ])
 def test_bad_options(hub, run, flags, text, capsys):
     assert send(run, **flags) == 2

@@ -88,7 +88,8 @@ def test_damaged_on_the_way(published, hub, capsys):
 
 
 def test_recipes_of_others_run_no_code_and_download_nothing(published, run):
-    from timm_spinal.hub.verify import _parser, evaluation
+    from timm_spinal.hub.measure import evaluation
+    from timm_spinal.hub.verify import _parser
     from timm_spinal.training.config import TrainConfig
     recipe = TrainConfig(dataset='hfds/a/b', data_dir='/etc', dataset_download=True, dataset_trust_remote_code=True)
     config, split = evaluation(recipe, run, _parser().parse_args(['x', '--data-dir', 'here']))

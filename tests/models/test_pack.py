@@ -63,6 +63,20 @@ def test_saved_and_loaded(pair, tmp_path):
         timm.create_model(f'local-dir:{tmp_path}', pretrained=True, head_packed=False)
 
 
+@torch.no_grad()
+def test_without_classes_a_saved_model_returns_its_pre_logits(pair, tmp_path):
+    """Packed or float, as the model itself does after ``reset_classifier(0)``."""
+    for model in pair[:2]:
+        x = pair[2]
+        save_for_hf(model, str(tmp_path), safe_serialization=True)
+        expected = model.forward_head(model.forward_features(x), pre_logits=True)
+        again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=0).eval()
+        assert torch.equal(again(x), expected) and again(x).shape == (len(x), model.head_hidden_size)
+        model = copy.deepcopy(model)
+        model.reset_classifier(0)
+        assert torch.equal(model(x), expected)
+
+
 def test_sizes_of_files(tmp_path):
     """A head without primary block is all capsule layer."""
     model = timm.create_model('capsnet_mnist', head='xnodr')

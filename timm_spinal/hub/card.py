@@ -5,17 +5,19 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import model_entrypoint
 
+import timm_spinal
 from timm_spinal.training.losses import CAPSULE_LOSSES
 from timm_spinal.training.model import needs_registration
 from timm_spinal.training.report import accuracy_text
+from timm_spinal.version import ADDRESS
 
 from .beside import Row, Table, result_rows, table
 from .card_check import TASK
 from .cost import Cost
-from .licences import check_licence
+from .licences import Licence, choose_licence
 from .options import PublishOptions
 from .papers import TIMM, Paper, papers_of
-from .recipe import base_model, command, dataset_name, hub_dataset, started_from_weights
+from .recipe import base_model, command, dataset_name, hub_dataset, hub_page, started_from_weights
 from .scores import Score, title
 from .source import Source
 
@@ -31,7 +33,8 @@ def make_card(source: Source, options: PublishOptions, cost: Cost, name: str, lo
         options: Licence, data set id and the runs beside it.
         cost: Of the model.
         name: Title: the repository's name, or that of packaged weights.
-        load_name: What ``timm.create_model`` takes.
+        load_name: What ``timm.create_model`` takes: 'hf-hub:' with the repository and its revision, the name of
+            packaged weights, or a folder.
 
     Raises:
         UserError: No licence, or one that the Hub does not know; runs beside it that do not fit.
@@ -40,6 +43,7 @@ def make_card(source: Source, options: PublishOptions, cost: Cost, name: str, lo
     classes = source.config['num_classes']
     beside = result_rows(source, options.beside)
     data = options.dataset_name or dataset_name(source.args)
+    repo, _, revision = load_name.removeprefix('hf-hub:').partition('@')
     card = ModelCard.from_template(
         _metadata(source, options, papers, name, data),
         template_path=str(TEMPLATE),
@@ -47,36 +51,51 @@ def make_card(source: Source, options: PublishOptions, cost: Cost, name: str, lo
         load_name=load_name,
         summary=_summary(source, data),
         awaits=options.card_only,
+        install=install_line(ADDRESS),
+        architecture=source.architecture if source.architecture in timm_spinal.list_models() else '',
         register='' if load_name == name else _register_line(source.architecture),  # packaged names are known
+        repo=repo if load_name.startswith('hf-hub:') else '',
+        revision=revision,
+        pull_request=revision.removeprefix('refs/pr/') if revision.startswith('refs/pr/') else '',
+        channels=cost.input_size[0],
         mode='L' if cost.input_size[0] == 1 else 'RGB',
         topk=min(5, classes),
         details=_details(source, cost, papers),
-        results=_results(source, beside, data),
+        results=_results(source, beside, data, options.dtype),
         recipe=_recipe(source, load_name.startswith('hf-hub:')),
-        limits=_limits(source, options, beside.rows),
+        limits=_limits(source, options, beside.rows) + _limits_in_transformers(cost.input_size[0], load_name),
         citation='\n'.join(paper.bibtex for paper in (*papers, *_timm_if_used(source.architecture))),
     )
     return str(card).rstrip() + '\n'
 
 
-def resolve_licence(source: Source, asked: str) -> str:
+def install_line(address: str) -> str:
+    """How this package is installed, where ``address`` is what pip takes; '' while it is in no index."""
+    return f'with `pip install {address}`' if address else 'from a clone of its source (`pip install .` there)'
+
+
+def resolve_licence(source: Source, options: PublishOptions) -> Licence:
     """The licence that was asked for, else that of the weights which training started from.
 
     Raises:
-        UserError: Neither is there, or the Hub knows no such id.
+        UserError: Neither is there, or it is one that the Hub does not take.
     """
     of_start = source.config['pretrained_cfg'].get('license') if started_from_weights(source.args) else None
-    return check_licence(asked or of_start)
+    asked = Licence(options.licence, options.licence_name, options.licence_link)
+    return choose_licence(asked, of_start, hub_page(source.args))
 
 
 def _metadata(source: Source, options: PublishOptions, papers: list[Paper], name: str, data: str) -> ModelCardData:
     arxiv = [f'arxiv:{paper.arxiv}' for paper in papers]
     dataset = options.dataset_id or hub_dataset(source.args)
     results = [result for score in source.scores for result in _eval_results(score, dataset, data)]
+    licence = resolve_licence(source, options)
     return ModelCardData(
         library_name='timm',
         pipeline_tag=TASK,
-        license=resolve_licence(source, options.licence),
+        license=licence.id,
+        license_name=licence.name or None,
+        license_link=licence.link or None,
         tags=['timm', 'timm-spinal', TASK, *(paper.tag for paper in papers), *arxiv],
         datasets=[dataset] if dataset else None,
         base_model=base_model(source.args) or None,
@@ -100,7 +119,7 @@ def _summary(source: Source, data: str) -> str:
     doc = (model_entrypoint(source.architecture).__doc__ or '').strip().splitlines()
     trained = f'trained on {data} with' if data else 'made with'
     start = base_model(source.args)
-    origin = f', from the weights of [`{start}`](https://hf.co/{start})' if start else ''
+    origin = f', from the weights of [`{start}`]({hub_page(source.args)})' if start else ''
     what = doc[0] if doc else 'An image classifier.'
     return f'`{source.architecture}`, {trained} timm_spinal{origin}. {what}'
 
@@ -126,17 +145,22 @@ def _details(source: Source, cost: Cost, papers: list[Paper]) -> dict[str, Any]:
     return {k: v for k, v in details.items() if v != ''}
 
 
-def _results(source: Source, beside: Table, data: str) -> str:
-    lines, rows = [], beside.rows
-    for score in source.scores:
-        images = f', {score.images:,} images' if score.images else ''
-        chosen = '; this split chose the epoch' if score.chosen_on else ''
-        lines.append(f'- {data}, {score.split}{images}: {accuracy_text(score.accuracies)}{chosen}')
+def _score_line(score: Score, data: str) -> str:
+    images = f', {score.images:,} images' if score.images else ''
+    chosen = '; this split chose the epoch' if score.chosen_on else ''
+    return f'- {data}, {score.split}{images}: {accuracy_text(score.accuracies)}{chosen}'
+
+
+def _results(source: Source, beside: Table, data: str, dtype: str) -> str:
+    lines, rows = [_score_line(score, data) for score in source.scores], beside.rows
     if not lines:
-        return 'No accuracy of exactly these weights was measured.'
+        before = ['', 'The weights before they were rounded to float16 had:', '',
+                  *(_score_line(score, data) for score in source.before)] if source.before else []
+        return '\n'.join(['No accuracy of exactly these weights was measured.', *before])
     if len(rows) > 1 or any(len(row.values) > 1 for row in rows):
-        lines += ['', 'Mean and standard deviation over the seeds, of the best weights of each run; bold is what is '
-                  'published:', '', table(rows, beside.metric, data)]
+        rounded = ', before they were rounded to float16' if dtype == 'fp16' else ''
+        lines += ['', f'Mean and standard deviation over the seeds, of the best weights of each run{rounded}; bold is '
+                  'what is published:', '', table(rows, beside.metric, data)]
     if beside.recipe:
         lines += ['', f'The runs differ in their recipes too: {", ".join(beside.recipe)}.']
     if rows and len(rows[0].values) > 1:
@@ -184,8 +208,16 @@ def _limits(source: Source, options: PublishOptions, rows: list[Row]) -> list[st
     if options.weights != 'best':
         limits.append(f'These are the {options.weights} weights of the last checkpoint, not those of the best epoch.')
     if options.dtype == 'fp16':
-        limits.append('The weights were rounded to float16 after they were measured.')
+        limits.append('The weights are rounded to float16' + (
+            '; the accuracies are those of the rounded weights.' if source.scores else '.'))
     return limits
+
+
+def _limits_in_transformers(channels: int, load_name: str) -> list[str]:
+    if channels == 3 or not load_name.startswith('hf-hub:'):
+        return []
+    return [f"transformers' `pipeline` makes 3 channels of every image and so cannot be used with these weights, which "
+            f'take {channels}; the lines above can.']
 
 
 def _timm_if_used(architecture: str) -> tuple[Paper, ...]:

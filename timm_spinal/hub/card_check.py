@@ -24,7 +24,7 @@ def check_card(text: str) -> ModelCardData:
             data sets or the base model, results that do not survive the Hub's own format, a missing part.
     """
     metadata = _read_metadata(text)
-    check_licence(metadata.get('license'))
+    check_licence(metadata.get('license'), metadata.get('license_name'))
     for key, wanted in (('library_name', 'timm'), ('pipeline_tag', TASK)):
         if metadata.get(key) != wanted:
             raise UserError(f'card: {key} is {metadata.get(key)!r}; it must be {wanted}, by which the Hub finds it')

@@ -4,11 +4,13 @@
     timm-spinal publish runs/my_run --repo me/... --dry-run --output folder      the same on disk, nothing is sent
     timm-spinal publish runs/my_run --repo me/... --beside 'runs/other_*'        with other runs in the card's table
     timm-spinal publish runs/my_run --repo me/... --beside output/compare/mine   with the comparison that has it
+    timm-spinal publish runs/my_run --repo me/... --branch next                 the card loads hf-hub:me/...@next
     timm-spinal publish runs/my_run --local fashion_mnist                       into this package's source, if small
 
 It is one commit. Before it, the weights are loaded back and the card is checked; after it, everything is downloaded
 into an empty cache and compared to the bit. Publishing the same run again changes nothing. The token is the one of
-`hf auth login` or HF_TOKEN.
+`hf auth login` or HF_TOKEN. A licence that has no id on the Hub is given by --license other, --license-name and
+--license-link. Weights in float16 are measured again on the data of the run, and the card has their accuracy.
 """
 import argparse
 import sys
@@ -47,15 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = open_run(args.run, options.weights)
     if not args.dry_run:
         options = check_account(options)
-    with built(source, options) as folder:
+    with built(source, options) as package:
         if args.dry_run:
             output = args.output or args.run / 'hub'
-            keep(folder, output)
+            keep(package.folder, output)
             print(f'{options.repo}: checked, nothing sent; it is in {output}')
             return 0
-        commit = publish(folder, options, f'{source.architecture} from timm_spinal')
-    print(f"published {options.repo} at {commit[:8]}: "
-          f"timm.create_model('hf-hub:{options.repo}', pretrained=True)")
+        published = publish(package, options, f'{source.architecture} from timm_spinal')
+    print(published.line)
     return 0
 
 
@@ -76,6 +77,10 @@ def _parser() -> Parser:
     parser.add_argument('--license', default='', metavar='ID', dest='licence',
                         help='licence of the weights, an id of the Hub such as apache-2.0; not given: that of the '
                         'weights which training started from')
+    parser.add_argument('--license-name', default='', metavar='NAME', dest='licence_name',
+                        help='name of a licence that has no id there, with --license other')
+    parser.add_argument('--license-link', default='', metavar='URL', dest='licence_link',
+                        help='address of the text of such a licence, or LICENSE, a file of RUN that is published too')
     parser.add_argument('--private', action='store_true', help='a private repository')
     parser.add_argument('--branch', default='', help='commit to this branch, made from main if it is not there')
     parser.add_argument('--pull-request', action='store_true', help='open a pull request on main')
@@ -83,6 +88,8 @@ def _parser() -> Parser:
     parser.add_argument('--weights', choices=WEIGHTS, default='best',
                         help='best of the run, or raw or ema (moving average) of its last checkpoint')
     parser.add_argument('--dtype', choices=DTYPES, default='fp32', help='number format of the weights')
+    parser.add_argument('--data-dir', default='', metavar='DIR',
+                        help='where the data of the run are now; fp16 weights are measured on them for the card')
     parser.add_argument('--dataset-id', default='', metavar='OWNER/NAME',
                         help='name of the data set on the Hub, where the run does not tell')
     parser.add_argument('--dataset-name', default='', metavar='TEXT',
@@ -103,6 +110,8 @@ def _options(args: argparse.Namespace) -> PublishOptions:
         raise UserError('--card-only: belongs to --local; add it, or use --dry-run for a card on the disk')
     if args.output and not args.dry_run:
         raise UserError(f'--output {args.output}: belongs to --dry-run; add it, or leave --output out')
+    if args.data_dir and args.dtype != 'fp16':
+        raise UserError(f'--data-dir {args.data_dir}: is read to measure --dtype fp16; add it, or leave --data-dir out')
     names = PublishOptions.__dataclass_fields__
     return PublishOptions(**{**{k: v for k, v in vars(args).items() if k in names}, 'beside': tuple(args.beside)})
 

@@ -23,8 +23,11 @@ class PublishOptions:
         pull_request: Open a pull request on main instead of committing.
         tag: Name of a git tag for the commit.
         licence: Id of a licence that the Hub knows; '' for that of the weights that training started from.
+        licence_name: Name of a licence that has no id there, with the id 'other'.
+        licence_link: Address of its text, or the file LICENSE or LICENSE.md of the run folder.
         weights: 'best' of the run; 'raw' or 'ema', the weights or their average in the last checkpoint.
         dtype: 'fp32' or 'fp16'.
+        data_dir: Where the data of the run are now, on which float16 weights are measured; '' for where they were.
         dataset_id: The data set's name on the Hub, where it is not known from the run.
         dataset_name: What the card calls the data set; '' for its source or folder.
         beside: Run folders whose results stand in the card's table: other seeds, controls.
@@ -36,8 +39,11 @@ class PublishOptions:
     pull_request: bool = False
     tag: str = ''
     licence: str = ''
+    licence_name: str = ''
+    licence_link: str = ''
     weights: str = 'best'
     dtype: str = 'fp32'
+    data_dir: str = ''
     dataset_id: str = ''
     dataset_name: str = ''
     beside: tuple[str, ...] = ()
@@ -67,6 +73,8 @@ class HubOptions:
     hub_license: str = option(
         '', 'licence of the published weights, an id of the Hub such as apache-2.0; not given: that of the weights '
         'which training starts from')
+    hub_license_name: str = option('', "name of a licence that has no id on the Hub, with --hub-license other")
+    hub_license_link: str = option('', 'address of the text of such a licence')
     hub_private: bool = option(False, 'make a private repository')
 
 

@@ -3,8 +3,10 @@ import json
 import shutil
 import tempfile
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,7 +14,7 @@ from torch import nn
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import ValidateConfig
-from timm_spinal.training.export import CONFIG, WEIGHTS
+from timm_spinal.training.export import CONFIG, WEIGHTS, own_config
 from timm_spinal.training.files import write_error
 from timm_spinal.training.model import create_model
 
@@ -20,8 +22,11 @@ from .card import make_card, resolve_licence
 from .card_check import check_card
 from .cost import cost_of
 from .golden import GOLDEN, compare_golden, golden_tensors
+from .licences import Licence
+from .measure import measure
 from .options import PublishOptions
 from .recipe import hparams_yaml
+from .retry import Say
 from .source import Source
 from .weights import check_not_tied, published_weights
 
@@ -30,8 +35,23 @@ CARD, HPARAMS = 'README.md', 'train_hparams.yaml'
 FILES = (WEIGHTS, CONFIG, CARD, HPARAMS, 'summary.csv', 'curves.png', GOLDEN)
 
 
+class Package(NamedTuple):
+    """What is published.
+
+    Attributes:
+        folder: Holds it.
+        card: README.md, by the name that ``timm.create_model`` takes.
+    """
+    folder: Path
+    card: Callable[[str], str]
+
+    def address(self, load_name: str) -> None:
+        """Let the card load the model by this name."""
+        (self.folder / CARD).write_text(self.card(load_name), encoding='utf-8')
+
+
 @contextmanager
-def built(source: Source, options: PublishOptions) -> Iterator[Path]:
+def built(source: Source, options: PublishOptions, say: Say = print) -> Iterator[Package]:
     """A checked package in a temporary folder, which is gone afterwards.
 
     Raises:
@@ -39,8 +59,12 @@ def built(source: Source, options: PublishOptions) -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory(prefix='timm_spinal_hub_') as temp:
         folder = Path(temp) / 'package'
-        build_package(source, options, folder, options.repo, f'hf-hub:{options.repo}')
-        yield folder
+        yield build_package(source, options, folder, options.repo, hub_name(options.repo, options.branch), say)
+
+
+def hub_name(repo: str, revision: str = '') -> str:
+    """What ``timm.create_model`` takes for a revision of a repository, '' for its main branch."""
+    return f'hf-hub:{repo}' if revision in ('', 'main') else f'hf-hub:{repo}@{revision}'
 
 
 def build_package(
@@ -49,7 +73,8 @@ def build_package(
         folder: Path,
         name: str,
         load_name: str,
-) -> None:
+        say: Say = print,
+) -> Package:
     """Write a package into a new folder and check that it loads with the weights and answers that it should have.
 
     Args:
@@ -58,24 +83,29 @@ def build_package(
         folder: Created; must not exist.
         name: Title of the card.
         load_name: What ``timm.create_model`` will take.
+        say: Gets a line on what takes long.
 
     Raises:
         UserError: As in `built`.
     """
     weights = published_weights(source.state_dict, options.dtype, source.architecture)
-    config = _with_licence(source.config, resolve_licence(source, options.licence))
+    licence = resolve_licence(source, options)
+    config = _config(source.config, licence, options)
     if source.model is not None:
         check_not_tied(source.model, source.architecture)
     try:
         (folder / GOLDEN).parent.mkdir(parents=True)
         save_file(weights, folder / WEIGHTS, metadata={'format': 'pt'})
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+        _write_config(folder, config)
         model = load_package(folder, source.architecture)
+        _write_config(folder, own_config(config, model))
         check_same_weights(model, weights, source.architecture)
         golden = golden_tensors(model, source.input_size)
         save_file(golden, folder / GOLDEN, metadata={'format': 'pt'})
-        card = make_card(source, options, cost_of(model, source.input_size), name, load_name)
-        (folder / CARD).write_text(card, encoding='utf-8')
+        source = _with_true_scores(source, options, folder, say)
+        package = Package(folder, partial(make_card, source, options, cost_of(model, source.input_size), name))
+        package.address(load_name)
+        _copy_licence(source, licence, folder)
         if source.args is not None:
             (folder / HPARAMS).write_text(hparams_yaml(source.args), encoding='utf-8')
         for file, path in source.files.items():
@@ -85,6 +115,31 @@ def build_package(
             raise
         raise UserError(f'cannot write {folder}: {reason}; make room, or set TMPDIR to another disk') from e
     check_package(folder, name)
+    return package
+
+
+def _with_true_scores(source: Source, options: PublishOptions, folder: Path, say: Say) -> Source:
+    """The source with accuracies of the weights as they are published, or with none."""
+    if options.dtype == 'fp32' or not source.scores:
+        return source
+    say(f'{source.architecture}: measuring the float16 weights')
+    try:
+        return replace(source, scores=measure(source, folder, options.data_dir))
+    except UserError as e:
+        say(f'{source.architecture}: the card names no accuracy of the float16 weights, which could not be measured '
+            f'({e}); --data-dir says where the data are')
+        return replace(source, scores=[], before=source.scores)
+
+
+def _copy_licence(source: Source, licence: Licence, folder: Path) -> None:
+    """Take along the file with the licence's text, where the link names one."""
+    if not licence.file:
+        return
+    text = (source.folder or Path()) / licence.file
+    if not text.is_file():
+        raise UserError(f'--license-link {licence.file}: {text} is no file; put the text of the licence there, or give '
+                        'its address')
+    shutil.copyfile(text, folder / licence.file)
 
 
 def check_package(folder: Path, name: str) -> float:
@@ -133,9 +188,15 @@ def check_same_weights(model: nn.Module, weights: dict[str, torch.Tensor], name:
                         'timm.create_model, which records its options')
 
 
-def _with_licence(config: dict[str, Any], licence: str) -> dict[str, Any]:
+def _write_config(folder: Path, config: dict[str, Any]) -> None:
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+
+
+def _config(config: dict[str, Any], licence: Licence, options: PublishOptions) -> dict[str, Any]:
     """The config with the licence where timm looks for it; a model that starts from these weights inherits it."""
-    return dict(config, pretrained_cfg=dict(config['pretrained_cfg'], license=licence))
+    # float16 is the format of the file; timm computes in float32, and transformers does so where it is told
+    dtype = dict(torch_dtype='float32') if options.dtype == 'fp16' else {}
+    return {**config, 'pretrained_cfg': dict(config['pretrained_cfg'], license=licence.spoken), **dtype}
 
 
 def keep(folder: Path, output: Path) -> None:

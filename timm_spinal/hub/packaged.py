@@ -12,6 +12,7 @@ from timm.models import get_pretrained_cfg
 
 from timm_spinal.errors import UserError
 from timm_spinal.models._packaged import packaged_cfg
+from timm_spinal.models._variants import TAG_PREFIX
 from timm_spinal.training.export import CONFIG, WEIGHTS
 from timm_spinal.training.files import write_atomically
 from timm_spinal.training.report import write_text
@@ -43,8 +44,9 @@ def install(source: Source, options: PublishOptions, tag: str, root: Path = ROOT
     """
     if not (root / 'pyproject.toml').is_file():
         raise UserError(f'--local: {root} is no source tree; work in a clone, installed with pip install -e .')
-    if not tag.isidentifier():
-        raise UserError(f'--local {tag!r}: is no tag; use letters, digits and _')
+    if not tag.isidentifier() or tag.startswith(TAG_PREFIX):
+        raise UserError(f'--local {tag!r}: is no tag; use letters, digits and _, and not {TAG_PREFIX!r} in front, '
+                        'which means weights of a backbone alone')
     if source.args is None:
         raise UserError('--local: needs a run folder, whose recipe can be repeated')
     name = f'{source.architecture}.{tag}'

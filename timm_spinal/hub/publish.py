@@ -1,47 +1,40 @@
 """Sending a package to the Hub: one commit that is there as a whole or not at all."""
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Callable
+import re
+from typing import Any, NamedTuple
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.damage import git_sha1
-from timm_spinal.training.files import sha256
 from timm_spinal.training.remote import LOG_IN, answer_of, chain
 
+from .commit import Push, commit_files, head_of, holds, pull_request, pull_request_refs
 from .download import check_download
 from .options import PublishOptions, check_repo_name
-from .package import FILES
+from .package import Package, hub_name
 from .retry import Say, with_retries
 
+# what git does not take, and the @ that timm would not understand
+_NO_NAME_OF_A_REF = re.compile(r'[^\w./-]|\.\.|//|^[-/.]|[/.]$|\.lock$|^refs/')
 
-@dataclass
-class Push:
-    """One publication on its way.
+
+class Published(NamedTuple):
+    """A publication that is on the Hub.
 
     Attributes:
-        options: Where to.
-        folder: The package.
-        title: Of the commit or pull request.
-        say: Gets a line for each step.
-        undo: What to take back when a later step fails, the last first.
+        repo: Its repository.
+        commit: Id of the commit that holds it.
+        revision: Branch, pull request ('refs/pr/N') or tag of it.
     """
-    options: PublishOptions
-    folder: Path
-    title: str
-    say: Say = print
-    api: HfApi = field(default_factory=lambda: HfApi(library_name='timm_spinal'))
-    undo: list[Callable[[], Any]] = field(default_factory=list)
+    repo: str
+    commit: str
+    revision: str
 
     @property
-    def repo(self) -> str:
-        return self.options.repo
-
-    def call(self, action: Callable[[], Any]) -> Any:
-        return with_retries(action, self.repo, self.say)
+    def line(self) -> str:
+        """What a user is told at the end, with the code that loads it."""
+        name = hub_name(self.repo, self.revision)
+        return f"published {self.repo} at {self.commit[:8]}: timm.create_model('{name}', pretrained=True)"
 
 
 def check_account(options: PublishOptions, say: Say = print) -> PublishOptions:
@@ -53,6 +46,12 @@ def check_account(options: PublishOptions, say: Say = print) -> PublishOptions:
     check_repo_name(options.repo)
     if options.pull_request and options.branch:
         raise UserError('--pull-request goes to main; leave out --branch')
+    if options.tag in (options.branch, 'main') and options.tag:
+        raise UserError(f'--tag {options.tag}: is the name of a branch; choose another name')
+    for name, flag in ((options.branch, '--branch'), (options.tag, '--tag')):
+        if _NO_NAME_OF_A_REF.search(name):
+            raise UserError(f"{flag} {name!r}: cannot be what follows the @ of a name on the Hub; use letters, digits, "
+                            "'-', '_', '.' and '/'")
     if constants.HF_HUB_OFFLINE:
         raise UserError(f'{options.repo}: HF_HUB_OFFLINE is set, so nothing can be sent; unset it (--dry-run of '
                         'timm-spinal publish needs no Hub)')
@@ -72,37 +71,38 @@ def _whoami() -> tuple[str, str | None]:
     return me['name'], me.get('auth', {}).get('accessToken', {}).get('role')
 
 
-def publish(folder: Path, options: PublishOptions, title: str, say: Say = print) -> str:
+def publish(package: Package, options: PublishOptions, title: str, say: Say = print) -> Published:
     """Send a package; done when it has been downloaded again and found to be the same.
 
     Args:
-        folder: A package, from `build_package`.
+        package: From `build_package`; its card is made to load the revision that it is sent to.
         options: With a full repository name, from `check_account`.
         title: Of the commit or pull request.
         say: Gets a line for each step.
 
     Returns:
-        The commit's id.
+        Where it is.
 
     Raises:
         UserError: It failed, and the repository is as it was before; or the check or the tag did, and the message
             names the commit.
     """
-    push = Push(options, folder, title, say)
+    push = Push(options, package, title, say)
+    _check_tag(push)
     try:
         _ensure_repository(push)
-        revision = _ensure_branch(push)
-        commit = _pull_request(push) if options.pull_request else _commit(push, revision)
+        revision = pull_request(push) if options.pull_request else _ensure_branch(push)
+        commit = commit_files(push, revision)
     except UserError:
         _take_back(push)
         raise
     try:
-        check_download(push.repo, commit, folder, say)
+        check_download(push.repo, commit, push.folder, say)
         if options.tag:
             _tag(push, commit)
     except UserError as e:
         raise UserError(f'{e} (the files are committed, as {commit[:8]})') from e
-    return commit
+    return Published(push.repo, commit, options.tag or revision)
 
 
 def _ensure_repository(push: Push) -> None:
@@ -158,73 +158,44 @@ def _take_back(push: Push) -> None:
             push.say(f'{push.repo}: what was made for this publication is empty and could not be removed')
 
 
-# ---- commit -----------------------------------------------------------------------------------------------------
-
-
-def _commit(push: Push, revision: str) -> str:
-    """One commit with all files; none when the revision holds exactly them."""
-    def commit() -> str:
-        head = push.api.model_info(push.repo, revision=revision).sha
-        remote = _remote_files(push, revision)
-        if _same(push.folder, remote):  # also after a commit whose answer was lost
-            return str(head)
-        info = push.api.create_commit(
-            push.repo, _operations(push.folder, remote), commit_message=push.title, revision=revision,
-            parent_commit=head)
-        push.say(f'{push.repo}: committed to {revision}')
-        return info.oid
-
-    return push.call(commit)
-
-
-def _pull_request(push: Push) -> str:
-    """A pull request with all files; none when main or an open one with this title holds exactly them."""
-    def pull() -> str:
-        refs = ['main', *(d.git_reference or '' for d in push.api.get_repo_discussions(push.repo)
-                          if d.is_pull_request and d.status == 'open' and d.title == push.title)]
-        for ref in refs:
-            if _same(push.folder, _remote_files(push, ref)):
-                push.say(f'{push.repo}: {ref} holds exactly this')
-                return str(push.api.model_info(push.repo, revision=ref).sha)
-        info = push.api.create_commit(
-            push.repo, _operations(push.folder, _remote_files(push, 'main')), commit_message=push.title, create_pr=True)
-        push.say(f'{push.repo}: pull request {info.pr_url}')
-        return info.oid
-
-    return push.call(pull)
-
-
-def _operations(folder: Path, remote: dict[str, Any]) -> list[Any]:
-    mine = {str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file()}
-    stale = [CommitOperationDelete(name) for name in FILES if name in remote and name not in mine]
-    return stale + [CommitOperationAdd(name, folder / name) for name in sorted(mine)]
-
-
-def _remote_files(push: Push, revision: str) -> dict[str, Any]:
-    """Checksum by file name: SHA-256 for large files, git's SHA-1 for others."""
-    rows = push.api.list_repo_tree(push.repo, recursive=True, revision=revision)
-    return {row.path: row.lfs.sha256 if row.lfs else row.blob_id for row in rows if isinstance(row, RepoFile)}
-
-
-def _same(folder: Path, remote: dict[str, str]) -> bool:
-    """Whether a revision holds the package's files, and none of `FILES` that the package has not."""
-    mine = {str(p.relative_to(folder)): p for p in folder.rglob('*') if p.is_file()}
-    if {name for name in remote if name in FILES} != mine.keys():
-        return False
-    return all(remote[name] in (sha256(path), git_sha1(path)) for name, path in mine.items())
+# ---- tag -------------------------------------------------------------------------------------------------------
 
 
 def _tag(push: Push, commit: str) -> None:
     tag = push.options.tag
 
     def create() -> None:
-        try:
-            there = push.api.model_info(push.repo, revision=tag).sha
-        except RevisionNotFoundError:
+        there = head_of(push, tag)
+        if there is None:
             push.api.create_tag(push.repo, tag=tag, revision=commit, exist_ok=True)
             push.say(f'{push.repo}: tag {tag}')
-            return
-        if there != commit:
-            raise UserError(f'{push.repo}: the tag {tag} is on another commit; choose another name')
+        elif there != commit:
+            raise _taken(push)
 
     push.call(create)
+
+
+def _check_tag(push: Push) -> None:
+    """Refuse a tag that is taken, before anything is changed; it may be where this publication is already.
+
+    Raises:
+        UserError: It is on another commit, or is the name of a branch.
+    """
+    def check() -> None:
+        tagged = head_of(push, push.options.tag)
+        if tagged is None:
+            return
+        refs = [push.options.branch or 'main']
+        if push.options.pull_request:
+            refs = pull_request_refs(push, list(push.api.get_repo_discussions(push.repo)))
+        for ref in refs:
+            if head_of(push, ref) == tagged and holds(push, ref):
+                return
+        raise _taken(push)
+
+    if push.options.tag:
+        push.call(check)
+
+
+def _taken(push: Push) -> UserError:
+    return UserError(f'{push.repo}: the tag {push.options.tag} is on another commit; choose another name')

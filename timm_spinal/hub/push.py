@@ -13,7 +13,7 @@ from timm_spinal.training.loop import Run
 from timm_spinal.training.model import check_model_name
 from timm_spinal.training.outcome import summarise
 
-from .licences import check_licence
+from .licences import Licence, choose_licence
 from .options import HubOptions, PublishOptions
 from .package import built
 from .publish import check_account, publish
@@ -35,8 +35,13 @@ class Pusher:
     def __init__(self, config: TrainConfig, hub: HubOptions):
         self.interval = hub.push_interval
         check_model_name(config.model)
-        check_licence(hub.hub_license or _licence_of_start(config))
-        options = PublishOptions(hub.push_to_hub, private=hub.hub_private, licence=hub.hub_license)
+        asked = Licence(hub.hub_license, hub.hub_license_name, hub.hub_license_link)
+        licence = choose_licence(asked, _licence_of_start(config), flag='--hub-license')
+        if licence.file:
+            raise UserError(f'--hub-license-link {licence.link}: give the address of the text, https://...')
+        options = PublishOptions(
+            hub.push_to_hub, private=hub.hub_private, licence=hub.hub_license, licence_name=hub.hub_license_name,
+            licence_link=hub.hub_license_link)
         self.options = check_account(options) if os.environ.get('RANK', '0') == '0' else options
 
     def after_epoch(self, run: Run) -> None:
@@ -69,9 +74,8 @@ class Pusher:
         with torch.random.fork_rng(devices=[]):  # training goes on as if nothing had been published
             source = open_run(folder, result=result)
             with built(source, self.options) as package:
-                commit = publish(package, self.options, f'{source.architecture} from timm_spinal')
-        print(f"published {self.options.repo} at {commit[:8]}: "
-              f"timm.create_model('hf-hub:{self.options.repo}', pretrained=True)", flush=True)
+                published = publish(package, self.options, f'{source.architecture} from timm_spinal')
+        print(published.line, flush=True)
 
 
 def _licence_of_start(config: TrainConfig) -> str | None:

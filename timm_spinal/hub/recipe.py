@@ -109,6 +109,12 @@ def base_model(args: TrainConfig | None) -> str:
     return str(cfg.hf_hub_id or '') if cfg is not None and not cfg.file else ''
 
 
+def hub_page(args: TrainConfig | None) -> str:
+    """Address of the weights that a run started from, '' where they are not on the Hub."""
+    start = base_model(args)
+    return f'https://hf.co/{start}' if start else ''
+
+
 def started_from_weights(args: TrainConfig | None) -> bool:
     """Whether a run started from the weights of its model's name."""
     return args is not None and args.pretrained and not args.pretrained_path and not args.initial_checkpoint

@@ -34,6 +34,7 @@ class Source:
         files: Further files by their name in the repository.
         folder: The run folder, if there is one.
         model: The model in memory that they are from, if there is one.
+        before: Accuracies before the weights were rounded to float16, where those after it are not known.
     """
     state_dict: dict[str, torch.Tensor]
     config: dict[str, Any]
@@ -43,6 +44,7 @@ class Source:
     files: dict[str, Path] = field(default_factory=dict)
     folder: Path | None = None
     model: nn.Module | None = None
+    before: list[Score] = field(default_factory=list)
 
     @property
     def architecture(self) -> str:

@@ -3,6 +3,7 @@
 from typing import Iterable, List, Union
 
 import timm
+from timm.models import split_model_name_tag
 
 from . import (
     capsule_net,
@@ -20,6 +21,7 @@ from . import (
 )
 from ._ensure_registered import ensure_registered as ensure_registered
 from ._packaged import packaged_names
+from ._variants import TAG_PREFIX
 from .attach_head import attach_head as attach_head
 from .convert_ic import convert_to_ic as convert_to_ic
 from .fold_batchnorm import fold_batchnorm as fold_batchnorm
@@ -47,14 +49,23 @@ for _name in packaged_names():
 
 def list_models(
         filter: Union[str, Iterable[str]] = '',
-        pretrained: bool = False,
+        pretrained: Union[bool, str] = False,
         exclude_filters: Union[str, Iterable[str]] = '',
 ) -> List[str]:
     """Names of the models that this package registers, sorted as timm sorts.
 
     Args:
         filter: Wildcard or wildcards as in ``timm.list_models``.
-        pretrained: Only names with weights, with their tags.
+        pretrained: True for names with weights only, with their tags; 'whole' for those of them whose weights fill
+            the whole model, its head included. A tag that begins with 'backbone' fills the backbone alone.
         exclude_filters: Wildcards to leave out.
+
+    Raises:
+        ValueError: Another string for ``pretrained``.
     """
-    return timm.list_models(filter, module=_MODULES, pretrained=pretrained, exclude_filters=exclude_filters)
+    if pretrained not in (True, False, 'whole'):
+        raise ValueError(f"pretrained must be True, False or 'whole', got {pretrained!r}.")
+    names = timm.list_models(filter, module=_MODULES, pretrained=bool(pretrained), exclude_filters=exclude_filters)
+    if pretrained == 'whole':
+        names = [name for name in names if not split_model_name_tag(name)[1].startswith(TAG_PREFIX)]
+    return names

@@ -22,23 +22,29 @@ from timm.models._builder import pretrained_cfg_for_features
 from timm.models._pretrained import DefaultCfg
 from torch import nn
 
-from ._packaged import packaged_cfgs
+from ._packaged import packaged_cfgs, same_preprocessing
 
 TAG_PREFIX = 'backbone'
 
 
 def variant_cfgs(name: str, backbone: str, **changes: Any) -> DefaultCfg:
     """The plain model's cfgs, with changes, under tags that say that only a backbone is in the weights; and those of
-    packaged weights of the whole model."""
+    packaged weights of the whole model, which the name without tag means where they want the same of an image."""
     cfgs = {}
     for plain_name, cfg in get_arch_pretrained_cfgs(backbone).items():
         tag = split_model_name_tag(plain_name)[1]
         if tag and not tag.startswith(TAG_PREFIX):
             tag = f'{TAG_PREFIX}_{tag}'
         cfgs[tag or (TAG_PREFIX if cfg.has_weights else '')] = replace(cfg, **changes)
-    whole = packaged_cfgs(name, next(iter(cfgs.values())))
+    base = next(iter(cfgs.values()))
+    whole = packaged_cfgs(name, base)
     has_weights = any(cfg.has_weights for cfg in cfgs.values())
-    cfgs = {**cfgs, **whole} if has_weights else whole or cfgs
+    if not has_weights:
+        cfgs = whole or cfgs
+    elif any(same_preprocessing(cfg, base) for cfg in whole.values()):
+        cfgs = {**whole, **cfgs}
+    else:
+        cfgs = {**cfgs, **whole}
     return DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=has_weights or bool(whole))
 
 

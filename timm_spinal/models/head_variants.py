@@ -14,7 +14,7 @@ from timm.models import resolve_pretrained_cfg
 from timm.models._pretrained import DefaultCfg
 from torch import nn
 
-from ..layers import head_options
+from ..layers import head_options, head_takes_map
 from ..layers.packed_routing import check_packed_state
 from ._variants import create_backbone, register_variant
 from .attach_head import CLASSIFIER_NAME, HEAD_NAME, TimmModel, attach_head
@@ -51,7 +51,7 @@ def _load_head(model: TimmModel, state_dict: Dict[str, torch.Tensor], num_classe
         raise RuntimeError(f"The weights lack {len(missing)} keys of the backbone, such as '{min(missing)}'.")
     head = {name[len(prefix):]: value for name, value in state_dict.items() if name.startswith(prefix)}
     same_classes = model.num_classes == num_classes
-    if not same_classes and getattr(model.attached_head, 'packed', False):
+    if model.num_classes and not same_classes and getattr(model.attached_head, 'packed', False):
         check_packed_state(head, 'fc.', packed=True, num_classes=model.num_classes)
     if not same_classes:
         new = tuple(f'{part}.' for part in model.attached_head.class_parts)
@@ -76,6 +76,9 @@ def _create_head_variant(
     head_kwargs = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
     default_classes = cfg['num_classes'] if cfg['num_classes'] >= 0 else 1000
     num_classes = kwargs.pop('num_classes', default_classes)
+    saved = kwargs.get('pretrained_model_args') or {}
+    if default_classes and saved.get('global_pool') == '' and _takes_map(head, head_kwargs):
+        kwargs.pop('global_pool')  # timm saves the backbone's pooling, which a head that reads the map has turned off
 
     model, state_dict = create_backbone(
         backbone,
@@ -99,6 +102,10 @@ def _create_head_variant(
             _logger.warning(f'{variant}: the backbone is pretrained, its {head} head is new and needs training.')
         model.pretrained_cfg = model.default_cfg = cfg
     return model
+
+
+def _takes_map(head: str, head_kwargs: Dict[str, Any]) -> bool:
+    return head_takes_map(head, **{name[len('head_'):]: value for name, value in head_kwargs.items()})
 
 
 def register_head_variant(backbone: str, head: str) -> str:
