@@ -123,24 +123,42 @@ def _fitting(model: nn.Module, state_dict: State, strict: bool, load: _Load) -> 
     """The weights that a model has a place for."""
     if isinstance(model, ResNet):
         state_dict = plain_resnet_names(state_dict)
+    check_backbone(model, state_dict, load.found.source, load.classifier, strict)
     own = model.state_dict()
     fits = {name: value for name, value in state_dict.items() if name in own and same_shape(own[name], value)}
     classifier, head = _head_prefixes(load.classifier)
-    lacking = [name for name in own if name not in fits and not name.endswith(COUNTER)]
-    if load.features or any(name.startswith(head) and not name.startswith(classifier) for name in lacking):
-        fits = {name: value for name, value in fits.items() if not name.startswith(head)}  # another head
+    hidden = [name for name in own if name.startswith(head) and not name.startswith(classifier)]
+    if load.features or not fits.keys() >= set(hidden):  # the model has no head, or another one
+        fits = {name: value for name, value in fits.items() if not name.startswith(head)}
     left_out = [name for name in state_dict if name not in fits]
-    parts = {name.split('.')[0] for name in own}
-    extra = [name for name in left_out if name not in own and not name.startswith(head)
-             and name.split('.')[0] in parts and state_dict[name].numel() > 1]
-    lacking = [name for name in lacking if not name.startswith(head)]
-    if lacking or (strict and extra) or not fits:
-        backbone = sum(not name.startswith(head) and not name.endswith(COUNTER) for name in own)
-        raise does_not_fit(load.found.source, model, state_dict, lacking, extra or left_out, backbone, 'backbone')
     load.found.left_out += left_out
     load.found.classes = next(
         (len(state_dict[name]) for name in left_out if name in own and name.startswith(classifier)), None)
     return fits
+
+
+def check_backbone(model: nn.Module, state_dict: State, source: str, classifier: Names, strict: bool = True) -> None:
+    """Refuse weights that fill less than the backbone, or that are of a larger one.
+
+    Args:
+        model: Any model.
+        state_dict: The weights, under the model's names.
+        source: What they are called.
+        classifier: Names of the model's classifiers. A head around them need not fit.
+        strict: Refuse those of a larger backbone too.
+
+    Raises:
+        MisfitError: Counts, and the first names on both sides.
+    """
+    own = model.state_dict()
+    head = _head_prefixes(classifier)[1]
+    backbone = [name for name in own if not name.startswith(head) and not name.endswith(COUNTER)]
+    lacking = [name for name in backbone if name not in state_dict or not same_shape(own[name], state_dict[name])]
+    others = [name for name in state_dict if name not in own and not name.startswith(head)]
+    parts = {name.split('.')[0] for name in own}
+    larger = [name for name in others if name.split('.')[0] in parts and state_dict[name].numel() > 1]
+    if lacking or (strict and larger) or not own.keys() & state_dict.keys():
+        raise does_not_fit(source, model, state_dict, lacking, larger or others, len(backbone), 'backbone')
 
 
 def same_shape(own: torch.Tensor, value: torch.Tensor) -> bool:

@@ -17,7 +17,16 @@ from timm.models import (
 )
 from timm.models._builder import pretrained_cfg_for_features
 
-from .fill_weights import COUNTER, LoadedWeights, State, does_not_fit, plain_resnet_names, same_shape, watch_load
+from .fill_weights import (
+    COUNTER,
+    LoadedWeights,
+    State,
+    check_backbone,
+    does_not_fit,
+    plain_resnet_names,
+    same_shape,
+    watch_load,
+)
 from .weight_files import WeightsError, read_weights, unwrap
 
 Filter = Callable[[State, Any], State]
@@ -139,14 +148,12 @@ def load_exactly(model: Any, path: str, use_ema: Optional[bool] = None) -> Loade
         state_dict = OrderedDict(plain_resnet_names(state_dict))
     try:
         for hook in model._load_state_dict_pre_hooks.values():
-            hook(state_dict, '', {}, True, [], [], [])
+            hook(state_dict, '', {}, False, [], [], [])
         own = model.state_dict()
         left_out = [name for name, value in state_dict.items() if name not in own and value.numel() == 1]
         for name in left_out:
             del state_dict[name]
         model.load_state_dict(state_dict)
-    except WeightsError:
-        raise
     except RuntimeError as e:
         lacking = [name for name, value in own.items() if not name.endswith(COUNTER)
                    and (name not in state_dict or not same_shape(value, state_dict[name]))]
@@ -159,16 +166,26 @@ def load_exactly(model: Any, path: str, use_ema: Optional[bool] = None) -> Loade
 
 
 def rename_on_load(model: Any, filter_fn: Optional[Filter] = None) -> None:
-    """Let ``load_state_dict`` of a whole model open containers and rename the weights of foreign code."""
+    """Let ``load_state_dict`` of a whole model open containers and rename the weights of foreign code.
+
+    Where it is strict, weights that fill less than the backbone are refused in one line.
+    """
     model._register_load_state_dict_pre_hook(functools.partial(_rename, filter_fn), with_module=True)
 
 
-def _rename(filter_fn: Optional[Filter], module: Any, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
-    if prefix:  # a part of something else
-        return
+def _rename(
+        filter_fn: Optional[Filter],
+        module: Any,
+        state_dict: Dict[str, Any],
+        prefix: str,
+        local_metadata: Dict[str, Any],
+        strict: bool,
+        *args: Any,
+) -> None:
     own = module.state_dict().keys()
-    if state_dict.keys() <= own or (renamed := unwrap(state_dict)) is None:
+    if prefix or state_dict.keys() == own:  # a part of something else, or what was saved of such a model
         return
+    renamed = unwrap(state_dict) or {}
     if isinstance(module, ResNet):
         renamed = plain_resnet_names(renamed)
     if filter_fn is not None:
@@ -176,3 +193,5 @@ def _rename(filter_fn: Optional[Filter], module: Any, state_dict: Dict[str, Any]
     if len(own & renamed.keys()) > len(own & state_dict.keys()):
         state_dict.clear()
         state_dict.update(renamed)
+    if strict:
+        check_backbone(module, unwrap(state_dict) or {}, 'the state dict', module.pretrained_cfg.get('classifier'))

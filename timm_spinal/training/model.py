@@ -69,6 +69,8 @@ def _create(config: TrainConfig | ValidateConfig, resolved: dict[str, Any]) -> A
         return create_from_file(resolved.pop('model_name'), config.pretrained_path, **resolved)
     with watch_load(config.model) as found:
         model: Any = timm.create_model(**resolved, pretrained=config.pretrained)
+    if (repo := model.pretrained_cfg.get('hf_hub_id')) and repo not in config.model:
+        found.source += f' ({repo})'
     model.loaded_weights = found if config.pretrained else None
     if config.initial_checkpoint:
         try:
