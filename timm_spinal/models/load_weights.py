@@ -21,7 +21,6 @@ from .fill_weights import (
     COUNTER,
     LoadedWeights,
     State,
-    check_backbone,
     does_not_fit,
     plain_resnet_names,
     same_shape,
@@ -148,7 +147,7 @@ def load_exactly(model: Any, path: str, use_ema: Optional[bool] = None) -> Loade
         state_dict = OrderedDict(plain_resnet_names(state_dict))
     try:
         for hook in model._load_state_dict_pre_hooks.values():
-            hook(state_dict, '', {}, False, [], [], [])
+            hook(state_dict, '', {}, True, [], [], [])
         own = model.state_dict()
         left_out = [name for name, value in state_dict.items() if name not in own and value.numel() == 1]
         for name in left_out:
@@ -166,24 +165,13 @@ def load_exactly(model: Any, path: str, use_ema: Optional[bool] = None) -> Loade
 
 
 def rename_on_load(model: Any, filter_fn: Optional[Filter] = None) -> None:
-    """Let ``load_state_dict`` of a whole model open containers and rename the weights of foreign code.
-
-    Where it is strict, weights that fill less than the backbone are refused in one line.
-    """
+    """Let ``load_state_dict`` of a whole model open containers and rename the weights of foreign code."""
     model._register_load_state_dict_pre_hook(functools.partial(_rename, filter_fn), with_module=True)
 
 
-def _rename(
-        filter_fn: Optional[Filter],
-        module: Any,
-        state_dict: Dict[str, Any],
-        prefix: str,
-        local_metadata: Dict[str, Any],
-        strict: bool,
-        *args: Any,
-) -> None:
+def _rename(filter_fn: Optional[Filter], module: Any, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
     own = module.state_dict().keys()
-    if prefix or state_dict.keys() == own:  # a part of something else, or what was saved of such a model
+    if prefix or state_dict.keys() <= own:  # a part of something else, or what was saved of such a model
         return
     renamed = unwrap(state_dict) or {}
     if isinstance(module, ResNet):
@@ -193,5 +181,3 @@ def _rename(
     if len(own & renamed.keys()) > len(own & state_dict.keys()):
         state_dict.clear()
         state_dict.update(renamed)
-    if strict:
-        check_backbone(module, unwrap(state_dict) or {}, 'the state dict', module.pretrained_cfg.get('classifier'))

@@ -76,6 +76,8 @@ def _create(config: TrainConfig | ValidateConfig, resolved: dict[str, Any]) -> A
         try:
             model.loaded_weights = load_exactly(model, config.initial_checkpoint)
         except MisfitError as e:
+            if isinstance(config, ValidateConfig):
+                raise
             raise MisfitError(f'{e}; --pretrained-path keeps what fits and draws a new head') from e
     return model
 
@@ -91,8 +93,10 @@ def check_classifier(model: Any) -> None:
     prefixes = tuple(f'{name}.' for name in ([names] if isinstance(names, str) else names))
     new = [name for name in found.new if name.startswith(prefixes)] if found else []
     if found and new:
-        has = f'is for {found.classes} classes' if found.classes else 'is missing or of another kind'
-        fix = f'give --num-classes {found.classes}' if found.classes else 'give weights that have it'
+        saved = model.pretrained_cfg.get('source') and model.pretrained_cfg['num_classes']
+        classes = found.classes or (saved if saved != model.num_classes else None)
+        has = f'is for {classes} classes' if classes else 'is missing or of another kind'
+        fix = f'give --num-classes {classes}' if classes else 'give weights that have it'
         raise UserError(f'{found.source}: the classifier in it {has}; the model has {model.num_classes} classes and '
                         f'would be measured with a random one ({first_names(new)}); {fix}')
 

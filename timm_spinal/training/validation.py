@@ -142,8 +142,8 @@ def validate_one(accelerator: Accelerator, candidate: Candidate) -> dict[str, An
         except WeightsError as e:
             raise UserError(f'checkpoint {e}') from e
     if model.loaded_weights is not None:
-        accelerator.print(f'weights {model.loaded_weights}')
         check_classifier(model)
+        accelerator.print(f'weights {model.loaded_weights}')
     _check_class_names(model, datasets.class_names, candidate.name)
     loader, data_config = create_eval_loader(config, model, datasets, config.crops)
     if config.crops > 1 and data_config['crop_pct'] >= 1.:
