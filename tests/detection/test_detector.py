@@ -205,3 +205,13 @@ def test_loading_what_is_no_detector(tmp_path):
     (tmp_path / 'model.safetensors').write_bytes(b'short')
     with pytest.raises(UserError, match='does not fit or is damaged'):
         load_detector(tmp_path)
+
+
+def test_what_became_of_the_weights(tmp_path):
+    """The head is left out, and no classifier is called new in a backbone that has none."""
+    saved_backbone(tmp_path)
+    detector = create_detector(
+        'retinanet', 'test_resnet', pretrained_backbone=str(tmp_path / 'model.safetensors'), **SMALL)
+    assert str(detector.loaded_weights) == (
+        f'{tmp_path}/model.safetensors: 90 tensors loaded, 2 left out (fc.bias, fc.weight), none new')
+    assert create_detector('retinanet', 'test_resnet', **SMALL).loaded_weights is None
