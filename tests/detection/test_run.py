@@ -210,7 +210,7 @@ def test_weights_of_the_backbone_are_told_and_needed_once(tmp_path, capsys):
     result = train_detector(whole)
     assert f'weights {file}: 90 tensors loaded, 2 left out (fc.bias, fc.weight), none new' in capsys.readouterr().out
     assert result['weights'] == dict(
-        source=str(file), loaded=90, left_out=['fc.bias', 'fc.weight'], new=[], classes=None)
+        source=str(file), loaded=90, left_out=['fc.bias', 'fc.weight'], new=[])
     half = replace(whole, experiment='half', stop_epoch=1)
     train_detector(half)
     file.unlink()

@@ -141,15 +141,21 @@ def test_what_fits_is_kept_and_the_rest_is_said(files, name, file, kwargs, left_
     assert model.pretrained_cfg['file'] == files[file] and model.pretrained_cfg['classifier']
 
 
-def test_one_channel_into_three(tmp_path):
+@pytest.mark.parametrize('name', ['test_vit', 'resnet20_cifar', 'resnet20_cifar_mlp'])
+@pytest.mark.parametrize('chans', [1, 4])
+def test_other_channels_than_the_cfg_says(name, chans, tmp_path):
+    """timm's rule for them: repeated or cut, and scaled."""
+    timm_spinal.ensure_registered(name)
     torch.manual_seed(0)
-    one = timm.create_model('test_vit', in_chans=1)
-    save_file(one.state_dict(), tmp_path / 'one')
-    weight = one.state_dict()['patch_embed.proj.weight']
-    for kwargs in (dict(in_chans=1), {}):
-        model = create_from_file('test_vit', str(tmp_path / 'one'), **kwargs)
-        torch.testing.assert_close(model.state_dict()['patch_embed.proj.weight'].sum(1, keepdim=True), weight)
-        assert model.pretrained_cfg['input_size'][0] == 3
+    source = timm.create_model(name, in_chans=chans)
+    save_file(source.state_dict(), tmp_path / 'source')
+    stem = f'{source.pretrained_cfg["first_conv"]}.weight'
+    weight = source.state_dict()[stem]
+    for kwargs in (dict(in_chans=chans), {}):
+        model = create_from_file(name, str(tmp_path / 'source'), **kwargs)
+        wanted = weight if kwargs else weight.expand(-1, 3, -1, -1) / 3 if chans == 1 else weight[:, :3] * 4 / 3
+        torch.testing.assert_close(model.state_dict()[stem], wanted)
+        assert model.pretrained_cfg['input_size'][0] == 3 and not model.loaded_weights.new
 
 
 @pytest.mark.parametrize('name, file, message', [

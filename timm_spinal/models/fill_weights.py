@@ -8,7 +8,7 @@ alone, and from then on says nothing of weights that fit nowhere.
 import contextlib
 import re
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -49,7 +49,7 @@ class LoadedWeights:
 
     def as_dict(self) -> Dict[str, Any]:
         """For a file of results."""
-        return asdict(self)
+        return dict(source=self.source, loaded=self.loaded, left_out=self.left_out, new=self.new)
 
 
 @dataclass

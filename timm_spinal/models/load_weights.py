@@ -99,8 +99,7 @@ def create_filled(
     """Let timm make a model and fill it from a file by our rules.
 
     Args:
-        create: Makes the model with the pretrained cfg that it is given, under which timm leaves the classifier alone
-            and adapts the channels that the file has.
+        create: Makes the model with the pretrained cfg that it is given, under which timm leaves the classifier alone.
         cfg: The model's own pretrained cfg, with ``file``; the model keeps it.
         kwargs: The model's arguments, the same that ``create`` passes on.
         state_dict: The weights, all of the file if None.
@@ -113,12 +112,16 @@ def create_filled(
     if not state_dict:
         raise WeightsError(f'{cfg["file"]}: holds a head only, nothing of the backbone')
     load_cfg = dict(cfg, state_dict=dict(state_dict), classifier=None)
-    stem, chans = state_dict.get(f'{cfg.get("first_conv")}.weight'), cfg['input_size'][0]
-    if stem is not None and stem.ndim == 4 and {stem.shape[1], chans} == {1, 3}:
-        kwargs.setdefault('in_chans', chans)
-        load_cfg['input_size'] = (stem.shape[1], *cfg['input_size'][1:])
     with watch_load(str(cfg['file']), cfg.get('classifier'), True, bool(kwargs.get('features_only'))) as found:
-        model = create(load_cfg)
+        try:
+            model = create(load_cfg)
+        except RuntimeError as e:
+            stem = state_dict.get(f'{cfg.get("first_conv")}.weight')
+            if 'is inconsistent with input_size' not in str(e) or stem is None:
+                raise
+            # of a model with other channels than the cfg says, which timm does not look at
+            kwargs.setdefault('in_chans', cfg['input_size'][0])
+            model = create(dict(load_cfg, input_size=(stem.shape[1], *cfg['input_size'][1:])))
     cfg = {key: value for key, value in cfg.items() if key != 'state_dict'}
     model.pretrained_cfg = model.default_cfg = pretrained_cfg_for_features(cfg) if kwargs.get('features_only') else cfg
     model.loaded_weights = found
