@@ -11,6 +11,7 @@ Bad input ends with one line and exit code 2; `--debug` shows the traceback.
 """
 import argparse
 import importlib
+import logging
 import os
 import sys
 from typing import Callable, NamedTuple, Sequence
@@ -82,6 +83,8 @@ def guard(function: Callable[[list[str]], int], argv: list[str]) -> int:
     """
     from timm_spinal.training.signals import StopRequested
     first = os.environ.get('RANK', '0') == '0'
+    if not first:  # all processes would warn of the same
+        logging.getLogger('timm_spinal').setLevel(logging.ERROR)
     try:
         return function(argv)
     except UserError as e:

@@ -3,11 +3,11 @@
     accelerate launch -m timm_spinal.validate --model local-dir:output/train/RUN --data-dir my/images
     accelerate launch -m timm_spinal.validate --checkpoint output/train/RUN --config output/train/RUN/args.yaml
     accelerate launch -m timm_spinal.validate --checkpoint 'output/train/*' --data-dir my/images --results-file all.csv
-    accelerate launch -m timm_spinal.validate --model 'resnet*_pspinal' --pretrained --data-dir my/images
+    accelerate launch -m timm_spinal.validate --model 'resnet*' --pretrained --data-dir imagenet
 
 ``--model`` takes a name, ``hf-hub:org/name``, ``local-dir:FOLDER`` or a wildcard; ``--checkpoint`` a run folder, one of
 its ``last/step-*`` folders, a weights file for ``--model``, or a wildcard of those. Every image counts once, whatever
-the number of processes.
+the number of processes. Weights whose classifier does not fit the model are an error.
 """
 import sys
 from typing import Any

@@ -175,7 +175,7 @@ def test_save_and_load(tmp_path):
     (dict(backbone='vgg5'), 'backbone vgg5: does not take RGB images of any size'),
     (dict(name='retinanet', backbone='resnet20_cifar'), 'features have the strides 1, 1, 2, 4, and the detector needs'),
     (dict(trainable_layers=6), 'trainable_layers 6: the backbone has 5; give fewer'),
-    (dict(pretrained_backbone='no.safetensors'), 'there is no file no.safetensors with weights'),
+    (dict(pretrained_backbone='no.safetensors'), 'backbone test_resnet: no.safetensors: no such file'),
     (dict(backbone='resnet18_sb_s32u1', pretrained_backbone=True), 'No pretrained weights exist'),
     (dict(backbone_kwargs=dict(depth=3)), "unexpected keyword argument 'depth'"),
     (dict(box_score_tresh=0.1), "unknown option 'box_score_tresh'; did you mean box_score_thresh?"),
@@ -190,7 +190,7 @@ def test_errors_are_one_line(options, message):
 def test_weights_of_another_model_are_refused(tmp_path):
     other = {k: v + 1 for k, v in timm.create_model('test_resnet').state_dict().items()}
     save_file({f'deep.{k}': v for k, v in other.items()}, tmp_path / 'other.safetensors')
-    with pytest.raises(UserError, match='holds the weights of another model'):
+    with pytest.raises(UserError, match='the weights are not of test_resnet: they fill 0 of 75 tensors of the backb'):
         create_detector('retinanet', 'test_resnet', pretrained_backbone=str(tmp_path / 'other.safetensors'), **SMALL)
 
 
@@ -205,3 +205,13 @@ def test_loading_what_is_no_detector(tmp_path):
     (tmp_path / 'model.safetensors').write_bytes(b'short')
     with pytest.raises(UserError, match='does not fit or is damaged'):
         load_detector(tmp_path)
+
+
+def test_what_became_of_the_weights(tmp_path):
+    """The head is left out, and no classifier is called new in a backbone that has none."""
+    saved_backbone(tmp_path)
+    detector = create_detector(
+        'retinanet', 'test_resnet', pretrained_backbone=str(tmp_path / 'model.safetensors'), **SMALL)
+    assert str(detector.loaded_weights) == (
+        f'{tmp_path}/model.safetensors: 90 tensors loaded, 2 left out (fc.bias, fc.weight), none new')
+    assert create_detector('retinanet', 'test_resnet', **SMALL).loaded_weights is None

@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from tests.training.runs import assert_same_state, last_state, send_signal
 from timm_spinal.cli import main
@@ -198,3 +200,20 @@ def test_overfits_the_shapes(tmp_path, options):
         fpn_channels=32, val_split='train', val_interval=options['epochs'], hflip=0., warmup_epochs=1.), **options})
     result = train_detector(config)
     assert result['ap50'] > 90. and result['ap'] > 40.
+
+
+def test_weights_of_the_backbone_are_told_and_needed_once(tmp_path, capsys):
+    torch.manual_seed(1)
+    file = tmp_path / 'start.safetensors'
+    save_file(timm.create_model('test_resnet', num_classes=5).state_dict(), file)
+    whole = small_config(tmp_path, experiment='whole', backbone_path=str(file))
+    result = train_detector(whole)
+    assert f'weights {file}: 90 tensors loaded, 2 left out (fc.bias, fc.weight), none new' in capsys.readouterr().out
+    assert result['weights'] == dict(
+        source=str(file), loaded=90, left_out=['fc.bias', 'fc.weight'], new=[])
+    half = replace(whole, experiment='half', stop_epoch=1)
+    train_detector(half)
+    file.unlink()
+    train_detector(replace(half, stop_epoch=None, resume='auto'))
+    assert 'the weights of the start are not looked at again (backbone test_resnet: ' in capsys.readouterr().out
+    assert_same_state(whole, half)

@@ -1,15 +1,25 @@
-"""State dicts as the paper's code writes them, and what its network computes from one (spec shared_basis 1.2, 6, 9)."""
+"""State dicts as the paper's code writes them, and what its network computes from one (spec shared_basis 1.2, 6, 9).
+
+The plain baselines beside them have the same names, without bases.
+"""
 from typing import Dict
 
 import torch
 import torch.nn.functional as F
 
 CHANNELS = (64, 128, 256, 512)
+CIFAR_CHANNELS = (16, 32, 64)
 State = Dict[str, torch.Tensor]
 
 
 def official_resnet34(s: int, u: int, double: bool, layers=(3, 4, 6, 3), classes=10, prefix='module.') -> State:
     """A state dict of ResNet34-S{s}U{u}: bases under the model and again under every block, DataParallel's prefix."""
+    return official_state(s, u, double, layers, classes, prefix)
+
+
+def official_state(s, u, double=False, layers=(3, 4, 6, 3), classes=10, prefix='module.', channels=CHANNELS, stem=7,
+                   convs_in_shortcuts=True, fc='fc') -> State:
+    """A state dict of a ResNet of two convolutions a block; with s = u = 0 of the plain one."""
     generator = torch.Generator().manual_seed(0)
     state: State = {}
 
@@ -24,25 +34,26 @@ def official_resnet34(s: int, u: int, double: bool, layers=(3, 4, 6, 3), classes
         state[f'{name}.running_var'] = 0.5 + torch.rand(chs, generator=generator)
         state[f'{name}.num_batches_tracked'] = torch.tensor(7)
 
-    draw('conv1', 64, 3, 7, 7)
-    norm('bn1', 64)
-    before = 64
-    for g, (chs, depth) in enumerate(zip(CHANNELS, layers), start=1):
-        m = chs // 64
+    draw('conv1', channels[0], 3, stem, stem)
+    norm('bn1', channels[0])
+    before = channels[0]
+    for g, (chs, depth) in enumerate(zip(channels, layers), start=1):
+        m = chs // channels[0]
         bases = [f'shared_basis_{g}_1', f'shared_basis_{g}_2'] if double else [f'shared_basis_{g}']
+        bases = bases if s else []
         for basis in bases:
             draw(basis, s * m, chs, 3, 3)
         for k in range(depth):
             block = f'layer{g}.{k}'
             for i, in_chs in ((1, before if k == 0 else chs), (2, chs)):
-                if k == 0:
+                if k == 0 or not s + u:
                     draw(f'{block}.conv{i}', chs, in_chs, 3, 3)
                 else:
                     draw(f'{block}.basis_conv{i}', u * m, chs, 3, 3)
                     norm(f'{block}.basis_bn{i}', (s + u) * m)
                     draw(f'{block}.coeff_conv{i}', chs, (s + u) * m, 1, 1)
                 norm(f'{block}.bn{i}', chs)
-            if k == 0 and before != chs:
+            if k == 0 and before != chs and convs_in_shortcuts:
                 draw(f'{block}.shortcut.0', chs, before, 1, 1)
                 norm(f'{block}.shortcut.1', chs)
             if k > 0:
@@ -50,9 +61,15 @@ def official_resnet34(s: int, u: int, double: bool, layers=(3, 4, 6, 3), classes
                     alias = basis.replace(f'basis_{g}', 'basis')
                     state[f'{block}.{alias}.weight'] = state[f'{basis}.weight']
         before = chs
-    state['fc.weight'] = torch.randn(classes, before, generator=generator) * before ** -0.5
-    state['fc.bias'] = torch.randn(classes, generator=generator)
+    state[f'{fc}.weight'] = torch.randn(classes, before, generator=generator) * before ** -0.5
+    state[f'{fc}.bias'] = torch.randn(classes, generator=generator)
     return {prefix + name: value for name, value in state.items()}
+
+
+def count(state: State) -> int:
+    """Parameters, a basis once: its copies are one tensor."""
+    buffers = ('running_mean', 'running_var', 'num_batches_tracked')
+    return sum({id(value): value.numel() for name, value in state.items() if not name.endswith(buffers)}.values())
 
 
 def official_logits(state: State, x: torch.Tensor, layers=(3, 4, 6, 3), prefix='module.') -> torch.Tensor:
@@ -70,12 +87,15 @@ def official_logits(state: State, x: torch.Tensor, layers=(3, 4, 6, 3), prefix='
         z = torch.cat([F.conv2d(x, unique, padding=1), F.conv2d(x, basis, padding=1)], 1)
         return F.conv2d(norm(f'{block}.basis_bn{i}', z), state[f'{block}.coeff_conv{i}.weight'])
 
-    x = F.max_pool2d(F.relu(norm('bn1', F.conv2d(x, state['conv1.weight'], stride=2, padding=3))), 3, 2, 1)
+    stem = state['conv1.weight']
+    large = stem.shape[2] == 7  # of ImageNet
+    x = F.relu(norm('bn1', F.conv2d(x, stem, stride=2 if large else 1, padding=stem.shape[2] // 2)))
+    x = F.max_pool2d(x, 3, 2, 1) if large else x
     for g, depth in enumerate(layers, start=1):
         for k in range(depth):
             block, shortcut, stride = f'layer{g}.{k}', x, 2 if g > 1 and k == 0 else 1
             for i in (1, 2):
-                if k == 0:
+                if f'{block}.conv{i}.weight' in state:
                     x = F.conv2d(x, state[f'{block}.conv{i}.weight'], stride=stride if i == 1 else 1, padding=1)
                 else:
                     x = site(block, i, x)
@@ -84,5 +104,9 @@ def official_logits(state: State, x: torch.Tensor, layers=(3, 4, 6, 3), prefix='
             if f'{block}.shortcut.0.weight' in state:
                 shortcut = F.conv2d(shortcut, state[f'{block}.shortcut.0.weight'], stride=stride)
                 shortcut = norm(f'{block}.shortcut.1', shortcut)
+            elif stride == 2:  # shortcut A
+                more = (x.shape[1] - shortcut.shape[1]) // 2
+                shortcut = F.pad(shortcut[:, :, ::2, ::2], (0, 0, 0, 0, more, more))
             x = F.relu(x + shortcut)
-    return F.linear(x.mean((2, 3)), state['fc.weight'], state['fc.bias'])
+    fc = 'fc' if 'fc.weight' in state else 'linear'
+    return F.linear(x.mean((2, 3)), state[f'{fc}.weight'], state[f'{fc}.bias'])

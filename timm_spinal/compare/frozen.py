@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from timm.models import safe_model_name
-from torch import nn
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.model import create_model
@@ -54,7 +53,9 @@ def compare_frozen(config: FrozenConfig, command: str) -> Path | None:
         recipe = config.recipe(len(splits.train))
         recipes = grid(recipe, config.tune_lr, config.tune_weight_decay) if config.tune else []
         torch.manual_seed(config.seed)  # a backbone without weights is the same in every process and run
-        model = create_model(train_config, 0)
+        model: Any = create_model(train_config, 0)
+    if model.loaded_weights is not None:
+        accelerator.print(f'weights {model.loaded_weights}', flush=True)
     output = Path(config.output or f'output/compare/{safe_model_name(config.backbone)}')
     folder = Path(config.features) if config.features else output / 'features'
     maps = any(takes_map(variant) for variant in variants)
@@ -101,7 +102,7 @@ def _describe_data(found: Extracted, splits: Splits) -> dict[str, Any]:
 def _describe(
         config: FrozenConfig,
         recipe: Recipe,
-        model: nn.Module,
+        model: Any,
         found: Extracted,
         splits: Splits,
         device: torch.device,
@@ -116,6 +117,7 @@ def _describe(
     return {
         'Backbone': f'{config.backbone} (weights: {weights}), frozen, {count_text(count_params(model))} parameters, '
                     f'{count_text(macs(model, image))} MACs, {backbone_ms:.1f} ms for one image',
+        **({'Weights': str(model.loaded_weights)} if model.loaded_weights is not None else {}),
         'Features': f'{found.features["train"].x.shape[2]} numbers from images of '
                     f'{"x".join(map(str, found.input_size))}{passes}{speed}',
         'Heads': f'{recipe.epochs} epochs, batches of {recipe.batch_size}, {recipe.opt}, cosine schedule, label '

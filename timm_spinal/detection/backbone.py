@@ -1,18 +1,20 @@
 """A timm backbone with a feature pyramid, as torchvision's detectors take it."""
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any, Sequence
 
 import timm
 import torch
 import torch.nn as nn
-from timm.models import load_state_dict, parse_model_name
+from timm.models import parse_model_name
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from timm_spinal.errors import UserError
+from timm_spinal.models.fill_weights import watch_load
+from timm_spinal.models.load_weights import create_from_file
+from timm_spinal.models.weight_files import WeightsError
 from timm_spinal.training.damage import check_download
 from timm_spinal.training.model import check_model_name
 from timm_spinal.training.remote import explain, one_line
@@ -80,7 +82,7 @@ class TimmPyramid(nn.Module):
 
 
 def create_body(name: str, pretrained: bool | str, kwargs: dict[str, Any]) -> Any:
-    """A timm model that gives its features.
+    """A timm model that gives its features. Its ``loaded_weights`` say what became of the weights, if it has any.
 
     Args:
         name: Any model of timm or timm_spinal.
@@ -92,14 +94,15 @@ def create_body(name: str, pretrained: bool | str, kwargs: dict[str, Any]) -> An
             model.
     """
     check_model_name(name)
-    weights: dict[str, Any] = dict(pretrained=bool(pretrained))
-    if isinstance(pretrained, str):
-        if not Path(pretrained).is_file():
-            raise UserError(f'backbone {name}: there is no file {pretrained} with weights')
-        weights.update(pretrained_cfg_overlay=dict(file=pretrained))
     try:
-        file = load_state_dict(pretrained, use_ema=False) if isinstance(pretrained, str) else None
-        body: Any = timm.create_model(name, features_only=True, **weights, **kwargs)
+        if isinstance(pretrained, str):
+            body: Any = create_from_file(name, pretrained, features_only=True, **kwargs)
+        else:
+            with watch_load(name, features=True) as found:
+                body = timm.create_model(name, features_only=True, pretrained=pretrained, **kwargs)
+            body.loaded_weights = found if pretrained else None
+    except WeightsError as e:
+        raise UserError(f'backbone {name}: {e}') from e
     except Exception as e:
         if pretrained:  # damaged weights may raise any error
             check_download(f'backbone {name}', dict(file=pretrained) if isinstance(pretrained, str) else name)
@@ -108,19 +111,8 @@ def create_body(name: str, pretrained: bool | str, kwargs: dict[str, Any]) -> An
         raise UserError(f'backbone {name}: {explain(e) or one_line(e)}') from e
     if pretrained:
         check_download(f'backbone {name}', body.pretrained_cfg)
-    if file is not None and not _came_from(body, file):
-        raise UserError(f'backbone {name}: {pretrained} holds the weights of another model')
     _check_input(name, body)
     return body
-
-
-def _came_from(body: nn.Module, file: dict[str, torch.Tensor]) -> bool:
-    """Whether the outermost parameters are among those of a file: timm says nothing of weights that fit nowhere."""
-    parameters = list(body.parameters())
-    for parameter in (parameters[0], parameters[-1]):
-        if not any(value.shape == parameter.shape and torch.equal(value, parameter) for value in file.values()):
-            return False
-    return True
 
 
 @torch.no_grad()

@@ -114,6 +114,7 @@ def create_detector(
     except (TypeError, ValueError) as e:
         raise UserError(f'detector {name}: {" ".join(str(e).split())}; check its options') from e
     # what `saved` writes and makes it of again
+    detector.loaded_weights = body.loaded_weights
     detector.options = dict(
         name=name, backbone=arch, num_classes=num_classes, trainable_layers=trainable_layers, frozen_bn=frozen_bn,
         **sizes, fpn_channels=fpn_channels, anchor_scale=anchor_scale,

@@ -13,12 +13,19 @@ from timm_spinal.training.agree import agree
 from timm_spinal.training.data import TrainData
 from timm_spinal.training.loop import Run
 from timm_spinal.training.report import result_lines
-from timm_spinal.training.start import assemble, begin, carry_out, folder_and_checkpoint, make_accelerator
+from timm_spinal.training.start import (
+    assemble,
+    begin,
+    carry_out,
+    create_with_weights,
+    folder_and_checkpoint,
+    make_accelerator,
+)
 
 from .annotations import DetectionSet
 from .coco_metrics import check_installed
 from .data import create_data, open_splits
-from .detector import create_detector
+from .detector import PRETRAINED_LAYERS, create_detector
 from .evaluate import Measure
 from .options import FIXED, METRICS, DetectionConfig
 from .plot import draw_boxes
@@ -65,14 +72,17 @@ def prepare(config: DetectionConfig, accelerator: Accelerator, splits: dict[str,
         splits.update(open_splits(config))
     data = create_data(config, splits, accelerator.num_processes)
     set_seed(config.seed)
+    name = safe_model_name(f'{config.model}-{config.backbone.rpartition("/")[2]}')
+    where = folder_and_checkpoint(accelerator, config, name)
     with accelerator.main_process_first():
-        model = create_model(config, data.num_classes)
+        model = create_with_weights(
+            lambda config: create_model(config, data.num_classes), config, accelerator, where,
+            **without_weights(config))
     for split in splits.values():
         accelerator.print(split.describe())
     if not (config.pretrained_backbone or config.backbone_path) and model.options['frozen_bn']:
         accelerator.print('warning: --frozen-bn: the BatchNorm of a backbone without weights stays as it was drawn')
-    name = safe_model_name(f'{config.model}-{config.backbone.rpartition("/")[2]}')
-    folder, checkpoint = folder_and_checkpoint(accelerator, config, name)
+    folder, checkpoint = where
     if config.sync_bn and accelerator.num_processes > 1:
         model = convert_sync_batchnorm(model)
     model.to(accelerator.device)
@@ -93,7 +103,7 @@ def prepare(config: DetectionConfig, accelerator: Accelerator, splits: dict[str,
     run = assemble(
         config, accelerator, folder, DetectionTask(model, accelerator.device), data, metric=config.eval_metric,
         measured=METRICS, measure=measure, description=describe(config, data), on_best=on_best,
-        on_epoch=outcome.write_reports, fixed=FIXED)
+        on_epoch=outcome.write_reports, fixed=FIXED, weights=model.loaded_weights)
     begin(run, checkpoint)
     return run
 
@@ -114,6 +124,15 @@ def create_model(config: DetectionConfig, num_classes: int) -> Any:
         backbone_kwargs=config.backbone_kwargs,
         **config.detector_kwargs,
     )
+
+
+def without_weights(config: DetectionConfig) -> dict[str, Any]:
+    """Options that make the detector of a config without the weights of its backbone."""
+    if not (config.pretrained_backbone or config.backbone_path):
+        return {}
+    layers = PRETRAINED_LAYERS if config.trainable_layers is None else config.trainable_layers
+    return dict(pretrained_backbone=False, backbone_path=None, trainable_layers=layers,
+                frozen_bn=config.frozen_bn is not False)
 
 
 def describe(config: DetectionConfig, data: TrainData) -> dict[str, Any]:

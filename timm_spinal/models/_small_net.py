@@ -5,13 +5,14 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from timm.layers.helpers import get_device_dtype
-from timm.models import build_model_with_cfg, checkpoint
+from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import nn
 
 from ..layers import HEADS, ClassifierHead, create_head, head_takes_map
 from ._feature_map import check_map_pool
 from ._small_heads import GridPool, PlainHead
+from .load_weights import build_model
 
 MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)
 CIFAR_MEAN, CIFAR_STD = (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)
@@ -257,6 +258,6 @@ def build_small_net(
         num_stages: int,
         **kwargs: Any,
 ) -> Any:
-    """timm's ``build_model_with_cfg`` for a net with this many feature levels."""
+    """`build_model` for a net with this many feature levels."""
     feature_cfg = dict(out_indices=tuple(range(num_stages)), flatten_sequential=True)
-    return build_model_with_cfg(net_cls, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    return build_model(net_cls, variant, pretrained, feature_cfg=feature_cfg, **kwargs)

@@ -23,6 +23,9 @@ from timm.models._pretrained import DefaultCfg
 from torch import nn
 
 from ._packaged import packaged_cfgs, same_preprocessing
+from .fill_weights import watch_load
+from .load_weights import create_filled, is_from_file, rename_on_load
+from .weight_files import read_weights
 
 TAG_PREFIX = 'backbone'
 
@@ -71,6 +74,8 @@ def create_backbone(
 ) -> Tuple[Any, Dict[str, torch.Tensor]]:
     """The plain model, built and loaded by timm through its family's own filters, and all weights that cfg names.
 
+    What became of the plain model's part of them is its ``loaded_weights``, to which the caller adds the rest.
+
     Args:
         backbone: Its registered name.
         cfg: Pretrained cfg of our model.
@@ -83,14 +88,26 @@ def create_backbone(
     state_dict: Dict[str, torch.Tensor] = {}
     load_cfg = plain_cfg
     if pretrained and not cfg.get('custom_load'):
-        state_dict = read_state_dict(cfg, cache_dir)
+        given = cfg.get('state_dict') or is_from_file(cfg) and read_weights(cfg['file'])
+        state_dict = given or read_state_dict(cfg, cache_dir)
         load_cfg = filter_pretrained_cfg(plain_cfg, remove_source=True)
         load_cfg['state_dict'] = {name: value for name, value in state_dict.items() if not is_ours(name)}
-    model = model_entrypoint(backbone)(
-        pretrained=pretrained, pretrained_cfg=load_cfg, cache_dir=cache_dir, **kwargs)
-    plain_cfg.pop('state_dict', None)  # not to be kept with the model
-    model.pretrained_cfg = pretrained_cfg_for_features(plain_cfg) if kwargs.get('features_only') else plain_cfg
-    model.default_cfg = model.pretrained_cfg
+
+    def create(load_cfg: Dict[str, Any]) -> Any:
+        return model_entrypoint(backbone)(
+            pretrained=pretrained, pretrained_cfg=load_cfg, cache_dir=cache_dir, **kwargs)
+
+    if pretrained and is_from_file(cfg):
+        model = create_filled(create, plain_cfg, kwargs, load_cfg['state_dict'])
+    else:
+        with watch_load(backbone) as found:
+            model = create(load_cfg)
+        model.loaded_weights = found if pretrained else None
+        plain_cfg.pop('state_dict', None)  # not to be kept with the model
+        model.pretrained_cfg = pretrained_cfg_for_features(plain_cfg) if kwargs.get('features_only') else plain_cfg
+        model.default_cfg = model.pretrained_cfg
+    if not (kwargs.get('features_only') or model._load_state_dict_pre_hooks):
+        rename_on_load(model)
     return model, state_dict
 
 

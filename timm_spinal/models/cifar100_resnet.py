@@ -7,12 +7,13 @@ paper's net, and narrower.
 from typing import Any, Dict
 
 import torch
-from timm.models import ResNet, build_model_with_cfg, register_model
+from timm.models import ResNet, register_model
 from timm.models.resnet import BasicBlock
 from torch import nn
 
 from ._packaged import generate_default_cfgs
 from ._small_net import CIFAR_MEAN, CIFAR_STD
+from .load_weights import build_model
 
 __all__ = ['Cifar100ResNet', 'use_small_stem']
 
@@ -58,7 +59,7 @@ def cifar100_cfg(**kwargs: Any) -> Dict[str, Any]:
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> Cifar100ResNet:
-    return build_model_with_cfg(Cifar100ResNet, variant, pretrained, **kwargs)
+    return build_model(Cifar100ResNet, variant, pretrained, **kwargs)
 
 
 default_cfgs = generate_default_cfgs({

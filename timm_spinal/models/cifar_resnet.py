@@ -4,6 +4,7 @@ Paper: "Deep Residual Learning for Image Recognition", https://arxiv.org/abs/151
 shortcut A, which has no parameters. The nets of `spinal_cifar.py` are wider and another paper's.
 """
 
+import re
 from typing import Any, Dict
 
 import torch
@@ -19,6 +20,14 @@ from ._small_net import CIFAR_MEAN, CIFAR_STD, SmallNet, build_small_net, small_
 __all__ = ['SmallResNet']
 
 CHANNELS = (16, 32, 64)
+
+# names of ImageNet's ResNets, which most code for CIFAR keeps, to SmallResNet's
+_NAMES = (
+    (r'^conv1\.', 'stages.0.conv.'),
+    (r'^bn1\.', 'stages.0.bn.'),
+    (r'^layer(\d)\.', r'stages.\1.'),
+    (r'^(?:fc|linear)\.', 'head.fc.'),
+)
 
 
 class PadShortcut(nn.Module):
@@ -87,8 +96,16 @@ class SmallResNet(SmallNet):
                 nn.init.zeros_(module.bias)
 
 
+def small_resnet_filter_fn(state_dict: Dict[str, torch.Tensor], model: Any) -> Dict[str, torch.Tensor]:
+    """Names of the usual code for CIFAR, the papers' too, to ours; a state dict of our own stays as it is."""
+    for pattern, replacement in _NAMES:
+        state_dict = {re.sub(pattern, replacement, name): value for name, value in state_dict.items()}
+    return state_dict
+
+
 def _create_small_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> SmallResNet:
-    return build_small_net(SmallResNet, variant, pretrained, num_stages=4, **kwargs)
+    return build_small_net(
+        SmallResNet, variant, pretrained, num_stages=4, pretrained_filter_fn=small_resnet_filter_fn, **kwargs)
 
 
 def _cfg() -> Dict[str, Any]:

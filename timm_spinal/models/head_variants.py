@@ -18,6 +18,8 @@ from ..layers import head_options, head_takes_map
 from ..layers.packed_routing import check_packed_state
 from ._variants import create_backbone, register_variant
 from .attach_head import CLASSIFIER_NAME, HEAD_NAME, TimmModel, attach_head
+from .fill_weights import LoadedWeights
+from .load_weights import is_from_file
 
 _logger = logging.getLogger(__name__)
 
@@ -43,21 +45,52 @@ VARIANTS = (
 default_cfgs: Dict[str, DefaultCfg] = {}
 
 
-def _load_head(model: TimmModel, state_dict: Dict[str, torch.Tensor], num_classes: int) -> None:
-    """Load a whole model's head; for other classes than the weights' all but what is made for the classes."""
+def _load_head(model: TimmModel, state_dict: Dict[str, torch.Tensor], num_classes: int, from_file: bool) -> bool:
+    """Load a whole model's head; for other classes than the weights' all but what is made for the classes.
+
+    Args:
+        model: Its head is attached and new.
+        state_dict: The weights of the whole model.
+        num_classes: The number of classes that they are said to have.
+        from_file: They are from a file, which says nothing of its classes and may have another head: what does not fit
+            stays new.
+
+    Returns:
+        Whether anything of it was loaded.
+    """
     prefix = f'{HEAD_NAME}.'
     missing = {name for name in model.state_dict() if not name.startswith(prefix)} - set(state_dict)
-    if missing:
+    if missing and not from_file:
         raise RuntimeError(f"The weights lack {len(missing)} keys of the backbone, such as '{min(missing)}'.")
+    own = model.attached_head.state_dict()
     head = {name[len(prefix):]: value for name, value in state_dict.items() if name.startswith(prefix)}
-    same_classes = model.num_classes == num_classes
+    of_classes = tuple(f'{part}.' for part in model.attached_head.class_parts)
+    misfits = {name for name in own.keys() | head.keys()
+               if name not in own or name not in head or own[name].shape != head[name].shape}
+    same_classes = not misfits if from_file else model.num_classes == num_classes
     if model.num_classes and not same_classes and getattr(model.attached_head, 'packed', False):
         check_packed_state(head, 'fc.', packed=True, num_classes=model.num_classes)
+    kept = head
     if not same_classes:
-        new = tuple(f'{part}.' for part in model.attached_head.class_parts)
-        head = {name: value for name, value in head.items() if not name.startswith(new)}
-        _logger.info(f'The classifier is new: the model has {model.num_classes} classes, the weights {num_classes}.')
-    model.attached_head.load_state_dict(head, strict=same_classes)
+        another = from_file and any(not name.startswith(of_classes) for name in misfits)
+        kept = {} if another else {name: value for name, value in head.items() if not name.startswith(of_classes)}
+        if kept:
+            _logger.info(f'The classifier is new: the model has {model.num_classes} classes, the weights others.')
+    model.attached_head.load_state_dict(kept, strict=same_classes)
+    _note(model, head, kept)
+    return bool(kept)
+
+
+def _note(model: TimmModel, head: Dict[str, torch.Tensor], kept: Dict[str, torch.Tensor]) -> None:
+    """Add what became of a head to what became of the backbone."""
+    found: LoadedWeights = model.loaded_weights
+    found.loaded += len(kept)
+    if 'fc.weight' not in kept and (fc := head.get('fc.weight')) is not None and fc.ndim == 2:
+        found.classes = len(fc)
+    found.left_out += [f'{HEAD_NAME}.{name}' for name in head if name not in kept]
+    found.new += [f'{HEAD_NAME}.{name}' for name in model.attached_head.state_dict() if name not in kept]
+    own = model.state_dict()  # without what the head goes past
+    found.new[:] = [name for name in found.new if name in own]
 
 
 def _create_head_variant(
@@ -92,13 +125,16 @@ def _create_head_variant(
     cfg.pop('state_dict', None)
     if not kwargs.get('features_only'):
         attach_head(model, head, num_classes, **head_kwargs)
+        kept = False
         if any(name.startswith(f'{HEAD_NAME}.') for name in state_dict):
-            _load_head(model, state_dict, default_classes)
+            kept = _load_head(model, state_dict, default_classes, is_from_file(cfg))
         elif not num_classes and not model.unpooled and hasattr(model, 'num_prefix_tokens'):
             # a token model of timm's that is made without classes answers with num_features, its embedding
             model.attached_head.postpone_hidden()
             model.head_hidden_size = model.attached_head.hidden_size
         elif pretrained:
+            _note(model, {}, {})
+        if pretrained and not kept and model.attached_head.state_dict():
             _logger.warning(f'{variant}: the backbone is pretrained, its {head} head is new and needs training.')
         model.pretrained_cfg = model.default_cfg = cfg
     return model

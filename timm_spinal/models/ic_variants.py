@@ -23,8 +23,10 @@ from torch import nn
 from ._feature_map import TimmModel
 from ._variants import create_backbone, register_variant
 from .convert_ic import IC_OPTIONS, convert_to_ic, flat_name
+from .fill_weights import LoadedWeights
 from .head_variants import register_head_variant
 from .ic_quiet_start import ic_quiet_start
+from .weight_files import MisfitError
 
 _logger = logging.getLogger(__name__)
 
@@ -41,22 +43,47 @@ def _is_collision(name: str) -> bool:
     return '.ic_' in name
 
 
-def _load_collision(model: TimmModel, state_dict: Dict[str, torch.Tensor], variant: str, quiet: bool) -> None:
-    """Load what the plain model does not have, or say that it is new, and start it quietly where asked for."""
-    ours = [name for name in model.state_dict() if _is_collision(name)]
-    found = {flat_name(name): value for name, value in state_dict.items() if _is_collision(name)}
-    if not found:
+def _load_collision(
+        model: TimmModel,
+        state_dict: Dict[str, torch.Tensor],
+        variant: str,
+        quiet: bool,
+        whole: bool,
+) -> None:
+    """Load what the plain model does not have, or say that it is new, and start it quietly where asked for.
+
+    Args:
+        model: Has collisions and the plain model's weights.
+        state_dict: The weights of the whole model.
+        variant: Its name.
+        quiet: Whether it is started quietly.
+        whole: It has all layers that the weights are for, which ``features_only`` may cut.
+    """
+    own = {name: value for name, value in model.state_dict().items() if _is_collision(name)}
+    given = {flat_name(name): value for name, value in state_dict.items() if _is_collision(name)}
+    loaded: LoadedWeights = model.loaded_weights
+    if not given:
         if quiet:
             ic_quiet_start(model)
         fit = 'nearly fit' if quiet else 'do not fit'
+        loaded.new += own
         _logger.warning(
-            f"{variant}: the plain model's weights are loaded, {len(ours)} tensors of the collision are new, and "
+            f"{variant}: the plain model's weights are loaded, {len(own)} tensors of the collision are new, and "
             f'BatchNorm statistics {fit}: use timm_spinal.ic_warm_start or recalibrate_bn, or train.')
         return
-    missing = [name for name in ours if flat_name(name) not in found]
+    missing = [name for name in own if flat_name(name) not in given]
     if missing:
-        raise RuntimeError(f"The weights lack {len(missing)} keys of the collision, such as '{missing[0]}'.")
-    model.load_state_dict({name: found[flat_name(name)] for name in ours}, strict=False)
+        raise MisfitError(
+            f"{loaded.source}: the weights lack {len(missing)} keys of the collision, such as '{missing[0]}'.")
+    others = given.keys() - {flat_name(name) for name in own} if whole else set()
+    wrong = [name for name, value in own.items() if given[flat_name(name)].shape != value.shape]
+    if others or wrong:
+        raise MisfitError(
+            f'{loaded.source}: the weights have {len(others) + len(wrong)} tensors of the collision for which '
+            f"{variant} with these options has no place, such as '{min([*others, *wrong])}'; give it the ic_ options "
+            'of the weights.')
+    model.load_state_dict({name: given[flat_name(name)] for name in own}, strict=False)
+    loaded.loaded += len(own)
 
 
 def _create_ic_variant(
@@ -75,7 +102,7 @@ def _create_ic_variant(
     convert_to_ic(model, **options)
     if pretrained:
         quiet = 'init' not in options and options.get('norm') != 'bn'  # which is about half active for any w'
-        _load_collision(model, state_dict, variant, quiet)
+        _load_collision(model, state_dict, variant, quiet, whole=not kwargs.get('features_only'))
     return model
 
 

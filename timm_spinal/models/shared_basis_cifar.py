@@ -8,31 +8,24 @@ bases per stage. He's nets of 16 channels are for CIFAR-10, and there alone the 
 unique filters too (spec 2.1); ResNet34 of 64 channels is for CIFAR-100.
 """
 
-import re
 from typing import Any, Dict
 
 import torch
-from timm.models import build_model_with_cfg, register_model
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import register_model
 
 from ._packaged import generate_default_cfgs
 from ._shared_blocks import share_basic_stages
 from ._shared_model import SHARED_BASIS_PAPER, SharedBasisModel, checkpoint_filter_fn
-from ._small_net import CIFAR_MEAN, CIFAR_STD, build_small_net, small_net_cfg
+from ._small_net import build_small_net, small_net_cfg
 from .cifar100_resnet import Cifar100ResNet, cifar100_cfg, use_small_stem
-from .cifar_resnet import SmallResNet
+from .cifar_resnet import SmallResNet, small_resnet_filter_fn
+from .load_weights import build_model
 from .shared_basis_resnet import SharedBasisResNet
 
 __all__ = ['SharedBasisCifar100ResNet', 'SharedBasisSmallResNet']
 
 STAGES = ('stages.1', 'stages.2', 'stages.3')
-
-# names of He's ImageNet ResNets, which the paper's code keeps, to SmallResNet's
-_NAMES = (
-    (r'^conv1\.', 'stages.0.conv.'),
-    (r'^bn1\.', 'stages.0.bn.'),
-    (r'^layer(\d)\.', r'stages.\1.'),
-    (r'^(?:fc|linear)\.', 'head.fc.'),
-)
 
 
 class SharedBasisSmallResNet(SharedBasisModel, SmallResNet):
@@ -88,12 +81,7 @@ class SharedBasisCifar100ResNet(SharedBasisResNet):
 
 def small_checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: Any) -> Dict[str, Any]:
     """Names of the paper's CIFAR-10 code to ours; a state dict of our own stays as it is."""
-    converted = {}
-    for name, value in checkpoint_filter_fn(state_dict, model).items():
-        for pattern, replacement in _NAMES:
-            name = re.sub(pattern, replacement, name)
-        converted[name] = value
-    return converted
+    return small_resnet_filter_fn(checkpoint_filter_fn(state_dict, model), model)
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> SharedBasisSmallResNet:
@@ -103,7 +91,7 @@ def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> SharedBasi
 
 
 def _create_cifar100(variant: str, pretrained: bool = False, **kwargs: Any) -> SharedBasisCifar100ResNet:
-    return build_model_with_cfg(
+    return build_model(
         SharedBasisCifar100ResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
@@ -111,8 +99,8 @@ def _cfg() -> Dict[str, Any]:
     return small_net_cfg(
         pool_size=(8, 8),
         input_size=(3, 32, 32),
-        mean=CIFAR_MEAN,
-        std=CIFAR_STD,
+        mean=IMAGENET_DEFAULT_MEAN,  # as in the paper's code, on CIFAR-10 alone
+        std=IMAGENET_DEFAULT_STD,
         first_conv='stages.0.conv',
         **SHARED_BASIS_PAPER,
     )

@@ -12,13 +12,14 @@ attention is not built (spec 6, item 3).
 from functools import partial
 from typing import Any
 
-from timm.models import EfficientNet, build_model_with_cfg, register_model
+from timm.models import EfficientNet, register_model
 from timm.models._efficientnet_builder import decode_arch_def, resolve_act_layer, resolve_bn_args
 from torch import nn
 
 from ._packaged import generate_default_cfgs
 from ._shared_blocks import SharedInvertedResidual, share_convs
 from ._shared_model import SharedBasisModel, shared_cfg
+from .load_weights import build_model
 
 __all__ = ['SharedBasisMobileNetV2']
 
@@ -55,7 +56,7 @@ class SharedBasisMobileNetV2(SharedBasisModel, EfficientNet):
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> SharedBasisMobileNetV2:
     feature_cfg = dict(flatten_sequential=True)
-    return build_model_with_cfg(SharedBasisMobileNetV2, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    return build_model(SharedBasisMobileNetV2, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
 default_cfgs = generate_default_cfgs({

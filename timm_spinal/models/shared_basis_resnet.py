@@ -12,7 +12,7 @@ from typing import Any, Type
 
 import torch
 from timm.layers import get_norm_layer
-from timm.models import ResNet, build_model_with_cfg, register_model
+from timm.models import ResNet, register_model
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
@@ -20,6 +20,7 @@ from ._inplace_stem import InplaceStem
 from ._packaged import generate_default_cfgs
 from ._shared_blocks import SharedBottleneck, share_basic_stages, share_convs, stage_names
 from ._shared_model import SharedBasisModel, checkpoint_filter_fn, shared_cfg
+from .load_weights import build_model
 
 __all__ = ['SharedBasisResNet', 'SharedBottleneckResNet']
 
@@ -106,7 +107,7 @@ class SharedBottleneckResNet(InplaceStem, SharedBasisModel, ResNet):
 
 
 def _create(cls: Type[ResNet], variant: str, pretrained: bool = False, **kwargs: Any) -> Any:
-    return build_model_with_cfg(cls, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    return build_model(cls, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 default_cfgs = generate_default_cfgs({

@@ -14,7 +14,7 @@ twice and never uses the two that it declares last (spec 6, D2). The MNIST scrip
 from typing import Any, Dict, List, Sequence
 
 import torch
-from timm.models import build_model_with_cfg, checkpoint, register_model
+from timm.models import checkpoint, register_model
 from torch import nn
 
 from ..layers import ClassifierHead, create_head
@@ -29,6 +29,7 @@ from ._small_net import (
     small_net_cfg,
     strip_head_prefix,
 )
+from .load_weights import build_model
 
 __all__ = ['FlatMlp', 'FlatSpinalNet']
 
@@ -194,7 +195,7 @@ def _create_flat_mlp(variant: str, pretrained: bool = False, **kwargs: Any) -> F
 def _create_flat_spinal(variant: str, pretrained: bool = False, **kwargs: Any) -> FlatSpinalNet:
     # the levels are slices of one output, no modules that timm's default feature extractor could cut out
     feature_cfg = dict(out_indices=tuple(range(kwargs['head_layers'])), feature_cls='getter')
-    return build_model_with_cfg(
+    return build_model(
         FlatSpinalNet,
         variant,
         pretrained,

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from timm_spinal.errors import UserError
+from timm_spinal.models.fill_weights import LoadedWeights
 
 from .checkpoint import find_checkpoints, save_checkpoint
 from .config import LoopConfig
@@ -56,6 +57,7 @@ class Run(Generic[ConfigT]):
     kept_in_eval: list[nn.Module] = field(default_factory=list)
     signs: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # of the binary weights at the start
     progress: Progress = field(default_factory=Progress)
+    weights: LoadedWeights | None = None  # that the model started from
     drawn_at: float = field(default_factory=time.monotonic)  # when the curves were last drawn
     after_epoch: Callable[['Run'], None] | None = None  # what a caller of the trainer adds
 

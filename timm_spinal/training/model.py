@@ -1,7 +1,6 @@
 """A timm model from a config, with one-line errors for what a user can get wrong."""
 import difflib
 import json
-import os
 import re
 from typing import Any
 
@@ -14,6 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import timm_spinal
 from timm_spinal.errors import UserError
+from timm_spinal.models.fill_weights import LoadedWeights, watch_load
+from timm_spinal.models.load_weights import create_from_file, load_exactly
+from timm_spinal.models.weight_files import MisfitError, WeightsError, first_names
 
 from .config import TrainConfig, ValidateConfig
 from .damage import check_download
@@ -34,14 +36,9 @@ def create_model(config: TrainConfig | ValidateConfig, num_classes: int | None) 
     """
     check_model_name(config.model)
     label, cache_dir = f'model {config.model}', config.model_kwargs.get('cache_dir')
-    if config.initial_checkpoint and not os.path.isfile(config.initial_checkpoint):
-        raise UserError(f'initial_checkpoint {config.initial_checkpoint}: no such file')
-    weights: dict[str, Any] = dict(pretrained=config.pretrained)
-    if config.pretrained_path:
-        if not os.path.isfile(config.pretrained_path):
-            raise UserError(f'pretrained_path {config.pretrained_path}: no such file')
-        # -1 makes timm adapt the head
-        weights = dict(pretrained=True, pretrained_cfg_overlay=dict(file=config.pretrained_path, num_classes=-1))
+    if config.pretrained_path and config.initial_checkpoint:
+        raise UserError('--pretrained-path and --initial-checkpoint: the second replaces all weights of the first; '
+                        'give one of them')
     options = dict(
         num_classes=num_classes,
         drop_rate=config.drop or None,
@@ -51,24 +48,67 @@ def create_model(config: TrainConfig | ValidateConfig, num_classes: int | None) 
     )
     try:
         inputs = dict(img_size=config.img_size, input_size=config.input_size, in_chans=config.in_chans)
-        resolved = resolve_model_input_args(config.model, args=inputs, **{**options, **config.model_kwargs, **weights})
-        resolved.update(weights)
-        model = timm.create_model(**resolved, checkpoint_path=config.initial_checkpoint or None)
+        resolved = resolve_model_input_args(config.model, args=inputs, **{**options, **config.model_kwargs})
+        model = _create(config, resolved)
         _apply_settings(model, config)
     except Exception as e:
-        if weights['pretrained']:  # damaged weights may raise any error
+        if config.pretrained or config.pretrained_path:  # damaged weights may raise any error
             origin = dict(file=config.pretrained_path) if config.pretrained_path else config.model
             check_download(label, origin, cache_dir)
+        if isinstance(e, WeightsError):
+            raise UserError(f'{_file_flag(config)}{e}') from e
         if (reason := _reason(config.model, e)) is None:
             raise
         raise UserError(f'{label}: {reason}') from e
-    if weights['pretrained']:
-        cfg: Any = model.pretrained_cfg
+    if config.pretrained or config.pretrained_path:
+        cfg: Any = dict(file=config.pretrained_path) if config.pretrained_path else model.pretrained_cfg
         check_download(label, cfg, cache_dir)
     if isinstance(config, TrainConfig) and any(getattr(module, 'packed', False) for module in model.modules()):
         raise UserError(f'model {config.model}: its capsule head is packed, for inference only; train the float model '
                         'and pack it afterwards')
     return model
+
+
+def _create(config: TrainConfig | ValidateConfig, resolved: dict[str, Any]) -> Any:
+    """The model with the weights that a config names; its ``loaded_weights`` say what became of them, if it has any."""
+    if config.pretrained_path:
+        return create_from_file(resolved.pop('model_name'), config.pretrained_path, **resolved)
+    with watch_load(config.model) as found:
+        model: Any = timm.create_model(**resolved, pretrained=config.pretrained)
+    if (repo := model.pretrained_cfg.get('hf_hub_id')) and repo not in config.model:
+        found.source += f' ({repo})'
+    model.loaded_weights = found if config.pretrained else None
+    if config.initial_checkpoint:
+        try:
+            model.loaded_weights = load_exactly(model, config.initial_checkpoint)
+        except MisfitError as e:
+            if isinstance(config, ValidateConfig):
+                raise
+            raise MisfitError(f'{e}; --pretrained-path keeps what fits and draws a new head') from e
+    return model
+
+
+def check_classifier(model: Any) -> None:
+    """Refuse to measure a model whose classifier is not in its weights.
+
+    Raises:
+        UserError: Says what the weights have in its place.
+    """
+    found: LoadedWeights | None = model.loaded_weights
+    names = model.pretrained_cfg.get('classifier') or ()
+    prefixes = tuple(f'{name}.' for name in ([names] if isinstance(names, str) else names))
+    new = [name for name in found.new if name.startswith(prefixes)] if found else []
+    if found and new:
+        saved = model.pretrained_cfg.get('source') and model.pretrained_cfg['num_classes']
+        classes = found.classes or (saved if saved != model.num_classes else None)
+        has = f'is for {classes} classes' if classes else 'is missing or of another kind'
+        fix = f'give --num-classes {classes}' if classes else 'give weights that have it'
+        raise UserError(f'{found.source}: the classifier in it {has}; the model has {model.num_classes} classes and '
+                        f'would be measured with a random one ({first_names(new)}); {fix}')
+
+
+def _file_flag(config: TrainConfig | ValidateConfig) -> str:
+    return 'pretrained_path ' if config.pretrained_path else 'initial_checkpoint ' if config.initial_checkpoint else ''
 
 
 def _reason(name: str, error: Exception) -> str | None:

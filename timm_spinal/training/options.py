@@ -63,8 +63,10 @@ class ModelOptions:
     """Model"""
     model: str = option('resnet50', 'name of the model: any of timm or timm_spinal')
     pretrained: bool = option(False, 'start from the pretrained weights of this name')
-    pretrained_path: str | None = option(None, 'load this file as if it were the pretrained weights (head adapted)')
-    initial_checkpoint: str = option('', 'load this file after the model is made (exact match)')
+    pretrained_path: str | None = option(
+        None, 'start from the weights in this file; a classifier that does not fit is new')
+    initial_checkpoint: str = option(
+        '', 'start from the weights in this file, which must be those of the model, all of them')
     num_classes: int | None = option(None, 'classes; from the data set when not given (timm: from the model)', low=1)
     gp: str | None = option(None, 'global pooling: avg, max, avgmax, catavgmax, fast')
     img_size: int | None = option(None, 'image side in pixels', low=1)

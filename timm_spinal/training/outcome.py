@@ -78,8 +78,9 @@ def summarise(run: Run[TrainConfig]) -> dict[str, Any]:
     The accuracies are ``top1`` and ``top5``, or those of `metrics.PairEvaluator` where images have two classes.
     ``epoch`` is the number of epochs done, ``best_epoch`` counts from zero as summary.csv does; ``seconds`` and
     ``images_per_second`` are of training and evaluation, and of training alone. ``teacher_top1`` is what --kd-check
-    found. ``sign_flips`` is the part of the binary weights (XnODR), in percent, whose sign is another after the last
-    update than before the first; None without any.
+    found. ``weights`` says what became of the weights that the model started from (source, tensors loaded, names left
+    out and new), None without any. ``sign_flips`` is the part of the binary weights (XnODR), in percent, whose sign is
+    another after the last update than before the first; None without any.
     """
     config, module = run.config, unwrap_model(eval_model(run.task))
     teacher = {}
@@ -117,6 +118,7 @@ def counts(run: Run) -> dict[str, Any]:
         eval_size=run.data.eval_size,
         skipped=int(run.accelerator.reduce(skipped)),
         stopped_early=progress.stopped_early,
+        weights=None if run.weights is None else run.weights.as_dict(),
     )
 
 

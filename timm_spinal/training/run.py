@@ -23,7 +23,7 @@ from .objective import build_penalties, build_task
 from .outcome import export_best, finish, write_reports
 from .predictions import Predictions
 from .signs import signs_of
-from .start import assemble, begin, carry_out, folder_and_checkpoint, make_accelerator
+from .start import assemble, begin, carry_out, create_with_weights, folder_and_checkpoint, make_accelerator
 from .warm_start import check_warm_start, warm_start
 
 
@@ -77,15 +77,18 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
     config = replace(config, num_classes=datasets.num_classes)
     metric = choosing_metric(config.eval_metric, datasets.multi_label)
     set_seed(config.seed)
+    where = folder_and_checkpoint(accelerator, config, '') if config.resume else None  # which has a name already
     with accelerator.main_process_first():
-        model = create_model(config, datasets.num_classes)
+        model = create_with_weights(
+            lambda config: create_model(config, datasets.num_classes), config, accelerator, where,
+            pretrained=False, pretrained_path=None, initial_checkpoint='')
     signs = signs_of(model)
     data = create_data(config, model, datasets, num_processes=accelerator.num_processes)
     kept_in_eval = apply_freeze(model, config.freeze, config.freeze_modules)
     if config.batch_size == 1:
         check_batch_of_one(model, data.data_config['input_size'], kept_in_eval)
     name = f'{safe_model_name(config.model)}-{data.data_config["input_size"][-1]}'
-    folder, checkpoint = folder_and_checkpoint(accelerator, config, name)
+    folder, checkpoint = where or folder_and_checkpoint(accelerator, config, name)
 
     if config.sync_bn and accelerator.num_processes > 1:
         model = convert_sync_batchnorm(model)
@@ -109,8 +112,8 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
     run = assemble(
         config, accelerator, folder, task, data, metric=metric,
         measured=('loss', *accuracies(datasets.multi_label)), measure=measure, penalties=penalties,
-        kept_in_eval=kept_in_eval, signs=signs, description=describe(config, datasets, data), on_best=export_best,
-        on_epoch=write_reports)
+        kept_in_eval=kept_in_eval, signs=signs, weights=model.loaded_weights,
+        description=describe(config, datasets, data), on_best=export_best, on_epoch=write_reports)
     prepare_teacher(run, datasets, checkpoint)
     begin(run, checkpoint)
     return run

@@ -1,5 +1,5 @@
 """From the parts of a run to its first update: what every kind of training has in common; see `run.py` for one."""
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Callable
 
@@ -92,6 +92,40 @@ def folder_and_checkpoint(accelerator: Accelerator, config: LoopConfig, name: st
         return folder, choose_checkpoint(config.resume, folder, print) if config.resume else None
 
     return agree(accelerator, choose)
+
+
+def create_with_weights(
+        create: Callable[[ConfigT], Any],
+        config: ConfigT,
+        accelerator: Accelerator,
+        where: tuple[Path, Path | None] | None,
+        **without: Any,
+) -> Any:
+    """The model of a run, with the weights that it starts from; the main process says what became of them.
+
+    A run that goes on from a checkpoint has all weights in it: it does not end for a file that has gone, or that an
+    older version took although it does not fit.
+
+    Args:
+        create: Makes the model of a config, with an attribute ``loaded_weights``.
+        config: The run's config.
+        accelerator: Its accelerator.
+        where: Its folder and checkpoint, if it is resumed.
+        without: Options that make the same model without weights.
+
+    Raises:
+        UserError: The model cannot be made.
+    """
+    try:
+        model = create(config)
+    except UserError as e:
+        if where is None or where[1] is None:
+            raise
+        model = create(replace(config, **without))
+        accelerator.print(f'resuming: the weights of the start are not looked at again ({e})')
+    if model.loaded_weights is not None:
+        accelerator.print(f'weights {model.loaded_weights}', flush=True)
+    return model
 
 
 def assemble(

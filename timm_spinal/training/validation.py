@@ -9,10 +9,10 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
-from timm.models import clean_state_dict
 
 from timm_spinal.errors import UserError
+from timm_spinal.models.load_weights import load_exactly
+from timm_spinal.models.weight_files import WeightsError
 
 from . import report
 from .checkpoint import EMA, STATE, damage, find_checkpoints, read_state
@@ -21,16 +21,17 @@ from .data import count_skipped, create_datasets, create_eval_loader
 from .evaluate import evaluate
 from .export import CONFIG, WEIGHTS
 from .metrics import accuracies
-from .model import create_model
+from .model import check_classifier, create_model
 from .options import ModelOptions
 
 
 @dataclass
 class Candidate:
-    """A model to evaluate: the name in the table, its config and the state dict to load over it, if any."""
+    """A model to evaluate: the name in the table, its config and the file of its weights, if it is none of the config.
+    """
     name: str
     config: ValidateConfig
-    state_dict: dict[str, torch.Tensor] | None = None
+    file: Path | None = None
 
 
 def validate(config: ValidateConfig) -> list[dict[str, Any]]:
@@ -109,11 +110,9 @@ def open_candidate(config: ValidateConfig, name: str) -> Candidate:
         return _open_checkpoint(config, inside[0])
     if not path.is_file():
         raise UserError(f'checkpoint {path}: no such file or folder')
-    try:
-        state_dict = timm.models.load_state_dict(str(path), use_ema=config.use_ema)
-    except Exception as e:  # whatever a file that is no checkpoint makes torch or safetensors raise
-        raise UserError(f'checkpoint {path}: {" ".join(str(e).split())[:200]}') from e
-    return Candidate(name, config, state_dict)
+    if config.pretrained_path or config.initial_checkpoint:
+        raise UserError('--checkpoint: names the weights already; leave out --pretrained-path and --initial-checkpoint')
+    return Candidate(name, replace(config, pretrained=False), path)
 
 
 def _open_checkpoint(config: ValidateConfig, path: Path) -> Candidate:
@@ -126,9 +125,7 @@ def _open_checkpoint(config: ValidateConfig, path: Path) -> Candidate:
     names = {f.name for f in fields(ModelOptions)} & saved.keys()
     of_run = {name: saved[name] for name in names}
     of_run.update(pretrained=False, pretrained_path=None, initial_checkpoint='')
-    state_dict = clean_state_dict(load_file(path / (EMA if config.use_ema else WEIGHTS)))
-    student = {k.removeprefix('student.'): v for k, v in state_dict.items() if k.startswith('student.')}
-    return Candidate(str(path), replace(config, **of_run), student or state_dict)
+    return Candidate(str(path), replace(config, **of_run), path / (EMA if config.use_ema else WEIGHTS))
 
 
 def validate_one(accelerator: Accelerator, candidate: Candidate) -> dict[str, Any]:
@@ -136,13 +133,17 @@ def validate_one(accelerator: Accelerator, candidate: Candidate) -> dict[str, An
     config = candidate.config
     with accelerator.main_process_first():
         datasets = create_datasets(config, train=False)
-        model = create_model(config, config.num_classes)
-    if candidate.state_dict is not None:
+        model: Any = create_model(config, config.num_classes)
+    if candidate.file is not None:
         try:
-            model.load_state_dict(candidate.state_dict)
-        except (RuntimeError, ValueError) as e:
-            raise UserError(f'checkpoint {candidate.name}: the weights are not of {config.model} '
-                            f'({" ".join(str(e).split())[:250]})') from e
+            # a run keeps its average in a file of its own
+            model.loaded_weights = load_exactly(
+                model, str(candidate.file), config.use_ema and candidate.file.name != EMA)
+        except WeightsError as e:
+            raise UserError(f'checkpoint {e}') from e
+    if model.loaded_weights is not None:
+        check_classifier(model)
+        accelerator.print(f'weights {model.loaded_weights}')
     _check_class_names(model, datasets.class_names, candidate.name)
     loader, data_config = create_eval_loader(config, model, datasets, config.crops)
     if config.crops > 1 and data_config['crop_pct'] >= 1.:

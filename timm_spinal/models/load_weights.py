@@ -1,0 +1,186 @@
+"""The ways in which weights get into a model from a file: as a new model's, or exactly into one that is there."""
+
+import functools
+import os
+from collections import OrderedDict
+from typing import Any, Callable, Dict, Optional
+
+import timm
+from timm.models import (
+    ResNet,
+    build_model_with_cfg,
+    get_pretrained_cfg_value,
+    load_checkpoint,
+    model_entrypoint,
+    resolve_model_input_args,
+    resolve_pretrained_cfg,
+)
+from timm.models._builder import pretrained_cfg_for_features
+
+from .fill_weights import (
+    COUNTER,
+    LoadedWeights,
+    State,
+    does_not_fit,
+    plain_resnet_names,
+    same_shape,
+    watch_load,
+)
+from .weight_files import WeightsError, read_weights, unwrap
+
+Filter = Callable[[State, Any], State]
+
+SOURCE_KEYS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source')
+
+
+def create_from_file(name: str, path: str, **kwargs: Any) -> Any:
+    """``timm.create_model`` with the weights of a file: the backbone and, where it fits, the classifier.
+
+    What became of the file is the model's ``loaded_weights``, a `LoadedWeights`.
+
+    Args:
+        name: Any name that timm takes; of a saved model its architecture and arguments.
+        path: The file, see :func:`timm_spinal.models.weight_files.read_weights`.
+        **kwargs: Arguments of ``timm.create_model``.
+
+    Raises:
+        WeightsError: A file that cannot be read or fills less than the backbone.
+    """
+    resolved = resolve_model_input_args(name, **kwargs)
+    arch = resolved.pop('model_name')
+    cfg = {key: value for key, value in resolved.pop('pretrained_cfg').items() if key not in SOURCE_KEYS}
+    cfg.update(file=str(path), custom_load=False)
+
+    def create(load_cfg: Dict[str, Any]) -> Any:
+        return timm.create_model(arch, pretrained=True, pretrained_cfg=load_cfg, **resolved)
+
+    if model_entrypoint(arch).__module__.startswith(f'{__package__.partition(".")[0]}.'):
+        return create(cfg)  # our models read files by themselves
+    return create_filled(create, cfg, resolved)
+
+
+def build_model(
+        model_cls: Callable[..., Any],
+        variant: str,
+        pretrained: bool,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: Any = None,
+        pretrained_filter_fn: Optional[Filter] = None,
+        **kwargs: Any,
+) -> Any:
+    """timm's ``build_model_with_cfg``, with files of weights read and loaded by the rules of this package.
+
+    The model renames the weights of foreign code in ``load_state_dict`` too, so that ``checkpoint_path`` takes them.
+    """
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict()
+    cfg['classifier'] = cfg.get('classifier') or get_pretrained_cfg_value(variant, 'classifier')
+
+    def create(cfg: Dict[str, Any]) -> Any:
+        return build_model_with_cfg(
+            model_cls, variant, pretrained, pretrained_cfg=cfg, pretrained_filter_fn=pretrained_filter_fn, **kwargs)
+
+    model = create_filled(create, cfg, kwargs) if pretrained and is_from_file(cfg) else create(cfg)
+    if not kwargs.get('features_only'):
+        rename_on_load(model, pretrained_filter_fn)
+    return model
+
+
+def is_from_file(cfg: Dict[str, Any]) -> bool:
+    """Whether a pretrained cfg names a file of weights, which is not in the folder of a saved model."""
+    return bool(cfg.get('file')) and not cfg.get('source') and not cfg.get('custom_load')
+
+
+def create_filled(
+        create: Callable[[Dict[str, Any]], Any],
+        cfg: Dict[str, Any],
+        kwargs: Dict[str, Any],
+        state_dict: Optional[State] = None,
+) -> Any:
+    """Let timm make a model and fill it from a file by our rules.
+
+    Args:
+        create: Makes the model with the pretrained cfg that it is given, under which timm leaves the classifier alone.
+        cfg: The model's own pretrained cfg, with ``file``; the model keeps it.
+        kwargs: The model's arguments, the same that ``create`` passes on.
+        state_dict: The weights, all of the file if None.
+
+    Raises:
+        WeightsError: A file that cannot be read or fills less than the backbone.
+    """
+    if state_dict is None:
+        state_dict = cfg.get('state_dict') or read_weights(cfg['file'])
+    if not state_dict:
+        raise WeightsError(f'{cfg["file"]}: holds a head only, nothing of the backbone')
+    load_cfg = dict(cfg, state_dict=dict(state_dict), classifier=None)
+    with watch_load(str(cfg['file']), cfg.get('classifier'), True, bool(kwargs.get('features_only'))) as found:
+        try:
+            model = create(load_cfg)
+        except RuntimeError as e:
+            stem = state_dict.get(f'{cfg.get("first_conv")}.weight')
+            if 'is inconsistent with input_size' not in str(e) or stem is None:
+                raise
+            # of a model with other channels than the cfg says, which timm does not look at
+            kwargs.setdefault('in_chans', cfg['input_size'][0])
+            model = create(dict(load_cfg, input_size=(stem.shape[1], *cfg['input_size'][1:])))
+    cfg = {key: value for key, value in cfg.items() if key != 'state_dict'}
+    model.pretrained_cfg = model.default_cfg = pretrained_cfg_for_features(cfg) if kwargs.get('features_only') else cfg
+    model.loaded_weights = found
+    return model
+
+
+# ---- a state dict that must fit as it is -----------------------------------------------------------------------
+
+
+def load_exactly(model: Any, path: str, use_ema: Optional[bool] = None) -> LoadedWeights:
+    """Load a file whose weights are those of the model, all of them.
+
+    Args:
+        model: Filled in place. Its own filter renames weights of foreign code.
+        path: The file.
+        use_ema: As in :func:`timm_spinal.models.weight_files.read_weights`.
+
+    Raises:
+        WeightsError: A file that cannot be read, or any weight that is missing, too many or of another shape.
+    """
+    if os.path.splitext(path)[1] in ('.npz', '.npy'):  # of JAX, for the models of timm that convert it
+        load_checkpoint(model, path)
+        return LoadedWeights(path, len(model.state_dict()))
+    state_dict: Any = OrderedDict(read_weights(path, use_ema))
+    if isinstance(model, ResNet):
+        state_dict = OrderedDict(plain_resnet_names(state_dict))
+    try:
+        for hook in model._load_state_dict_pre_hooks.values():
+            hook(state_dict, '', {}, True, [], [], [])
+        own = model.state_dict()
+        left_out = [name for name, value in state_dict.items() if name not in own and value.numel() == 1]
+        for name in left_out:
+            del state_dict[name]
+        model.load_state_dict(state_dict)
+    except RuntimeError as e:
+        lacking = [name for name, value in own.items() if not name.endswith(COUNTER)
+                   and (name not in state_dict or not same_shape(value, state_dict[name]))]
+        extra = [name for name in state_dict if name not in own]
+        total = sum(not name.endswith(COUNTER) for name in own)
+        raise does_not_fit(path, model, state_dict, lacking, extra, total, 'model') from e
+    except ValueError as e:  # a packed head
+        raise WeightsError(f'{path}: {e}') from e
+    return LoadedWeights(path, len(own), left_out)
+
+
+def rename_on_load(model: Any, filter_fn: Optional[Filter] = None) -> None:
+    """Let ``load_state_dict`` of a whole model open containers and rename the weights of foreign code."""
+    model._register_load_state_dict_pre_hook(functools.partial(_rename, filter_fn), with_module=True)
+
+
+def _rename(filter_fn: Optional[Filter], module: Any, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+    own = module.state_dict().keys()
+    if prefix or state_dict.keys() <= own:  # a part of something else, or what was saved of such a model
+        return
+    renamed = unwrap(state_dict) or {}
+    if isinstance(module, ResNet):
+        renamed = plain_resnet_names(renamed)
+    if filter_fn is not None:
+        renamed = filter_fn(renamed, module)
+    if len(own & renamed.keys()) > len(own & state_dict.keys()):
+        state_dict.clear()
+        state_dict.update(renamed)
