@@ -9,6 +9,7 @@ from timm.models import safe_model_name
 from torch import nn
 
 from timm_spinal.errors import UserError
+from timm_spinal.training import overview
 from timm_spinal.training.model import create_model
 from timm_spinal.training.report import hardware
 
@@ -55,6 +56,7 @@ def compare_frozen(config: FrozenConfig, command: str) -> Path | None:
         recipes = grid(recipe, config.tune_lr, config.tune_weight_decay) if config.tune else []
         torch.manual_seed(config.seed)  # a backbone without weights is the same in every process and run
         model = create_model(train_config, 0)
+    accelerator.print(overview.describe(splits.named()), flush=True)
     output = Path(config.output or f'output/compare/{safe_model_name(config.backbone)}')
     folder = Path(config.features) if config.features else output / 'features'
     maps = any(takes_map(variant) for variant in variants)
