@@ -19,7 +19,7 @@ _SYSTEM = {
 }
 # kinds of what is passed over
 HIDDEN, SYSTEM = 'hidden', 'of the operating system'
-OTHER, HEIF = 'of other types', 'in HEIF (pip install pillow-heif)'
+OTHER, HEIF = 'of other types', 'in HEIF, readable after pip install pillow-heif'
 OUTSIDE, EMPTY = 'outside the class folders', 'without images'
 LINKED_AGAIN, NO_TARGET, SPECIAL = 'linked a second time', 'linked to nothing', 'special'
 NOT_MAPPED = 'of classes that the class map has not'

@@ -236,7 +236,10 @@ def _scan_folder(root: str, suffixes: set[str], passed_over: PassedOver) -> tupl
                     elif _follow(entry, 'is_dir'):
                         (links if entry.is_symlink() else pending).append(name)
                     elif suffix_of(entry.name) not in suffixes:
-                        passed_over.add_file(entry.name)
+                        if _is_broken(entry):
+                            passed_over.add(NO_TARGET, entry.name)
+                        else:
+                            passed_over.add_file(entry.name)
                     elif _follow(entry, 'is_file') or _is_broken(entry):
                         images.append(name)
                     else:
@@ -300,8 +303,11 @@ class _TarScan:
             if info.isdir():
                 self.folders[parts] = None
             elif info.isreg() and suffix == '.tar':
-                with tarfile.open(fileobj=tar.extractfile(info), mode='r:') as inner:
-                    self.add(inner, parts[:-1] + (parts[-1][:-len(suffix)],), start + info.offset_data)
+                try:
+                    with tarfile.open(fileobj=tar.extractfile(info), mode='r:') as inner:
+                        self.add(inner, parts[:-1] + (parts[-1][:-len(suffix)],), start + info.offset_data)
+                except tarfile.TarError as e:
+                    raise tarfile.ReadError(f'{info.name} in it: {e}') from e
             elif suffix not in self.suffixes and not info.issym():
                 self.passed_over.add_file(parts[-1])
             elif info.islnk() or info.issym():
@@ -313,7 +319,7 @@ class _TarScan:
 
     def follow_links(self) -> None:
         """Give links the content of the members that they lead to."""
-        folders = {*self.folders, *(parts[:i] for parts in self.images for i in range(1, len(parts)))}
+        folders = {*self.folders, *(parts[:i] for parts in self.images for i in range(len(parts)))}
         for parts, (name, target) in self._links.items():
             for _ in self._links:  # from link to link, but not round and round
                 if target not in self._links:
@@ -323,7 +329,7 @@ class _TarScan:
                 self.images.setdefault(parts, self.images[target]._replace(name=name))
             elif target in folders:
                 self.passed_over.add(LINKED_AGAIN, parts[-1])
-            elif suffix_of(parts[-1]) in self.suffixes:
+            elif suffix_of(parts[-1]) in ('', *self.suffixes):
                 self.passed_over.add(NO_TARGET, parts[-1])
             else:
                 self.passed_over.add_file(parts[-1])
