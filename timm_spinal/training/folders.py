@@ -9,7 +9,8 @@ from timm.data import ImageDataset
 from timm_spinal.errors import UserError
 
 from .image_files import ignored
-from .readers import ClassReader, FolderReader, TarReader
+from .readers import ClassReader, FolderReader
+from .tar_reader import TarReader
 from .torch_sources import EVAL_NAMES, TRAIN_NAMES
 
 _SPLIT_NAMES = (*TRAIN_NAMES, *EVAL_NAMES, 'test')

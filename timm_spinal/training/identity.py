@@ -16,7 +16,7 @@ FIXED = (
 )
 # settings that name a file or a folder, or may do so
 PATHS = ('data_dir', 'pretrained_path', 'initial_checkpoint', 'class_map', 'kd_model_name', 'kd_cache')
-LOCAL = 'local-dir:'  # timm's prefix of a folder in the place of a model's name
+LOCAL = ('local-dir:', 'hfds/', 'hfids/')  # before a folder in the place of the name of a model or data set
 # no word is lost about a change of these
 SILENT = {
     'resume', 'output', 'experiment', 'epochs', 'stop_epoch', 'workers', 'pin_mem', 'debug', 'log_interval', 'log_with',
@@ -70,16 +70,16 @@ def check_same_run(
 
 def _same(key: str, old: Any, new: Any, cwd: str) -> bool:
     if isinstance(old, str) and isinstance(new, str) and old and new:
-        folders = old.startswith(LOCAL) and new.startswith(LOCAL)
-        if key in PATHS or folders:
-            before, now = _place(old, cwd), _place(new, '')
+        prefix = next((p for p in LOCAL if old.startswith(p) and new.startswith(p)), '')
+        if key in PATHS or prefix:
+            before, now = _place(old.removeprefix(prefix), cwd), _place(new.removeprefix(prefix), '')
             # names on the Hub, and files of a working folder that was moved as a whole, are not there
             return before == now or old == new and not os.path.exists(before)
     return _plain(old) == _plain(new)
 
 
 def _place(path: str, cwd: str) -> str:
-    return os.path.realpath(os.path.join(cwd, os.path.expanduser(path.removeprefix(LOCAL))))
+    return os.path.realpath(os.path.join(cwd, os.path.expanduser(path)))
 
 
 def _plain(value: Any) -> Any:

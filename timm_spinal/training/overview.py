@@ -56,8 +56,8 @@ def _classes(source: Source) -> tuple[str, str, str]:
     if source.labels is None or source.multi_label:
         return str(len(source.class_names or ()) or '?'), '', ''
     counts = np.bincount(source.labels, minlength=len(source.class_names or ()))
-    ends = [f'{_name(source, int(i))} ({counts[i]:,})' for i in (counts.argmin(), counts.argmax())]
-    return str(np.count_nonzero(counts)), *ends
+    smallest, largest = (f'{_name(source, int(i))} ({counts[i]:,})' for i in (counts.argmin(), counts.argmax()))
+    return str(np.count_nonzero(counts)), smallest, largest
 
 
 def _name(source: Source, label: int, most: int = 30) -> str:
