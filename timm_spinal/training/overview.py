@@ -56,7 +56,8 @@ def _classes(source: Source) -> tuple[str, str, str]:
     if source.labels is None or source.multi_label:
         return str(len(source.class_names or ()) or '?'), '', ''
     counts = np.bincount(source.labels, minlength=len(source.class_names or ()))
-    smallest, largest = (f'{_name(source, int(i))} ({counts[i]:,})' for i in (counts.argmin(), counts.argmax()))
+    last_of_largest = len(counts) - 1 - counts[::-1].argmax()
+    smallest, largest = (f'{_name(source, int(i))} ({counts[i]:,})' for i in (counts.argmin(), last_of_largest))
     return str(np.count_nonzero(counts)), smallest, largest
 
 

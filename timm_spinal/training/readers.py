@@ -151,7 +151,7 @@ def _scan_folder(root: str, suffixes: set[str], passed_over: PassedOver) -> tupl
     seen = {_identity(path) for path in Path(root).resolve().parents}
     while pending or links:
         path = pending.pop() if pending else links.pop(0)
-        place = os.path.join(root, path)
+        place = os.path.join(root, path) if path else root
         try:
             identity = _identity(place)
             if identity in seen:
