@@ -46,6 +46,19 @@ def test_a_folder_with_images(tmp_path, capsys):
     assert found[0] != found[1]
 
 
+def test_a_relative_folder_as_people_have_it(tmp_path, capsys, monkeypatch):
+    root = make_folder(tmp_path / 'images') / 'train'
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        assert main(['active-share', 'icresnet20_cifar', '--images', 'images/train']) == 0
+        found.append(capsys.readouterr().out.splitlines())
+        (root / '.cache').mkdir(exist_ok=True)
+        (root / '.cache' / 'x.png').write_bytes(b'no image')
+    assert found[1] == ['images/train: passed over 1 hidden (.cache)', *found[0]]
+
+
 @pytest.mark.parametrize('argv, text', [
     (['resnet18'], 'ResNet has no IC convolution'),
     (['icresnet20_cifr'], "unknown model 'icresnet20_cifr'; the nearest are icresnet20_cifar"),

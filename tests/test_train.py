@@ -34,8 +34,16 @@ def test_command_line_is_the_function(tmp_path, capsys):
 def test_module_under_accelerate_launch(tmp_path, launch):
     """Two processes print every line once, and the model loads."""
     config = small_config(tmp_path)
+    (tmp_path / 'images' / 'train' / '.DS_Store').touch()
     out = launch(2, '-m', 'timm_spinal.train', *flags(config)).stdout
     assert out.count('epoch 1/1: train loss') == out.count('load it: ') == out.count('run folder: ') == 1
+    lines = out.splitlines()
+    start = lines.index('split       images  classes  smallest class  largest class')
+    assert lines[start + 1:start + 4] == [
+        'train           22        2  ant (11)        bee (11)',
+        'validation      22        2  ant (11)        bee (11)',
+        f'{tmp_path / "images" / "train"}: passed over 1 hidden (.DS_Store)']
+    assert out.count('smallest class') == out.count('passed over') == 1
     assert timm.create_model(f'local-dir:{tmp_path / "cli"}', pretrained=True).num_classes == 2
 
 

@@ -1,6 +1,7 @@
 import csv
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import timm
@@ -77,6 +78,10 @@ def test_wildcard_of_models(trained, capsys):
     rows = validate(options(config, model='test_efficientnet_[gl]n', num_classes=2, img_size=32))
     assert [row['model'] for row in rows] == ['test_efficientnet_gn', 'test_efficientnet_ln']
     assert len(capsys.readouterr().out.splitlines()) == 2
+    (Path(config.data_dir) / 'validation' / 'ant' / 'x.txt').touch()
+    validate(options(config, model='test_efficientnet_[gl]n', num_classes=2, img_size=32))
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == f'{config.data_dir}/validation: passed over 1 of other types (.txt)' and len(rest) == 2
 
 
 @pytest.mark.parametrize('kwargs, text', [

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import torch
-from timm.data import ImageDataset, create_transform, resolve_data_config
+from timm.data import create_transform
 from torch.utils.data import DataLoader
 
 from timm_spinal.cli import guard
@@ -24,9 +24,10 @@ def run(argv: list[str]) -> int:
     """``timm-spinal active-share``: returns 1 where a layer is dead or linear."""
     from timm_spinal.training.config import ValidateConfig, parse_config
     from timm_spinal.training.model import create_model
+    from timm_spinal.training.transforms import resolve_data
     parser = argparse.ArgumentParser(prog='timm-spinal active-share', description=__doc__.splitlines()[0])
     parser.add_argument('model', help='model name, run folder, local-dir:FOLDER or hf-hub:org/name')
-    parser.add_argument('--images', help='folder of images, in folders by class; noise when not given')
+    parser.add_argument('--images', help='folder or tar of images, in folders by class; noise when not given')
     parser.add_argument('--count', type=int, default=64, help='images (default: %(default)s)')
     parser.add_argument('--debug', action='store_true', help=argparse.SUPPRESS)
     args, rest = parser.parse_known_args(argv)
@@ -38,8 +39,9 @@ def run(argv: list[str]) -> int:
     config = parse_config(['--model', name, *rest], cls=ValidateConfig, prog='timm-spinal active-share')
     config.pretrained |= ':' in name  # a saved model
     model = create_model(config, config.num_classes).train(not config.pretrained)
-    data = resolve_data_config(dict(img_size=config.img_size), model=model)
-    shares = _shares(model, _noise(data, args.count) if args.images is None else _open(args.images, data, args.count))
+    data = resolve_data(config, model)
+    images = _noise(data, args.count) if args.images is None else _open(config, args.images, data, args.count)
+    shares = _shares(model, images)
     return _tell(args.model, shares)
 
 
@@ -66,16 +68,23 @@ def _noise(data: dict[str, Any], count: int) -> Iterator[torch.Tensor]:
     yield from torch.randn(count, *data['input_size'], generator=generator).split(16)
 
 
-def _open(folder: str, data: dict[str, Any], count: int) -> DataLoader:
+def _open(config: Any, folder: str, data: dict[str, Any], count: int) -> DataLoader:
     """Images at equal distances in the folder, so that all classes take part."""
-    if not Path(folder).is_dir():
+    from timm_spinal.training.dataset import ImageData
+    from timm_spinal.training.overview import passed_over
+    from timm_spinal.training.sources import folder_source
+    from timm_spinal.training.transforms import image_mode
+    if not Path(folder).exists():
         raise UserError(f'--images {folder}: no such folder')
     try:
-        images = ImageDataset(folder, transform=create_transform(**data))
-    except (RuntimeError, OSError) as e:
-        raise UserError(f'--images {folder}: {" ".join(str(e).split())}; give a folder of folders with images') from e
+        source = folder_source(Path(folder))
+    except UserError as e:
+        raise UserError(f'--images {folder}: {e}') from e
+    if line := passed_over(dict(images=source)):
+        print(line)
+    images = ImageData(source, create_transform(**data), image_mode(config, data['input_size'][0]))
     chosen = range(0, len(images), max(1, len(images) // count))[:count]
-    return DataLoader(torch.utils.data.Subset(images, chosen), batch_size=16)
+    return DataLoader(images, sampler=[(i, None) for i in chosen], batch_size=16, collate_fn=images.collate)
 
 
 if __name__ == '__main__':

@@ -63,6 +63,18 @@ def test_a_second_run_takes_the_cache(root, tmp_path):
     assert torch.equal(again.features['train'].x, first.features['train'].x)
 
 
+def test_any_name_of_the_data_takes_the_cache(root, tmp_path, monkeypatch):
+    first = run(make_config(root), tmp_path / 'f')
+    (tmp_path / 'link').symlink_to('data')
+    monkeypatch.chdir(tmp_path)
+    for name in ('data', './f/../data', 'link'):
+        again = run(make_config(name), 'f')
+        assert again.made == 0 and torch.equal(again.features['test'].x, first.features['test'].x)
+    (root / 'train' / 'ant' / '0.png').touch()
+    with pytest.raises(UserError, match='other data'):
+        run(make_config('data'), 'f')
+
+
 def test_an_interrupted_run_goes_on_where_it_was(root, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, 'SHARD_SIZE', 4)
     monkeypatch.setattr('timm_spinal.compare.features.SHARD_SIZE', 4)

@@ -104,6 +104,24 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
         check_folder(task)
 
 
+def test_a_finished_run_is_known_by_any_name_of_its_data(tmp_path, monkeypatch):
+    """The relative names in ``args.yaml`` start from the folder of that run, which its checkpoints remember."""
+    folder = tmp_path / 'seed-0'
+    (folder / 'last' / 'step-00000001').mkdir(parents=True)
+    (folder / 'args.yaml').write_text(to_yaml(TrainConfig(data_dir='data')))
+    for place in ('a', 'b'):
+        (tmp_path / place / 'data').mkdir(parents=True)
+    (folder / 'last' / 'step-00000001' / 'state.json').write_text(json.dumps(dict(cwd=str(tmp_path / 'a'))))
+    monkeypatch.chdir(tmp_path / 'b')
+    task = Task('a', TrainConfig(output=str(tmp_path), experiment='seed-0', data_dir='../a/data'))
+    check_folder(task)
+    task.config.data_dir = str(tmp_path / 'a' / 'data')
+    check_folder(task)
+    task.config.data_dir = 'data'
+    with pytest.raises(UserError, match='other settings: data_dir'):
+        check_folder(task)
+
+
 def test_jobs_share_cores_and_have_a_gpu_each(monkeypatch):
     for name in ('OMP_NUM_THREADS', 'CUDA_VISIBLE_DEVICES'):
         monkeypatch.delenv(name, raising=False)

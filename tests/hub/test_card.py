@@ -20,7 +20,7 @@ from timm_spinal.hub.card_check import check_card
 from timm_spinal.hub.cost import Cost, cost_of
 from timm_spinal.hub.options import PublishOptions
 from timm_spinal.hub.papers import CAPSULES, IC, PROGRESSIVE, SHARED_BASIS, SPINAL, XNODR, papers_of
-from timm_spinal.hub.recipe import base_model, command, hparams_yaml, hub_dataset, shared_options
+from timm_spinal.hub.recipe import base_model, command, dataset_name, hparams_yaml, hub_dataset, shared_options
 from timm_spinal.hub.source import open_run
 from timm_spinal.training.config import TrainConfig, parse_config
 from timm_spinal.version import ADDRESS
@@ -233,3 +233,11 @@ def test_cost_of_attention_counts_its_products():
         warnings.simplefilter('ignore')
         cost = cost_of(timm.create_model('test_vit').eval(), (3, 160, 160))
     assert cost.params == sum(p.numel() for p in timm.create_model('test_vit').parameters()) and cost.macs > 1e7
+
+
+def test_dataset_name_is_that_of_the_folder(tmp_path, monkeypatch):
+    (tmp_path / 'pets' / 'x').mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / 'pets' / 'x')
+    for name in ('..', '../', str(tmp_path / 'pets'), '../../pets', 'y/../../'):
+        assert dataset_name(TrainConfig(data_dir=name)) == 'pets'
+    assert dataset_name(TrainConfig(data_dir='.')) == 'x' and dataset_name(TrainConfig()) == ''

@@ -176,6 +176,17 @@ def test_two_processes_make_and_share_it(config, tmp_path, launch):
     torch.testing.assert_close(stored, teacher(images), atol=1e-5, rtol=1e-5)
 
 
+def test_any_name_of_the_data_takes_the_cache(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(replace(config, epochs=1, data_dir='images'))
+    kept = load_file(shards(tmp_path)[0])['logits']
+    monkeypatch.setattr(Teacher, 'forward', lambda self, images: images[:, :2, 0, 0])
+    again = replace(config, epochs=1, experiment='again')
+    train(again)
+    assert_same_state(replace(config), again)
+    assert torch.equal(load_file(shards(tmp_path)[0])['logits'], kept)
+
+
 def test_rows_survive_another_process(config, tmp_path):
     train(replace(config, epochs=1))
     rows = TeacherLogits(tmp_path / 'cache')

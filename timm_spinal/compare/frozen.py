@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from timm.models import safe_model_name
 
 from timm_spinal.errors import UserError
+from timm_spinal.training import overview
 from timm_spinal.training.model import create_model
 from timm_spinal.training.report import hardware
 
@@ -54,6 +55,7 @@ def compare_frozen(config: FrozenConfig, command: str) -> Path | None:
         recipes = grid(recipe, config.tune_lr, config.tune_weight_decay) if config.tune else []
         torch.manual_seed(config.seed)  # a backbone without weights is the same in every process and run
         model: Any = create_model(train_config, 0)
+    accelerator.print(overview.describe(splits.named()), flush=True)
     if model.loaded_weights is not None:
         accelerator.print(f'weights {model.loaded_weights}', flush=True)
     output = Path(config.output or f'output/compare/{safe_model_name(config.backbone)}')

@@ -25,6 +25,9 @@ class Splits:
     class_names: list[str] | None
     note: str
 
+    def named(self) -> dict[str, Source]:
+        return dict(train=self.train, validation=self.validation, test=self.test)
+
 
 def three_way(config: TrainConfig) -> tuple[TrainConfig, str]:
     """Settings by which the trainer has a validation split and a test split apart from it.

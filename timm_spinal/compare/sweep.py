@@ -8,6 +8,8 @@ import torch
 from accelerate import PartialState
 
 from timm_spinal.errors import UserError
+from timm_spinal.training import overview
+from timm_spinal.training.checkpoint import find_checkpoints, read_state
 from timm_spinal.training.config import TrainConfig, load_yaml
 from timm_spinal.training.identity import changed_settings
 from timm_spinal.training.model import create_model
@@ -89,11 +91,19 @@ def check_folder(task: Task) -> None:
     saved, now = {**vars(TrainConfig()), **load_yaml(path)}, vars(task.config)
     if now['num_classes'] is None:  # the run has written what it found
         saved['num_classes'] = None
-    changed = {k: v for k, v in changed_settings(saved, now).items() if k not in _ASIDE}
+    changed = {k: v for k, v in changed_settings(saved, now, _cwd(task.folder)).items() if k not in _ASIDE}
     if changed:
         text = ', '.join(f'{k} ({v})' for k, v in changed.items())
         raise UserError(f'run folder {task.folder}: was made with other settings: {text}; remove it, or give the sweep '
                         f'another output')
+
+
+def _cwd(folder: Path) -> str:
+    """Working folder of a run, '' where it is not known."""
+    try:
+        return next((read_state(path).get('cwd', '') for path in find_checkpoints(folder / 'last')), '')
+    except (OSError, ValueError):  # a damaged checkpoint, which resuming tells of
+        return ''
 
 
 # ---- what is run ------------------------------------------------------------------------------------------------
@@ -112,6 +122,7 @@ def _prepare(sweep: Sweep) -> tuple[dict[str, TrainConfig], Splits]:
         sized = size_control(sweep, name, opened.num_classes)
         configs[name] = replace(config, model_kwargs=sized.model_kwargs)
     assert opened is not None
+    print(overview.describe(opened.named()), flush=True)
     if any(config.val_split_fraction for config in configs.values()):
         opened.note += ' The validation images are cut anew by each seed, the same for every variant.'
     return configs, opened

@@ -1,4 +1,5 @@
 """How a run was made: the command that repeats it, its options, its data set and what it started from."""
+import os
 import shlex
 from dataclasses import asdict, fields
 from pathlib import PurePath
@@ -8,13 +9,13 @@ import yaml
 from timm.models import get_pretrained_cfg, parse_model_name
 
 from timm_spinal.training.config import TrainConfig
+from timm_spinal.training.identity import PATHS
 
 # of this machine or this start, not of the recipe
 LEFT_OUT = {
     'output', 'experiment', 'resume', 'debug', 'log_with', 'log_interval', 'workers', 'pin_mem', 'checkpoint_steps',
     'checkpoint_hist', 'dataset_trust_remote_code',
 }
-_PATHS = ('data_dir', 'pretrained_path', 'initial_checkpoint', 'class_map', 'kd_model_name', 'kd_cache')
 
 # names on the Hub of the sets that torchvision and scikit-learn carry, where there is one that is the same
 HUB_DATASETS = {
@@ -32,7 +33,7 @@ HUB_DATASETS = {
 def shared_options(args: TrainConfig) -> dict[str, Any]:
     """The options of a run that others need; of a path outside the working folder only the last part."""
     values = {k: v for k, v in asdict(args).items() if k not in LEFT_OUT}
-    for name in _PATHS:
+    for name in PATHS:
         path = values[name]
         if path and (PurePath(path).is_absolute() or '..' in PurePath(path).parts):
             values[name] = PurePath(path).name
@@ -82,7 +83,7 @@ def dataset_name(args: TrainConfig | None) -> str:
     prefix, _, name = args.dataset.partition('/')
     if prefix.lower() in ('torch', 'hfds', 'hfids', 'wds', 'tfds'):
         return name
-    return args.dataset or PurePath(args.data_dir).name
+    return args.dataset or (os.path.basename(os.path.abspath(args.data_dir)) if args.data_dir else '')
 
 
 def hub_dataset(args: TrainConfig | None) -> str:

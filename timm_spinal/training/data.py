@@ -26,7 +26,10 @@ from timm_spinal.errors import UserError
 
 from .config import TrainConfig, ValidateConfig
 from .dataset import ImageData, Source, StreamData
+from .image_files import shown
 from .options import LoaderOptions
+from .overview import check_classes
+from .readers import check_names
 from .sampling import EvalSampler, TrainSampler, stratified_split
 from .sources import open_source
 from .torch_sources import torch_split
@@ -44,6 +47,11 @@ class Datasets:
     num_classes: int
     class_names: list[str] | None
     multi_label: bool = False
+
+    def named(self, config: TrainConfig) -> dict[str, Source | None]:
+        """The splits by the names that a config gives them."""
+        validation = f'part of {config.train_split}' if config.val_split_fraction else config.val_split
+        return {config.train_split: self.train, validation: self.eval, config.test_split: self.test}
 
 
 @dataclass
@@ -113,7 +121,8 @@ def create_datasets(config: TrainConfig | ValidateConfig, train: bool = True) ->
         train: Open the training split; validation needs the evaluation split only.
 
     Raises:
-        UserError: Data that are missing, empty, unknown or inconsistent, or more classes than --num-classes.
+        UserError: Data that are missing, empty, unknown or inconsistent, one class only in training, or more classes
+            than --num-classes.
     """
     train_source: Source | None
     if config.val_split_fraction:
@@ -131,6 +140,8 @@ def create_datasets(config: TrainConfig | ValidateConfig, train: bool = True) ->
         eval_source = _matched(config, config.val_split, train_source)
         _tell_if_test(config)
     test_source = _matched(config, config.test_split, train_source) if train and config.test_split else None
+    if train and train_source is not None:
+        check_classes(train_source)
     return Datasets(
         train_source if train else None,
         eval_source,
@@ -147,9 +158,11 @@ def _matched(config: TrainConfig | ValidateConfig, split: str, train: Source | N
     if train is None or not train.class_names or not source.class_names or train.class_names == source.class_names:
         return source
     unknown = [name for name in source.class_names if name not in train.class_names]
+    check_names({*train.class_names, *unknown}, source.name)
     if unknown:
-        raise UserError(f'classes: {source.name} has {len(unknown)} that {train.name} has not ({", ".join(unknown[:5])}'
-                        f'{", ..." if len(unknown) > 5 else ""}); use the same class names in both')
+        names = ', '.join(map(shown, unknown[:5])) + (', ...' if len(unknown) > 5 else '')
+        raise UserError(f'classes: {source.name} has {len(unknown)} that {train.name} has not ({names}); use the same '
+                        f'class names in both')
     return open_source(config, split, class_map={name: i for i, name in enumerate(train.class_names)})
 
 

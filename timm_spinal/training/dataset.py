@@ -44,6 +44,7 @@ class Source:
         label_offset: Subtracted from the labels of `dataset` (not from `labels`), for sets that count from 1.
         indices: The part of `dataset` that belongs to the split; None is all of it.
         multi_label: An image has several classes: `dataset` gives their memberships (C,), float32.
+        passed_over: What lies beside the images and was not taken, in words.
     """
     name: str
     dataset: Any
@@ -53,6 +54,7 @@ class Source:
     indices: np.ndarray | None = None
     streamed: bool = field(default=False)
     multi_label: bool = False
+    passed_over: str = ''
 
     def __len__(self) -> int:
         return len(self.dataset) if self.indices is None else len(self.indices)

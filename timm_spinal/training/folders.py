@@ -1,12 +1,16 @@
 """Folders and tar files of images: where a split lies, and its classes."""
+import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
-from timm.data import create_dataset
-from timm.data.readers.img_extensions import get_img_extensions
+from timm.data import ImageDataset
 
 from timm_spinal.errors import UserError
 
+from .image_files import ignored
+from .readers import ClassReader, FolderReader
+from .tar_reader import TarReader
 from .torch_sources import EVAL_NAMES, TRAIN_NAMES
 
 _SPLIT_NAMES = (*TRAIN_NAMES, *EVAL_NAMES, 'test')
@@ -26,7 +30,7 @@ def find_split(data_dir: str, split: str, whole: bool = False) -> Path:
     Raises:
         UserError: No such folder, or no such split in it.
     """
-    root = Path(data_dir)
+    root = Path(os.path.expanduser(data_dir))
     if not data_dir:
         raise UserError('no data: give a folder with --data-dir or a source with --dataset (for instance digits)')
     if not root.exists():
@@ -43,7 +47,8 @@ def find_split(data_dir: str, split: str, whole: bool = False) -> Path:
         for path in (root / name, root / f'{name}.tar'):
             if path.exists():
                 return path
-    inside = sorted(p.name for p in root.iterdir() if p.is_dir() or p.suffix == '.tar')
+    inside = sorted(p.name for p in root.iterdir()
+                    if not ignored(p.name) and (p.is_dir() or p.suffix == '.tar'))
     if not inside:
         raise UserError(f'data folder {root}: is empty; it needs one folder (or tar) for each split, with one folder '
                         f'of images for each class in it')
@@ -59,33 +64,38 @@ def find_split(data_dir: str, split: str, whole: bool = False) -> Path:
     raise UserError(f'data folder {root}: no split {split!r} in it (it holds {_some(inside)}); {advice}')
 
 
-def open_images(path: Path, class_map: Any = '', input_key: str | None = None) -> Any:
-    """timm's data set over a folder or tar file, without transforms.
+def open_images(path: Path, class_map: Any = '', input_key: str | None = None) -> ImageDataset:
+    """timm's data set over a folder or tar file, without transforms; its ``reader`` is a `ClassReader`.
+
+    Args:
+        path: The split.
+        class_map: Class name to index, or a file of that.
+        input_key: Suffixes of the images of a folder, separated by semicolons, in place of all that can be decoded.
 
     Raises:
         UserError: No images, not a tar file, or an unreadable class map.
     """
-    kwargs: dict[str, Any] = dict(input_key=input_key)
-    if path.suffix == '.tar':
-        # timm would keep a pickle beside tars of more than 10 GB and trust it later
-        kwargs = dict(cache_tarinfo=False)
     if isinstance(class_map, str) and class_map and not (Path(class_map).exists() or (path / class_map).exists()):
         raise UserError(f'class map {class_map}: does not exist; check --class-map')
+    reader: ClassReader
     try:
-        return create_dataset('', root=str(path), search_split=False, class_map=class_map, input_img_mode='', **kwargs)
-    except (RuntimeError, ValueError, AssertionError) as e:
-        kinds = ', '.join(get_img_extensions())
-        raise UserError(f'data {path}: holds no images ({kinds}) in folders named by class'
-                        f'{" of the class map" if class_map else ""}; check --data-dir and the split') from e
-    except Exception as e:  # tarfile's errors, PermissionError, a class map that cannot be parsed
-        reason = ' '.join(str(e).split()) or type(e).__name__
-        raise UserError(f'data {path}: cannot be read ({reason}); check the file and --class-map') from e
-
-
-def class_index(reader: Any) -> dict[str, int]:
-    """Class name to index of timm's folder and tar readers."""
-    return getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None) or {}
+        if path.suffix == '.tar' and path.is_file():
+            reader = TarReader(str(path), class_map)
+        else:
+            reader = FolderReader(str(path), class_map, input_key.split(';') if input_key else ())
+    except UserError:
+        raise
+    except tarfile.TarError as e:
+        raise UserError(f'data {path}: is not a tar file that can be read ({_line(e)}); make it anew, and do not '
+                        f'compress it') from e
+    except Exception as e:  # a class map that cannot be parsed
+        raise UserError(f'data {path}: cannot be read ({_line(e)}); check the file and --class-map') from e
+    return ImageDataset(str(path), reader, input_img_mode='')
 
 
 def _some(names: list[str], most: int = 6) -> str:
     return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
+
+
+def _line(error: Exception) -> str:
+    return ' '.join(str(error).split()) or type(error).__name__

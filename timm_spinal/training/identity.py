@@ -14,6 +14,9 @@ FIXED = (
     'dataset', 'data_dir', 'train_split', 'val_split', 'val_split_fraction', 'class_map', 'train_num_samples',
     'batch_size', 'grad_accum_steps', 'seed', 'opt', 'layer_decay', 'model_ema', 'kd_model_name', 'kd_distill_type',
 )
+# settings that name a file or a folder, or may do so
+PATHS = ('data_dir', 'pretrained_path', 'initial_checkpoint', 'class_map', 'kd_model_name', 'kd_cache')
+LOCAL = ('local-dir:', 'hfds/', 'hfids/')  # before a folder in the place of the name of a model or data set
 # no word is lost about a change of these
 SILENT = {
     'resume', 'output', 'experiment', 'epochs', 'stop_epoch', 'workers', 'pin_mem', 'debug', 'log_interval', 'log_with',
@@ -24,9 +27,15 @@ SILENT = {
 SCHEDULE = {f.name for options in (OptimizerOptions, ScheduleOptions) for f in fields(options)} - {'stop_epoch'}
 
 
-def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """Settings that differ between two configs, each as ``old -> new``."""
-    return {k: f'{saved[k]!r} -> {now[k]!r}' for k in now if k in saved and _plain(k, saved[k]) != _plain(k, now[k])}
+def changed_settings(saved: dict[str, Any], now: dict[str, Any], cwd: str = '') -> dict[str, str]:
+    """Settings that differ between two configs, each as ``old -> new``; two names of one file are the same.
+
+    Args:
+        saved: Settings of before.
+        now: Settings of now.
+        cwd: The folder from which relative paths of before started; '' is that of now.
+    """
+    return {k: f'{saved[k]!r} -> {now[k]!r}' for k in now if k in saved and not _same(k, saved[k], now[k], cwd)}
 
 
 def check_same_run(
@@ -38,8 +47,8 @@ def check_same_run(
     """Refuse to go on with another model or data.
 
     Args:
-        saved: ``config`` and ``data`` (a description of the data as found) of the checkpoint.
-        now: The same of this run.
+        saved: ``config``, ``data`` (a description of the data as found) and ``cwd`` of the checkpoint.
+        now: ``config`` and ``data`` of this run.
         where: Name of the checkpoint for the message.
         fixed: Settings that must be the same.
 
@@ -49,7 +58,7 @@ def check_same_run(
     Raises:
         UserError: Names the keys that differ.
     """
-    changed = changed_settings(saved['config'], now['config'])
+    changed = changed_settings(saved['config'], now['config'], saved.get('cwd', ''))
     broken = {k: v for k, v in changed.items() if k in fixed}
     broken.update(changed_settings(saved['data'], now['data']))
     if broken:
@@ -59,7 +68,19 @@ def check_same_run(
     return changed
 
 
-def _plain(key: str, value: Any) -> Any:
-    if key == 'data_dir' and value or key == 'kd_model_name' and value and os.path.isdir(value):
-        return os.path.realpath(value)
+def _same(key: str, old: Any, new: Any, cwd: str) -> bool:
+    if isinstance(old, str) and isinstance(new, str) and old and new:
+        prefix = next((p for p in LOCAL if old.startswith(p) and new.startswith(p)), '')
+        if key in PATHS or prefix:
+            before, now = _place(old.removeprefix(prefix), cwd), _place(new.removeprefix(prefix), '')
+            # names on the Hub, and files of a working folder that was moved as a whole, are not there
+            return before == now or old == new and not os.path.exists(before)
+    return _plain(old) == _plain(new)
+
+
+def _place(path: str, cwd: str) -> str:
+    return os.path.realpath(os.path.join(cwd, os.path.expanduser(path)))
+
+
+def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value

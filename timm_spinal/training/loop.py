@@ -1,5 +1,6 @@
 """The training loop: epochs of updates, evaluation, schedule, checkpoints. Everything it uses is made in `run.py`."""
 import math
+import os
 import signal
 import time
 from dataclasses import asdict, dataclass, field
@@ -53,6 +54,7 @@ class Run(Generic[ConfigT]):
     on_best: Callable[['Run', str], None]  # write the weights, 'model' or 'ema'
     on_epoch: Callable[['Run'], None]  # write the reports
     fixed: tuple[str, ...] = FIXED  # settings that a resumed run may not change
+    cwd: str = field(default_factory=os.getcwd)  # where relative paths of the config start
     penalties: dict[str, Penalty] = field(default_factory=dict)
     kept_in_eval: list[nn.Module] = field(default_factory=list)
     signs: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # of the binary weights at the start
@@ -251,6 +253,7 @@ def save(run: Run, meter: Meter | None = None) -> None:
         progress=asdict(run.progress),
         scheduler=scheduler_state(run.scheduler),
         processes=run.accelerator.num_processes,
+        cwd=run.cwd,
         **run.description,
     )
     ema = run.task.get_trainable_module(ema=True)

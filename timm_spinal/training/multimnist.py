@@ -5,6 +5,7 @@ classes, each shifted by 0 .. 8 pixels along either axis, added and clipped at 2
 of its own, so that no two splits share a digit image; in the script of XnODR they do, and nothing is clipped.
 """
 import gzip
+import os
 import zlib
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def find_mnist(data_dir: str, part: str, kind: str) -> Path | None:
         kind: 'images-idx3' or 'labels-idx1'.
     """
     names = [f'{part}-{k}-ubyte{packed}' for k in (kind, kind.replace('-', '.')) for packed in ('', '.gz')]
-    paths = (Path(data_dir) / folder / name for folder in _FOLDERS for name in names)
+    paths = (Path(os.path.expanduser(data_dir)) / folder / name for folder in _FOLDERS for name in names)
     return next((path for path in paths if path.is_file()), None)
 
 

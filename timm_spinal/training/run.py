@@ -10,6 +10,7 @@ from timm.layers import convert_sync_batchnorm
 from timm.models import safe_model_name
 from torch.utils.data import DataLoader
 
+from . import overview
 from .agree import agree
 from .config import TrainConfig
 from .data import Datasets, TrainData, create_data, create_datasets
@@ -74,6 +75,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
     check_warm_start(config)
     with accelerator.main_process_first():
         datasets = create_datasets(config)
+    accelerator.print(overview.describe(datasets.named(config)), flush=True)
     config = replace(config, num_classes=datasets.num_classes)
     metric = choosing_metric(config.eval_metric, datasets.multi_label)
     set_seed(config.seed)

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from timm.data.dataset import ImageDataset
 from torch import nn
 
 from timm_spinal.errors import UserError
 
 from .dataset import Source
 from .files import read_json, write_atomically, write_json
+from .readers import ClassReader
 
 SHARD_SIZE = 2048  # images; what an interruption can lose of each process
 _SHARD = re.compile(r'[a-z]+-\d+-\d{5}\.safetensors')
@@ -73,17 +73,15 @@ def hash_source(source: Source) -> str:
     digest.update(np.ascontiguousarray(source.labels if source.labels is not None else []).tobytes())
     digest.update(np.ascontiguousarray(source.indices if source.indices is not None else []).tobytes())
     dataset = source.dataset
-    reader = getattr(dataset, 'reader', None)
-    samples = getattr(reader, 'samples', getattr(dataset, '_samples', None))
-    # timm's tar reader has an array of other things under that name
-    paths = [s[0] for s in samples if isinstance(s[0], (str, Path))] if isinstance(samples, list) else []
-    if paths:
-        chosen = range(len(paths)) if source.indices is None else source.indices
-        for i in chosen:
-            digest.update(_stat(Path(getattr(reader, 'root', '') or '') / paths[i]))
-    elif isinstance(dataset, ImageDataset) and Path(str(getattr(reader, 'root', ''))).exists():
-        root = Path(str(reader.root))  # type: ignore[union-attr]
-        for path in sorted(root.glob('*.tar')) if root.is_dir() else [root]:
+    reader, samples = getattr(dataset, 'reader', None), getattr(dataset, '_samples', None)
+    if isinstance(reader, ClassReader):
+        files = reader.files
+    else:  # torchvision's sets have a list of (file, class), or of other things, under that name
+        files = [Path(s[0]) for s in samples if isinstance(s[0], (str, Path))] if isinstance(samples, list) else []
+    if len(files) == len(dataset) and source.indices is not None:
+        files = [files[i] for i in source.indices]
+    if files:
+        for path in files:
             digest.update(_stat(path))
     else:
         digest.update(source.name.encode())
@@ -98,7 +96,7 @@ def _stat(path: Path) -> bytes:
         stat = path.stat()
     except OSError as e:
         raise UserError(f'image {path}: cannot be read ({e.strerror}); check the data') from e
-    return f'{path.name}\n{path.parent.name}\n{stat.st_size}\n{stat.st_mtime_ns}\n'.encode()
+    return f'{path.name}\n{path.parent.name}\n{stat.st_size}\n{stat.st_mtime_ns}\n'.encode(errors='surrogateescape')
 
 
 def open_cache(folder: Path, identity: dict[str, Any], words: Wording, rebuild: bool = False) -> str:

@@ -5,6 +5,7 @@ torchvision set, ``hfds/``, ``hfids/``, ``wds/`` and ``tfds/`` timm's readers of
 one-line errors that say what to do.
 """
 import difflib
+from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
@@ -16,7 +17,7 @@ from timm_spinal.errors import UserError
 from .config import TrainConfig, ValidateConfig
 from .dataset import Source
 from .digits import open_digits
-from .folders import class_index, find_split, open_images
+from .folders import find_split, open_images
 from .multimnist import find_mnist, open_multimnist
 from .torch_sources import NAMES, open_torch, torch_class_names, torch_labels, torch_split
 
@@ -47,9 +48,7 @@ def open_source(
     prefix = prefix.lower()
     if not config.dataset or (prefix in ('folder', 'image_folder') and not sep):
         path = find_split(config.data_dir, split, whole)
-        dataset = open_images(path, config.class_map if class_map is None else class_map, config.input_key)
-        index = class_index(dataset.reader)
-        return Source(str(path), dataset, _reader_labels(dataset.reader), _names(index))
+        return folder_source(path, config.class_map if class_map is None else class_map, config.input_key)
     if config.dataset == 'digits':
         return open_digits(split)
     if config.dataset == 'multimnist':
@@ -61,6 +60,14 @@ def open_source(
     if sep and prefix in _PACKAGES:
         return _open_reader(config, prefix, split, training)
     raise UserError(f'unknown dataset {config.dataset!r}; {_nearest(config.dataset)}')
+
+
+def folder_source(path: Path, class_map: Any = '', input_key: str | None = None) -> Source:
+    """A folder or tar file of images; arguments and errors are those of `open_images`."""
+    dataset = open_images(path, class_map, input_key)
+    reader: Any = dataset.reader
+    labels = np.asarray([target for _, target in reader.samples], dtype=np.int64)
+    return Source(str(path), dataset, labels, _names(reader.class_to_idx), passed_over=str(reader.passed_over))
 
 
 def _open_torch(config: TrainConfig | ValidateConfig, name: str, split: str) -> Source:
@@ -121,12 +128,6 @@ def _open_reader(config: TrainConfig | ValidateConfig, prefix: str, split: str, 
             raise UserError(f'dataset {label}: its number of images is not known; give it with {flag}')
         return Source(label, dataset, None, names, streamed=True)
     return Source(label, dataset, np.asarray(list(dataset.reader.iter_targets()), dtype=np.int64), names)
-
-
-def _reader_labels(reader: Any) -> np.ndarray:
-    """Labels of timm's folder reader (``samples`` of path and target) and tar reader (``targets``)."""
-    targets = getattr(reader, 'targets', None)
-    return np.asarray([t for _, t in reader.samples] if targets is None else targets, dtype=np.int64)
 
 
 def _names(index: dict[str, int]) -> list[str] | None:

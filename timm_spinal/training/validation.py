@@ -14,7 +14,7 @@ from timm_spinal.errors import UserError
 from timm_spinal.models.load_weights import load_exactly
 from timm_spinal.models.weight_files import WeightsError
 
-from . import report
+from . import overview, report
 from .checkpoint import EMA, STATE, damage, find_checkpoints, read_state
 from .config import ValidateConfig
 from .data import count_skipped, create_datasets, create_eval_loader
@@ -52,9 +52,10 @@ def validate(config: ValidateConfig) -> list[dict[str, Any]]:
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     names = find_models(config)
     rows: list[dict[str, Any]] = []
+    told: set[str] = set()
     for name in names:
         try:
-            rows.append(validate_one(accelerator, open_candidate(config, name)))
+            rows.append(validate_one(accelerator, open_candidate(config, name), told))
             line = _line(rows[-1])
         except UserError as e:
             if len(names) == 1:
@@ -128,12 +129,16 @@ def _open_checkpoint(config: ValidateConfig, path: Path) -> Candidate:
     return Candidate(str(path), replace(config, **of_run), path / (EMA if config.use_ema else WEIGHTS))
 
 
-def validate_one(accelerator: Accelerator, candidate: Candidate) -> dict[str, Any]:
-    """The row of one model; see `validate`."""
+def validate_one(accelerator: Accelerator, candidate: Candidate, told: set[str]) -> dict[str, Any]:
+    """The row of one model; see `validate`. What of the data is passed over is told unless it is in `told`."""
     config = candidate.config
     with accelerator.main_process_first():
         datasets = create_datasets(config, train=False)
         model: Any = create_model(config, config.num_classes)
+    line = overview.passed_over(dict(eval=datasets.eval))
+    if line and line not in told:
+        told.add(line)
+        accelerator.print(line, flush=True)
     if candidate.file is not None:
         try:
             # a run keeps its average in a file of its own
