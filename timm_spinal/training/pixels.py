@@ -93,7 +93,8 @@ class Decoder:
             size: Width and height that annotations say. Where they fit the image either as stored or upright, and not
                 both, they decide whether it is turned.
         """
-        if image.mode == self.mode and image.info.keys().isdisjoint(self._telling_keys):
+        info = image.info
+        if image.mode == self.mode and (not info or info.keys().isdisjoint(self._telling_keys)):
             return image
         orientation = _orientation(image)
         if image.mode in ('I', 'F') or image.mode.startswith('I;16'):

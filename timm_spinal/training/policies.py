@@ -2,7 +2,7 @@
 import copy
 import math
 import re
-from typing import Any, Callable, Iterator
+from typing import Any, Iterator
 
 import numpy as np
 import torch
@@ -38,9 +38,9 @@ def check_policy(text: str) -> None:
     keys = [next((key for key in known if _is_section(key, known[key], section)), None) for section in sections]
     for key, section in zip(keys, sections):
         if key is None or keys.count(key) > 1:
+            wrong = f'-{key} comes twice' if key else f'{section!r} is not understood'
             takes = ', '.join('-tweights, -t3aw, -t3a' if kind is str else f'-{k}NUMBER' for k, kind in known.items())
-            raise UserError(f'augmentation: --aa {text}: {section!r} {"comes twice" if key else "is not understood"}; '
-                            f'{name} takes {takes}')
+            raise UserError(f'augmentation: --aa {text}: {wrong}; {name} takes {takes}')
 
 
 def _is_section(key: str, kind: type, section: str) -> bool:
@@ -101,15 +101,17 @@ def try_out(transform: Any, mode: str, size: tuple[int, ...]) -> None:
         raise UserError(f'augmentation: gives {got} for images of mode {mode}, the model takes {size}; leave some out')
 
 
-def _run(step: Callable, name: str, image: Any, mode: str) -> Any:
+def _run(step: Any, name: str, image: Any, mode: str) -> Any:
+    if isinstance(step, transforms.RandomApply):
+        for part in step.transforms:
+            image = _run(part, type(part).__name__, image, mode)
+        return image
     try:
-        for part in step.transforms if isinstance(step, transforms.RandomApply) else [_certain(step)]:
-            image = part(image)
-    except Exception as e:  # whatever stands in for an image that the step is not made for
+        return _certain(step)(image)
+    except Exception as e:  # whatever stands in for an image or a setting that the step is not made for
         reason = ' '.join(str(e).split())[:200] or type(e).__name__
-        raise UserError(f'augmentation: {name} does not go with images of mode {mode} and the other settings '
-                        f'({reason}); leave it out, or see --aa, --train-interpolation and --input-img-mode') from e
-    return image
+        raise UserError(f'augmentation: {name} fails on images of mode {mode} ({reason}); leave it out, or change its '
+                        f'settings, --train-interpolation or --input-img-mode') from e
 
 
 def _certain(step: Any) -> Any:

@@ -44,7 +44,8 @@ def resolve_data(config: TrainConfig | ValidateConfig, model: nn.Module) -> dict
     return data
 
 
-INTERPOLATIONS = tuple(filter.name.lower() for filter in Image.Resampling)
+# those that timm knows: torchvision's without the ones that Pillow does not have, and the other way round
+INTERPOLATIONS = tuple(m.value for m in transforms.InterpolationMode if hasattr(Image.Resampling, m.name))
 _DATA_KEYS = ('in_chans', 'input_size', 'img_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 
 
@@ -57,14 +58,14 @@ def image_mode(config: TrainConfig | ValidateConfig, channels: int) -> str:
     """
     mode, modes = config.input_img_mode or {1: 'L', 3: 'RGB'}.get(channels, ''), usable_modes()
     fitting = ', '.join(name for name in modes if modes[name] == channels)
-    advice = f'use {fitting}' if fitting else f'none has {channels}; change --in-chans'
+    advice = f'use one of {fitting}' if fitting else 'none has so many; change --in-chans'
     if not mode:
         raise UserError(f'input channels: {channels}, for which --input-img-mode has no default; {advice}')
     if mode not in modes:
-        raise UserError(f'--input-img-mode {mode}: is not a mode of Pillow with 8 bits a channel; for the '
-                        f'{channels} channels of the model {advice}')
+        raise UserError(f'--input-img-mode {mode}: is not a mode of Pillow with 8 bits a channel; for a model '
+                        f'with {channels} input channels {advice}')
     if modes[mode] != channels:
-        raise UserError(f'--input-img-mode {mode}: has {modes[mode]} channels, the model takes {channels}; {advice}')
+        raise UserError(f'--input-img-mode {mode}: has {modes[mode]} channel(s), the model takes {channels}; {advice}')
     return mode
 
 
