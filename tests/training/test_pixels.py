@@ -11,7 +11,7 @@ from torchvision import transforms
 from timm_spinal.training import pixels
 from timm_spinal.training.dataset import ImageData, Source
 from timm_spinal.training.folders import open_images
-from timm_spinal.training.pixels import Decoder, open_image, usable_modes
+from timm_spinal.training.pixels import UNREADABLE, Decoder, open_image, usable_modes
 from timm_spinal.training.sampling import EvalSampler
 from timm_spinal.training.torch_sources import open_torch
 
@@ -55,7 +55,10 @@ def tiff(values: np.ndarray, signed: bool = False, bits: int = 0) -> io.BytesIO:
 
 @pytest.mark.parametrize('kind', ['PNG', 'TIFF', 'JPEG2000', 'PPM'])
 def test_grey_of_16_bits_is_scaled(kind):
-    image = stored(Image.fromarray(LEVELS), kind)
+    if kind == 'PPM':
+        image = open_image(io.BytesIO(b'P5 4 2 65535\n' + LEVELS.astype('>u2').tobytes()))
+    else:
+        image = stored(Image.fromarray(LEVELS), kind)
     assert decode(image) == UPPER
     assert decode(image, 'RGB') == np.repeat(np.array(UPPER)[..., None], 3, axis=2).tolist()
 
@@ -94,8 +97,8 @@ def test_levels_are_the_same_in_images_of_the_same_range():
 
 @pytest.mark.parametrize('image', [
     stored(RGB, 'PNG'), stored(RGB, 'JPEG'), stored(GREY, 'PNG'), stored(RGB.convert('P'), 'PNG'),
-    stored(RGB.convert('CMYK'), 'JPEG'), stored(RGB.convert('CMYK'), 'TIFF'), stored(RGB.convert('YCbCr'), 'TIFF'),
-    stored(GREY.convert('1'), 'PNG'), RGB.convert('HSV'), RGB.convert('RGBX'), stored(RGB, 'WEBP', lossless=True),
+    stored(RGB.convert('CMYK'), 'JPEG'), stored(RGB.convert('CMYK'), 'TIFF'), stored(GREY.convert('1'), 'PNG'),
+    RGB.convert('YCbCr'), RGB.convert('HSV'), RGB.convert('RGBX'), stored(RGB, 'WEBP', lossless=True),
 ])
 def test_ordinary_images_are_as_pillow_converts_them(image):
     for mode in ('RGB', 'L'):
@@ -124,7 +127,7 @@ INDEXED = RGB.convert('P', palette=Image.Palette.ADAPTIVE, colors=16)
 @pytest.mark.parametrize('image', [
     stored(Image.merge('RGBA', (*RGB.split(), ALPHA)), 'PNG'),
     stored(Image.merge('LA', (GREY, ALPHA)), 'PNG'),
-    stored(Image.merge('RGBA', (*RGB.split(), ALPHA)).convert('PA'), 'TIFF'),
+    Image.merge('RGBA', (*RGB.split(), ALPHA)).convert('PA'),
     stored(INDEXED, 'PNG', transparency=bytes(range(0, 256, 16))),
     stored(INDEXED, 'PNG', transparency=INDEXED.getpixel((0, 0))),
     stored(INDEXED, 'GIF', transparency=INDEXED.getpixel((0, 0))),
@@ -167,6 +170,26 @@ def test_modes_that_a_model_can_take():
         for mode, channels in modes.items():
             image = Decoder(mode)(Image.new(source, (3, 2)), lambda: 'x')
             assert (image.mode, np.asarray(image).size) == (mode, 6 * channels)
+
+
+@pytest.mark.parametrize('kind, mode', [('AVIF', 'RGB'), ('ICNS', 'RGB'), ('BLP', 'P'), ('TIFF', 'F'), ('PNG', 'RGB')])
+def test_damaged_files_of_any_format_fail_in_one_way(kind, mode):
+    file = io.BytesIO()
+    try:
+        RGB.convert(mode).save(file, kind)
+    except (KeyError, OSError):
+        pytest.skip(f'Pillow has no {kind}')
+    whole, rng = file.getvalue(), np.random.default_rng(0)
+    failed = 0
+    for _ in range(40):
+        damaged = bytearray(whole[:rng.integers(8, len(whole) + 1)])
+        for place in rng.integers(4, min(200, len(damaged)), size=4):
+            damaged[place] = rng.integers(256)
+        try:
+            Decoder()(open_image(io.BytesIO(damaged)), lambda: 'x')
+        except UNREADABLE:
+            failed += 1
+    assert failed
 
 
 # ---- first frame, orientation -----------------------------------------------------------------------------------

@@ -45,9 +45,18 @@ _RANGES = (Levels(0, 1), Levels(-1, 1), Levels(0, 255, 1), Levels(0, 65535, 1))
 
 
 def open_image(file: str | Path | IO[bytes]) -> Image.Image:
-    """The first frame of an image file, decoded, in the mode in which it is stored."""
-    image = Image.open(file)
-    image.load()
+    """The first frame of an image file, decoded, in the mode in which it is stored.
+
+    Raises:
+        UNREADABLE: Any of these.
+    """
+    try:
+        image = Image.open(file)
+        image.load()
+    except UNREADABLE:
+        raise
+    except Exception as e:  # what rare formats have for damaged files: AssertionError, RuntimeError, TypeError ...
+        raise OSError(f'{type(e).__name__} {e}'.strip()) from e
     return image
 
 
@@ -137,7 +146,7 @@ class Decoder:
 def usable_modes() -> dict[str, int]:
     """Modes of Pillow that a model can take, and their channels: 8 bits each, and no numbers of a palette."""
     found = {}
-    for mode in Image.MODES:
+    for mode in dict.fromkeys((*Image.MODES, 'LA')):  # which Pillow 10 has, and does not list
         described = ImageMode.getmode(mode)
         if described.typestr != '|u1' or 'P' in described.bands:
             continue
