@@ -83,3 +83,48 @@ def test_image_that_cannot_be_read(tmp_path):
         data[0, None]
     with pytest.raises(UserError, match=r'1.png is 80x96, and its annotations are of 96x80'):
         data[1, None]
+
+
+def turn(folder, orientation, as_shown):
+    """Give the training images of a folder an EXIF orientation; what is shown, or stored, is what was drawn."""
+    tags = Image.Exif()
+    tags[0x112] = orientation
+    for file in (folder / 'train').iterdir():
+        image = Image.open(file)
+        if as_shown:
+            back = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+            image = image.transpose(back[orientation])
+        image.save(file, exif=tags)
+
+
+@pytest.mark.parametrize('upright', [False, True])
+@pytest.mark.parametrize('as_shown', [False, True])
+@pytest.mark.parametrize('orientation', [3, 6, 8])
+def test_turned_images_fit_their_boxes(tmp_path, caplog, orientation, as_shown, upright):
+    root = write_coco(tmp_path, train=2, val=1)
+    turn(root, orientation, as_shown)
+    made = config(root, exif_transpose=upright)
+    data = create_data(made, open_splits(made), num_processes=1).train_loader.dataset
+    drawn = torch.from_numpy(np.array(draw(1)[0])).permute(2, 0, 1) / 255
+    for index in (1, 0, 1):
+        image, _ = data[index, None]
+    if orientation == 3:  # 96 x 80 both ways, so that the flag decides
+        assert torch.equal(image, drawn if as_shown == upright else drawn.flip(1, 2))
+        assert len(caplog.records) == (not upright)
+    else:
+        assert torch.equal(image, drawn) and not caplog.records
+
+
+@pytest.mark.parametrize('convert', [
+    lambda image: Image.fromarray(np.asarray(image.convert('L')).astype(np.uint16) * 257),
+    lambda image: Image.fromarray(np.asarray(image.convert('L')).astype(np.float32) / 255),
+    lambda image: Image.merge('LA', (image.convert('L'), Image.new('L', image.size, 255))),
+    lambda image: image.convert('L'),
+])
+def test_images_of_other_modes_keep_their_levels(tmp_path, convert):
+    root = write_coco(tmp_path, train=1, val=1)
+    image = convert(draw(0)[0])
+    image.save(root / 'train' / '0.png', 'TIFF' if image.mode == 'F' else 'PNG')
+    grey = torch.from_numpy(np.array(draw(0)[0].convert('L'))) / 255
+    found = DetectionData(open_splits(config(root))['train'].images)[0, None][0]
+    assert torch.equal(found, grey.expand(3, -1, -1))

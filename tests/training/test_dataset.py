@@ -10,6 +10,7 @@ from torchvision import transforms
 from timm_spinal.errors import UserError
 from timm_spinal.training.dataset import ImageData, Source, StreamData, preserved_rng, seed_rng
 from timm_spinal.training.folders import open_images
+from timm_spinal.training.pixels import Decoder
 from timm_spinal.training.sampling import EvalSampler, TrainSampler
 
 from .images import make_split
@@ -59,7 +60,7 @@ def test_preserved_rng_restores_after_an_error():
 
 
 def test_images_come_in_the_mode_that_is_asked_for(source):
-    grey = ImageData(source, transforms.ToTensor(), img_mode='L')[0, None][0]
+    grey = ImageData(source, transforms.ToTensor(), Decoder('L'))[0, None][0]
     colour = ImageData(source, transforms.ToTensor())[0, None][0]
     assert grey.shape == (1, 12, 12) and colour.shape == (3, 12, 12)
     weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
@@ -137,7 +138,7 @@ class Stream(IterableDataset):
 
 
 def test_stream_augments_by_epoch_and_keeps_the_global_streams():
-    data = StreamData(Source('s', Stream(), streamed=True), NOISE, 'L', seed=1)
+    data = StreamData(Source('s', Stream(), streamed=True), NOISE, Decoder('L'), seed=1)
 
     def run(epoch):
         data.begin_epoch(epoch)

@@ -2,8 +2,10 @@
 import io
 import tarfile
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from timm_spinal.errors import UserError
 
@@ -50,10 +52,10 @@ def test_hfids_streams_an_epoch(folder, tmp_path, workers):
     assert sorted(y for _, batch in data.eval_loader for y in batch.tolist()) == [0] * 6 + [1] * 6
 
 
-def test_wds_streams_an_epoch(folder, tmp_path):
-    pytest.importorskip('webdataset')
+def write_tars(folder, root):
+    """The two splits of a folder as WebDataset has them."""
     for split in ('train', 'validation'):
-        with tarfile.open(tmp_path / f'{split}-0000.tar', 'w') as tar:
+        with tarfile.open(root / f'{split}-0000.tar', 'w') as tar:
             for label, name in enumerate(('ant', 'bee')):
                 for i in range(6):
                     for suffix, content in (
@@ -63,10 +65,35 @@ def test_wds_streams_an_epoch(folder, tmp_path):
                         info = tarfile.TarInfo(f'{name}{i}.{suffix}')
                         info.size = len(content)
                         tar.addfile(info, io.BytesIO(content))
-    config = quick_config(
-        dataset='wds/toy', data_dir=str(tmp_path), train_split='train-0000.tar', val_split='validation-0000.tar',
-        num_classes=2, train_num_samples=12, val_num_samples=12)
-    data = make_data(config)
+
+
+WDS = dict(
+    dataset='wds/toy', train_split='train-0000.tar', val_split='validation-0000.tar', num_classes=2,
+    train_num_samples=12, val_num_samples=12)
+
+
+def test_wds_streams_an_epoch(folder, tmp_path):
+    pytest.importorskip('webdataset')
+    write_tars(folder, tmp_path)
+    data = make_data(quick_config(data_dir=str(tmp_path), **WDS))
     targets = sorted(y for _, batch in collect(data) for y in batch)
     assert data.streamed and len(targets) == 12 and set(targets) <= {0, 1}
     assert sorted(y for _, batch in data.eval_loader for y in batch.tolist()) == [0] * 6 + [1] * 6
+
+
+@pytest.mark.parametrize('reader, package', [('hfds', 'datasets'), ('hfids', 'datasets'), ('wds', 'webdataset')])
+def test_grey_of_16_bits_is_scaled_by_every_reader(folder, tmp_path, reader, package):
+    pytest.importorskip(package)
+    for file in folder.rglob('*.png'):
+        level = 8000 if file.parent.name == 'ant' else 40000
+        Image.fromarray(np.full((12, 12), level, np.uint16)).save(file)
+    if reader == 'wds':
+        write_tars(folder, tmp_path)
+        options = dict(WDS, data_dir=str(tmp_path))
+    else:
+        options = dict(dataset=f'{reader}/{folder}', data_dir=str(tmp_path / 'cache'), num_classes=2,
+                       train_num_samples=12, val_num_samples=12)
+    data = make_data(quick_config(**options, mean=[0.], std=[1.]))
+    for images, labels in data.eval_loader:
+        levels = torch.tensor([8000 >> 8, 40000 >> 8])[labels]
+        assert torch.equal((images * 255).round(), levels.view(-1, 1, 1, 1).expand_as(images).float())

@@ -44,6 +44,41 @@ def test_channels_that_do_not_agree(options):
         image_mode(quick_config(), 2)
 
 
+@pytest.mark.parametrize('mode, channels, reason', [
+    ('GREY', 3, '--input-img-mode GREY: is not a mode of Pillow with 8 bits a channel; .* 3 .* use one of .*RGB'),
+    ('P', 1, 'is not a mode .* use one of L$'),
+    ('I;16', 1, 'is not a mode'),
+    ('F', 1, 'is not a mode'),
+    ('rgb', 3, 'is not a mode'),
+    ('L', 3, 'has 1 channel.*, the model takes 3; use one of .*RGB'),
+    ('RGBA', 3, 'has 4 channel.*, the model takes 3'),
+    ('', 2, 'input channels: 2, for which --input-img-mode has no default; use one of LA'),
+    ('', 5, 'input channels: 5, .* none has so many'),
+])
+def test_image_modes_that_the_model_cannot_take(mode, channels, reason):
+    with pytest.raises(UserError, match=reason):
+        image_mode(quick_config(input_img_mode=mode), channels)
+
+
+@pytest.mark.parametrize('options, reason', [
+    (dict(interpolation='foo'), '--interpolation foo: unknown; use nearest, bilinear, bicubic, box, hamming, lanczos'),
+    (dict(interpolation='random'), '--interpolation random'),
+    (dict(std=[0.2, 0., 0.2]), '--std 0'),
+])
+def test_values_that_no_image_could_use(options, reason):
+    with pytest.raises(UserError, match=reason):
+        resolve_data(quick_config(**options), TinyModel)
+
+
+@pytest.mark.parametrize('name', ['nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos', 'random', ''])
+def test_every_interpolation_of_timm_works(name):
+    config = quick_config(train_interpolation=name, interpolation='' if name == 'random' else name)
+    data = resolve_data(config, TinyModel)
+    assert train_transform(config, data)(PHOTO).shape == eval_transform(data)(PHOTO).shape == (3, 8, 8)
+    config.no_aug = True
+    assert train_transform(config, data)(PHOTO).shape == (3, 8, 8)
+
+
 def test_evaluation_is_resize_crop_normalise():
     image = eval_transform(resolve_data(quick_config(), TinyModel))(PHOTO)
     expected = tv.Compose([tv.Resize(8), tv.CenterCrop(8), tv.ToTensor(), tv.Normalize([0.5] * 3, [0.25] * 3)])(PHOTO)
@@ -94,7 +129,8 @@ def test_every_augmentation_works_on_colour_and_grey(options, model):
     assert not torch.equal(outputs[0], outputs[1])
 
 
-@pytest.mark.parametrize('options', [dict(aa='foo'), dict(train_interpolation='cubist')])
+@pytest.mark.parametrize('options', [dict(aa='foo'), dict(train_interpolation='cubist'),
+                                     dict(train_interpolation='cubist', no_aug=True)])
 def test_what_timm_refuses_is_one_line(options):
     config = quick_config(**options)
     with pytest.raises(UserError, match='augmentation') as error:

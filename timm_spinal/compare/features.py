@@ -15,6 +15,7 @@ from tqdm import tqdm
 from timm_spinal.errors import UserError
 from timm_spinal.models import fold_batchnorm
 from timm_spinal.training.dataset import SKIPPED_TARGET, ImageData, Source
+from timm_spinal.training.pixels import Decoder
 from timm_spinal.training.shards import (
     SHARD_SIZE,
     Wording,
@@ -28,7 +29,13 @@ from timm_spinal.training.shards import (
     shard_path,
     write_shard,
 )
-from timm_spinal.training.transforms import eval_transform, image_mode, resolve_data, split_transform, train_transform
+from timm_spinal.training.transforms import (
+    create_decoder,
+    eval_transform,
+    resolve_data,
+    split_transform,
+    train_transform,
+)
 
 from .cores import core_each
 from .options import FrozenConfig, as_train_config
@@ -99,13 +106,13 @@ def extract(
     """
     data_config = resolve_data(as_train_config(config), model)
     parts = list(_parts(config, data_config, splits))
-    mode = image_mode(as_train_config(config), data_config['input_size'][0])
+    decode = create_decoder(as_train_config(config), data_config['input_size'][0])
     identity = dict(
         model=config.backbone,
         timm=timm.__version__,
         weights=hash_weights(model),
         data={p.split: hash_source(p.source) for p in parts},
-        transform={f'{p.split}-{p.number}': f'{mode} {p.transform} seed {p.seed} skip {config.skip_unreadable}'
+        transform={f'{p.split}-{p.number}': f'{decode} {p.transform} seed {p.seed} skip {config.skip_unreadable}'
                    for p in parts},
         precision=accelerator.mixed_precision,
         maps=maps,
@@ -132,7 +139,7 @@ def extract(
     for part in parts:
         indices = [index for p, index in mine if p is part]
         if indices:
-            _run_part(config, model, part, mode, indices, folder, mark, accelerator, maps, bar)
+            _run_part(config, model, part, decode, indices, folder, mark, accelerator, maps, bar)
     bar.close()
     accelerator.wait_for_everyone()
     seconds = time.perf_counter() - start if total else 0.
@@ -197,7 +204,7 @@ def _run_part(
         config: FrozenConfig,
         model: nn.Module,
         part: Part,
-        mode: str,
+        decode: Decoder,
         indices: list[int],
         folder: Path,
         mark: str,
@@ -214,7 +221,7 @@ def _run_part(
             batches.append([(i, seeds[i]) for i in rows[start:start + config.batch_size]])
             ends.append(None)
         ends[-1] = index
-    dataset = ImageData(part.source, part.transform, mode, 'mark' if config.skip_unreadable else 'raise')
+    dataset = ImageData(part.source, part.transform, decode, 'mark' if config.skip_unreadable else 'raise')
     loader = DataLoader(
         dataset, batch_sampler=batches, num_workers=min(config.workers, len(batches)), pin_memory=config.pin_mem)
     step = backbone_batch(accelerator.device, config.batch_size)
@@ -231,7 +238,7 @@ def _run_part(
     kept: dict[str, list[torch.Tensor]] = {}
     with core_each() as pool:  # loader workers disturb that less than all cores on one chunk
         run = pool.map if accelerator.device.type == 'cpu' else map
-        begun = ((end, labels, run(answer, _as_images(images, part, config, mode).split(step)))
+        begun = ((end, labels, run(answer, _as_images(images, part, decode).split(step)))
                  for end, (images, labels) in zip(ends, loader))
         for end, labels, answers in _one_ahead(begun):
             kept.setdefault('labels', []).append(labels)
@@ -254,9 +261,9 @@ def _one_ahead(begun: Iterator[T]) -> Iterator[T]:
         waiting = following
 
 
-def _as_images(images: Any, part: Part, config: FrozenConfig, mode: str) -> torch.Tensor:
+def _as_images(images: Any, part: Part, decode: Decoder) -> torch.Tensor:
     if not isinstance(images, torch.Tensor):
-        raise UserError(f'{part.source.name}: images of mode {mode} do not become tensors of one size; check '
+        raise UserError(f'{part.source.name}: images of mode {decode.mode} do not become tensors of one size; check '
                         f'--input-size and --crop-mode')
     return images
 

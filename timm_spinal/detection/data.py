@@ -15,6 +15,7 @@ from torchvision.transforms.functional import to_tensor
 from timm_spinal.errors import UserError
 from timm_spinal.training.data import TrainData, create_loader
 from timm_spinal.training.dataset import UnreadableImage
+from timm_spinal.training.pixels import UNREADABLE, Decoder, open_image
 from timm_spinal.training.sampling import EvalSampler, TrainSampler
 from timm_spinal.training.torch_sources import EVAL_NAMES, TRAIN_NAMES
 
@@ -37,14 +38,16 @@ class DetectionData(Dataset):
     Args:
         images: The images of a split.
         hflip: Probability of a horizontal flip, drawn from the seed; none where that is None.
+        decode: Gives RGB images; `Decoder()` when None.
 
     Raises:
         UnreadableImage: An image cannot be decoded, or has not the size that its annotations say.
     """
 
-    def __init__(self, images: list[Annotated], hflip: float = 0.):
+    def __init__(self, images: list[Annotated], hflip: float = 0., decode: Decoder | None = None):
         self.images = images
         self.hflip = hflip
+        self.decode = decode or Decoder()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -52,7 +55,7 @@ class DetectionData(Dataset):
     def __getitem__(self, item: tuple[int, int | None]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         index, seed = item
         record = self.images[index]
-        image = to_tensor(_read(record))
+        image = to_tensor(read_image(record, self.decode))
         single = ~record.crowd
         boxes = torch.from_numpy(record.boxes[single])
         if seed is not None and random.Random(seed).random() < self.hflip:
@@ -68,17 +71,21 @@ class DetectionData(Dataset):
         return list(images), list(targets)
 
 
-def _read(record: Annotated) -> Image.Image:
+def read_image(record: Annotated, decode: Decoder) -> Image.Image:
+    """An annotated image, turned as its boxes are.
+
+    Raises:
+        UnreadableImage: It cannot be decoded, or has not the size that its annotations say.
+    """
     try:
-        with Image.open(record.file) as image:
-            rgb = image.convert('RGB')
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        image = decode(open_image(record.file), lambda: str(record.file), (record.width, record.height))
+    except UNREADABLE as e:
         reason = ' '.join(str(e).split()) or type(e).__name__
         raise UnreadableImage(f'image {record.file} cannot be read ({reason}); mend or remove it') from e
-    if rgb.size != (record.width, record.height):
-        raise UnreadableImage(f'image {record.file} is {rgb.width}x{rgb.height}, and its annotations are of '
+    if image.size != (record.width, record.height):
+        raise UnreadableImage(f'image {record.file} is {image.width}x{image.height}, and its annotations are of '
                               f'{record.width}x{record.height}; mend one of them')
-    return rgb
+    return image
 
 
 def open_splits(config: DetectionConfig) -> dict[str, DetectionSet]:
@@ -126,7 +133,8 @@ def create_data(config: DetectionConfig, splits: dict[str, DetectionSet], num_pr
         UserError: A batch size that leaves no full batch.
     """
     train, eval_set, test = splits['train'], splits['eval'], splits.get('test')
-    train_data = DetectionData(train.images, config.hflip)
+    decode = Decoder(exif_transpose=config.exif_transpose)
+    train_data = DetectionData(train.images, config.hflip, decode)
     sampler = TrainSampler(len(train_data), config.seed, epoch_repeats=config.epoch_repeats)
     if len(sampler) < config.batch_size * num_processes:
         raise UserError(f'--batch-size {config.batch_size}: an epoch has {len(sampler)} images, not one full batch for '
@@ -134,8 +142,8 @@ def create_data(config: DetectionConfig, splits: dict[str, DetectionSet], num_pr
                         'or less')
     return TrainData(
         train_loader=create_loader(config, train_data, sampler, config.batch_size, drop_last=True),
-        eval_loader=_eval_loader(config, eval_set),
-        test_loader=_eval_loader(config, test) if test else None,
+        eval_loader=_eval_loader(config, eval_set, decode),
+        test_loader=_eval_loader(config, test, decode) if test else None,
         mixup=None,
         num_classes=len(train.class_names) + 1,
         class_names=train.class_names,
@@ -146,7 +154,7 @@ def create_data(config: DetectionConfig, splits: dict[str, DetectionSet], num_pr
     )
 
 
-def _eval_loader(config: DetectionConfig, split: DetectionSet) -> Any:
-    dataset = DetectionData(split.images)
+def _eval_loader(config: DetectionConfig, split: DetectionSet, decode: Decoder) -> Any:
+    dataset = DetectionData(split.images, decode=decode)
     return create_loader(
         config, dataset, EvalSampler(len(dataset)), config.validation_batch_size or config.batch_size)

@@ -21,6 +21,9 @@ class DetectionDataOptions:
     val_split: str = option('validation', 'name of the evaluation split, which chooses the best epoch')
     test_split: str = option('', 'split that is evaluated once, at the end, with the best weights; never for choosing')
     keep_empty: bool = option(False, 'train on images without any box too')
+    exif_transpose: bool = option(
+        False, 'turn images upright by their EXIF orientation; where the annotated width and height fit the image one '
+        'way only, as stored or upright, it is used that way, with or without this flag')
     hflip: float = option(0.5, 'probability of a horizontal flip', low=0., high=1.)
     min_size: list[int] = option([800], 'pixels of the shorter side; of several, one is drawn per image', low=1)
     max_size: int = option(1333, 'most pixels of the longer side', low=1)

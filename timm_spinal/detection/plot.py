@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any, Sequence
 
 import numpy as np
-from PIL import Image
 
+from timm_spinal.training.pixels import Decoder
 from timm_spinal.training.report import new_figure, save_figure
 
 from .annotations import Annotated
 from .coco_metrics import Found
+from .data import read_image
 
 MOST_IMAGES, MIN_SCORE = 8, 0.5
 
@@ -19,6 +20,7 @@ def draw_boxes(
         images: Sequence[Annotated],
         found: dict[int, Found],
         class_names: list[str],
+        decode: Decoder,
 ) -> None:
     """Draw the first images that have boxes: the true ones dashed and white, those found with a score in colour.
 
@@ -27,6 +29,7 @@ def draw_boxes(
         images: The images of a split.
         found: What was found on them, by place; boxes with a score below `MIN_SCORE` are left out.
         class_names: Of label 1, 2, ...
+        decode: As the detector gets its images.
     """
     chosen = [i for i, image in enumerate(images) if len(image.boxes)][:MOST_IMAGES]
     columns = min(4, len(chosen))
@@ -35,9 +38,9 @@ def draw_boxes(
     for axes in (all_axes := figure.subplots(rows, columns, squeeze=False).flat):
         axes.axis('off')
     for axes, i in zip(all_axes.base.flat, chosen):
-        with Image.open(images[i].file) as image:
-            # a pixel reaches from its number to the next, as boxes count
-            axes.imshow(np.asarray(image.convert('RGB')), extent=(0, image.width, image.height, 0))
+        image = read_image(images[i], decode)
+        # a pixel reaches from its number to the next, as boxes count
+        axes.imshow(np.asarray(image), extent=(0, image.width, image.height, 0))
         for box in images[i].boxes:
             _rectangle(axes, box, 'white', '--')
         for box, label, score in zip(*found[i]):

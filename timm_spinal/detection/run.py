@@ -87,6 +87,7 @@ def prepare(config: DetectionConfig, accelerator: Accelerator, splits: dict[str,
         model = convert_sync_batchnorm(model)
     model.to(accelerator.device)
     images = {name: split.images for name, split in splits.items()}
+    dataset: Any = data.eval_loader.dataset
     measure = Measure(accelerator, dict(images, ema=images['eval']), data.num_classes - 1)
 
     def on_best(run: Run, weights: str) -> None:
@@ -96,7 +97,7 @@ def prepare(config: DetectionConfig, accelerator: Accelerator, splits: dict[str,
 
         def write() -> None:
             save_detector(run.folder, module, state_dict, names)
-            draw_boxes(run.folder / 'boxes.png', images['eval'], found, names)
+            draw_boxes(run.folder / 'boxes.png', images['eval'], found, names, dataset.decode)
 
         agree(accelerator, write)
 

@@ -29,11 +29,12 @@ from .dataset import ImageData, Source, StreamData
 from .image_files import shown
 from .options import LoaderOptions
 from .overview import check_classes
+from .pixels import Decoder
 from .readers import check_names
 from .sampling import EvalSampler, TrainSampler, stratified_split
 from .sources import open_source
 from .torch_sources import torch_split
-from .transforms import eval_transform, image_mode, resolve_data, ten_crop_transform, train_transform
+from .transforms import create_decoder, eval_transform, resolve_data, ten_crop_transform, train_transform
 
 _logger = logging.getLogger(__name__)
 
@@ -222,19 +223,19 @@ def create_data(
     assert train is not None, 'create_datasets was called with train=False'
     _check_batch(config, train, num_processes)
     data_config = resolve_data(config, model)
-    mode = image_mode(config, data_config['input_size'][0])
+    decode = create_decoder(config, data_config['input_size'][0])
     transform = train_transform(config, data_config)
     if train.streamed:
-        dataset: Dataset = StreamData(train, transform, mode, seed)
+        dataset: Dataset = StreamData(train, transform, decode, seed)
         sampler = None
     else:
-        dataset = ImageData(train, transform, mode, 'replace' if config.skip_unreadable else 'raise')
+        dataset = ImageData(train, transform, decode, 'replace' if config.skip_unreadable else 'raise')
         sampler = TrainSampler(len(train), seed, config.aug_repeats, config.epoch_repeats)
     mixing = config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None
     return TrainData(
         train_loader=create_loader(config, dataset, sampler, config.batch_size, drop_last=True),
-        eval_loader=_eval_loader(config, datasets.eval, eval_transform(data_config), mode),
-        test_loader=_eval_loader(config, datasets.test, eval_transform(data_config), mode) if datasets.test else None,
+        eval_loader=_eval_loader(config, datasets.eval, eval_transform(data_config), decode),
+        test_loader=_eval_loader(config, datasets.test, eval_transform(data_config), decode) if datasets.test else None,
         mixup=_mixup(config, datasets) if mixing else None,
         num_classes=datasets.num_classes,
         class_names=datasets.class_names,
@@ -271,9 +272,9 @@ def create_eval_loader(
         raise UserError(f'classes: {datasets.eval.name} has {have}, the model {want}; use the data it was trained for'
                         f', or number the folders with --class-map')
     data_config = resolve_data(config, model)
-    mode = image_mode(config, data_config['input_size'][0])
+    decode = create_decoder(config, data_config['input_size'][0])
     transform = ten_crop_transform(data_config) if crops == 10 else eval_transform(data_config)
-    return _eval_loader(config, datasets.eval, transform, mode), data_config
+    return _eval_loader(config, datasets.eval, transform, decode), data_config
 
 
 def _check_batch(config: TrainConfig, train: Source, num_processes: int) -> None:
@@ -308,12 +309,12 @@ def _eval_loader(
         config: TrainConfig | ValidateConfig,
         source: Source,
         transform: Callable,
-        mode: str,
+        decode: Decoder,
 ) -> DataLoader:
     batch = config.validation_batch_size or config.batch_size
     if source.streamed:
-        return create_loader(config, StreamData(source, transform, mode, config.seed), None, batch)
-    dataset = ImageData(source, transform, mode, 'mark' if config.skip_unreadable else 'raise')
+        return create_loader(config, StreamData(source, transform, decode, config.seed), None, batch)
+    dataset = ImageData(source, transform, decode, 'mark' if config.skip_unreadable else 'raise')
     return create_loader(config, dataset, EvalSampler(len(source)), batch)
 
 

@@ -1,10 +1,6 @@
 """Data sets as the loader sees them: decoded and transformed images, from random seeds of their own."""
-import contextlib
-import random
-import struct
-import tarfile
-import zlib
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Callable, Iterator
 
 import numpy as np
@@ -15,13 +11,11 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from timm_spinal.errors import UserError
 
+from .pixels import UNREADABLE, Decoder, open_image
+from .sampling import preserved_rng, seed_rng
 from .transforms import split_transform
 
 SKIPPED_TARGET = -1  # label of an evaluation image that could not be read
-_UNREADABLE = (
-    OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error, tarfile.TarError,
-    Image.DecompressionBombError,
-)
 
 
 class UnreadableImage(UserError):
@@ -69,16 +63,16 @@ class Source:
         return index if self.indices is None else int(self.indices[index])
 
     def read(self, index: int) -> tuple[Image.Image, Any]:
-        """The decoded image and its class, or the memberships of its classes."""
+        """The image in the mode in which it is stored, and its class or the memberships of its classes."""
         index = self.number(index)
         if isinstance(self.dataset, ImageDataset):
             # around ImageDataset.__getitem__, which puts another image in the place of one it cannot read
             file, target = self.dataset.reader[index]
             with file:
-                image = Image.open(file)
-                image.load()
+                image = open_image(file)
         else:
             image, target = self.dataset[index]
+            image.load()  # some of torchvision's data sets leave that to the first use
         if self.multi_label:
             return image, target
         return image, SKIPPED_TARGET if target is None else int(target) - self.label_offset
@@ -101,7 +95,7 @@ class ImageData(Dataset):
     Args:
         source: The split.
         transform: From a PIL image to a tensor.
-        img_mode: PIL mode that the transform gets.
+        decode: Gives the transform its images, in one mode; `Decoder()` when None.
         on_unreadable: 'raise'; 'replace' takes the next image that can be read; 'mark' gives zeros and
             `SKIPPED_TARGET`.
 
@@ -114,10 +108,16 @@ class ImageData(Dataset):
     """
     max_tries = 100
 
-    def __init__(self, source: Source, transform: Callable, img_mode: str = 'RGB', on_unreadable: str = 'raise'):
+    def __init__(
+            self,
+            source: Source,
+            transform: Callable,
+            decode: Decoder | None = None,
+            on_unreadable: str = 'raise',
+    ):
         self.source = source
         self.transform, self.finish = split_transform(transform)
-        self.img_mode = img_mode
+        self.decode = decode or Decoder()
         self.on_unreadable = on_unreadable
         self.rows: Any = None
         # shared with the workers: which images were found to be unreadable
@@ -150,12 +150,12 @@ class ImageData(Dataset):
         for step in range(self.max_tries):
             try:
                 image, target = self.source.read(place := (index + step) % len(self))
-                image = image if image.mode == self.img_mode else image.convert(self.img_mode)
+                image = self.decode(image, partial(self.source.describe, place))
                 break
-            except _UNREADABLE as e:
+            except UNREADABLE as e:
                 self.unreadable[place] = 1
                 if self.on_unreadable == 'mark':
-                    image, target = Image.new(self.img_mode, (32, 32)), SKIPPED_TARGET
+                    image, target = Image.new(self.decode.mode, (32, 32)), SKIPPED_TARGET
                     break
                 if self.on_unreadable == 'raise':
                     reason = ' '.join(str(e).split()) or type(e).__name__
@@ -177,10 +177,10 @@ class StreamData(IterableDataset):
     Augmentation is seeded by (seed, epoch, worker, count): reproducible with the same number of workers.
     """
 
-    def __init__(self, source: Source, transform: Callable, img_mode: str, seed: int):
+    def __init__(self, source: Source, transform: Callable, decode: Decoder, seed: int):
         self.source = source
         self.transform = transform
-        self.img_mode = img_mode
+        self.decode = decode
         self.seed = seed
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # read by workers that outlive an epoch
 
@@ -196,27 +196,8 @@ class StreamData(IterableDataset):
         entropy = [self.seed, int(self.epoch), worker.id if worker else 0]
         seeds = np.random.default_rng(entropy)
         for image, target in self.source.dataset:
-            image = image if image.mode == self.img_mode else image.convert(self.img_mode)
+            image = self.decode(image, lambda: f'of {self.source.name}')
             with preserved_rng():
                 seed_rng(int(seeds.integers(2 ** 32)))
                 sample = self.transform(image), int(target)
             yield sample
-
-
-def seed_rng(seed: int) -> None:
-    """Seed the three global generators of the CPU; ``seed`` is below 2^32."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which also seeds every accelerator
-
-
-@contextlib.contextmanager
-def preserved_rng() -> Iterator[None]:
-    """Put the three global generators of the CPU back as they were."""
-    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.default_generator.set_state(states[2])

@@ -50,7 +50,10 @@ class DataOptions:
     dataset_trust_remote_code: bool = option(False, 'let hfds/ and hfids/ run code from the data set repository')
     class_map: str = option('', 'file that maps class names to indices')
     input_img_mode: str | None = option(
-        None, "PIL mode of the images; 'L' for a model with one input channel, else 'RGB'")
+        None, "PIL mode of the images; 'L' for a model with one input channel, else 'RGB'; 16-bit grey is scaled to 8 "
+        'bits, and transparent parts are white where the mode does not keep transparency')
+    exif_transpose: bool = option(
+        False, 'turn images upright by their EXIF orientation; not given: they are used as stored, as timm does')
     input_key: str | None = option(None, 'name of the image field (hfds/, hfids/, wds/)')
     target_key: str | None = option(None, 'name of the label field (hfds/, hfids/, wds/)')
     skip_unreadable: bool = option(

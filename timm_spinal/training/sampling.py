@@ -4,7 +4,9 @@ Order and augmentation are functions of (seed, epoch, position in the epoch) alo
 ``(index, seed)`` pairs and the data set seeds itself from the first pair of a batch. Nothing about the epoch lives in
 the loader's workers, so batches are the same for any number of workers and after `accelerate.skip_first_batches`.
 """
+import contextlib
 import math
+import random
 from typing import Iterator
 
 import numpy as np
@@ -91,3 +93,22 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
         held.append(members[order[:count]])
     second = np.sort(np.concatenate(held))
     return np.setdiff1d(np.arange(len(labels)), second), second
+
+
+def seed_rng(seed: int) -> None:
+    """Seed the three global generators of the CPU; ``seed`` is below 2^32."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which also seeds every accelerator
+
+
+@contextlib.contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Put the three global generators of the CPU back as they were."""
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])

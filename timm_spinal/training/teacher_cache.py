@@ -36,7 +36,7 @@ from .shards import (
 )
 from .sources import STREAMED
 from .teacher import Teacher
-from .transforms import image_mode, train_transform
+from .transforms import create_decoder, train_transform
 
 _WORDS = Wording(
     'teacher logits', 'remove the folder, or choose another --kd-cache', 'remove it and run again',
@@ -111,7 +111,7 @@ def _identity(run: Run, whole: Source, teacher: Teacher) -> dict[str, Any]:
         weights=hash_weights(model),
         num_classes=run.data.num_classes,
         data=hash_source(whole),
-        transform=f'{image_mode(config, data["input_size"][0])} {train_transform(config, data)}',
+        transform=f'{create_decoder(config, data["input_size"][0])} {train_transform(config, data)}',
         mean=[float(v) for v in data['mean']],
         std=[float(v) for v in data['std']],
         timm=timm.__version__,
@@ -124,7 +124,7 @@ def _make_shard(run: Run, whole: Source, teacher: Teacher, folder: Path, index: 
     first = index * SHARD_SIZE
     numbers = range(first, min(first + SHARD_SIZE, len(whole)))
     dataset = ImageData(
-        whole, train_transform(config, data), image_mode(config, data['input_size'][0]),
+        whole, train_transform(config, data), create_decoder(config, data['input_size'][0]),
         'mark' if config.skip_unreadable else 'raise')
     loader = DataLoader(
         dataset, batch_size=config.validation_batch_size or config.batch_size,

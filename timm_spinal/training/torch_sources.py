@@ -8,6 +8,8 @@ from timm.data import create_dataset
 
 from timm_spinal.errors import UserError
 
+from .pixels import open_image
+
 # 'torch/' names that timm 1.0.31 makes itself, with the splits that they have
 TIMM_NAMES: dict[str, tuple[str, ...]] = {
     'mnist': ('train', 'test'), 'fashion_mnist': ('train', 'test'), 'kmnist': ('train', 'test'),
@@ -100,7 +102,10 @@ def open_torch(name: str, split: str, root: str, download: bool) -> tuple[Any, i
         download: Let torchvision download what is missing.
     """
     if name in TIMM_NAMES:
-        return create_dataset(f'torch/{name}', root=root, split=split, download=download), 0
+        dataset = create_dataset(f'torch/{name}', root=root, split=split, download=download)
+        if isinstance(dataset, tv.DatasetFolder):
+            dataset.loader = open_image  # torchvision's own makes black and white of grey of 16 bits
+        return dataset, 0
     row = TORCH_SETS[name]
     kwargs = dict(row.kwargs, root=root, download=download)
     if row.splits:

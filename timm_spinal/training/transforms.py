@@ -2,6 +2,7 @@
 from typing import Any, Callable
 
 import torch
+from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm.data.transforms import MaybeToTensor
 from torch import nn
@@ -10,6 +11,8 @@ from torchvision import transforms
 from timm_spinal.errors import UserError
 
 from .config import TrainConfig, ValidateConfig
+from .pixels import Decoder, usable_modes
+from .policies import check_policy, mend_policies, try_out
 
 
 def resolve_data(config: TrainConfig | ValidateConfig, model: nn.Module) -> dict[str, Any]:
@@ -19,7 +22,8 @@ def resolve_data(config: TrainConfig | ValidateConfig, model: nn.Module) -> dict
     another number of channels is averaged: a model made with ``in_chans=1`` takes grey images.
 
     Raises:
-        UserError: --mean, --std or --input-size that do not fit the model's channels.
+        UserError: --mean, --std or --input-size that do not fit the model's channels, a --std of 0, an unknown
+            --interpolation.
     """
     given = {k: v for k, v in vars(config).items() if k in _DATA_KEYS and v not in (None, '')}
     channels = getattr(model, 'in_chans', None) or given.get('in_chans') or 3
@@ -28,7 +32,11 @@ def resolve_data(config: TrainConfig | ValidateConfig, model: nn.Module) -> dict
     for key in ('mean', 'std'):
         if len(given.get(key, [0])) not in (1, channels):
             raise UserError(f'--{key}: {len(given[key])} values for {channels} channels; give 1 or {channels}')
+    if min(given.get('std', [1])) <= 0:
+        raise UserError(f'--std {min(given["std"]):g}: pixels are divided by it; give numbers above 0')
     data = resolve_data_config({**given, 'in_chans': channels}, model=model)
+    if data['interpolation'] not in INTERPOLATIONS:
+        raise UserError(f'--interpolation {data["interpolation"]}: unknown; use {", ".join(INTERPOLATIONS)}')
     data['input_size'] = (channels, *data['input_size'][1:])
     for key in ('mean', 'std'):
         if len(data[key]) != channels:
@@ -36,6 +44,8 @@ def resolve_data(config: TrainConfig | ValidateConfig, model: nn.Module) -> dict
     return data
 
 
+# those that timm knows: torchvision's without the ones that Pillow does not have, and the other way round
+INTERPOLATIONS = tuple(m.value for m in transforms.InterpolationMode if hasattr(Image.Resampling, m.name))
 _DATA_KEYS = ('in_chans', 'input_size', 'img_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 
 
@@ -43,22 +53,40 @@ def image_mode(config: TrainConfig | ValidateConfig, channels: int) -> str:
     """PIL mode of the images for a model with so many input channels.
 
     Raises:
-        UserError: Neither 1 nor 3 channels and no --input-img-mode.
+        UserError: Neither 1 nor 3 channels and no --input-img-mode; or one that Pillow does not have, that has not
+            8 bits a channel, or that has other channels.
     """
-    if config.input_img_mode:
-        return config.input_img_mode
-    modes = {1: 'L', 3: 'RGB'}
-    if channels not in modes:
-        raise UserError(f'input channels: no image mode has {channels}; give --input-img-mode (4: RGBA or CMYK)')
-    return modes[channels]
+    mode, modes = config.input_img_mode or {1: 'L', 3: 'RGB'}.get(channels, ''), usable_modes()
+    fitting = ', '.join(name for name in modes if modes[name] == channels)
+    advice = f'use one of {fitting}' if fitting else 'none has so many; change --in-chans'
+    if not mode:
+        raise UserError(f'input channels: {channels}, for which --input-img-mode has no default; {advice}')
+    if mode not in modes:
+        raise UserError(f'--input-img-mode {mode}: is not a mode of Pillow with 8 bits a channel; for a model '
+                        f'with {channels} input channels {advice}')
+    if modes[mode] != channels:
+        raise UserError(f'--input-img-mode {mode}: has {modes[mode]} channel(s), the model takes {channels}; {advice}')
+    return mode
+
+
+def create_decoder(config: TrainConfig | ValidateConfig, channels: int) -> Decoder:
+    """What brings the images of any data set into the mode for a model with so many input channels; see `image_mode`.
+    """
+    return Decoder(image_mode(config, channels), config.exif_transpose)
 
 
 def train_transform(config: TrainConfig, data: dict[str, Any]) -> Callable:
     """Training transform; --rotation and --perspective come first, on the whole image, as in the MNIST recipes.
 
     Raises:
-        UserError: An --aa policy or interpolation that timm does not know.
+        UserError: An --aa policy or interpolation that timm does not know, or a step that does not go with the mode of
+            the images or with another setting.
     """
+    if config.train_interpolation not in ('', 'random', *INTERPOLATIONS):
+        raise UserError(f'augmentation: --train-interpolation {config.train_interpolation}: unknown; use random, '
+                        f'{", ".join(INTERPOLATIONS)}')
+    if config.aa:
+        check_policy(config.aa)
     interpolation = data['interpolation'] if config.no_aug else config.train_interpolation or data['interpolation']
     options: dict[str, Any] = dict(
         input_size=data['input_size'],
@@ -85,8 +113,8 @@ def train_transform(config: TrainConfig, data: dict[str, Any]) -> Callable:
         transform = create_transform(**options)
     except (AssertionError, KeyError, ValueError) as e:
         reason = ' '.join(str(e).split()) or type(e).__name__
-        raise UserError(f'augmentation: timm refuses --aa {config.aa}, --train-interpolation {interpolation} or '
-                        f'another setting ({reason}); see --help') from e
+        raise UserError(f'augmentation: timm refuses a setting ({reason}); see --help') from e
+    mend_policies(transform)
     first = []
     if config.perspective:
         first.append(transforms.RandomPerspective(p=config.perspective))
@@ -94,6 +122,7 @@ def train_transform(config: TrainConfig, data: dict[str, Any]) -> Callable:
         first.append(transforms.RandomRotation(config.rotation))
     if first and not config.no_aug:
         transform.transforms[:0] = first
+    try_out(transform, image_mode(config, data['input_size'][0]), data['input_size'])
     return transform
 
 
