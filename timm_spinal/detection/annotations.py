@@ -181,9 +181,9 @@ def are_fractions(boxes: Sequence[Box]) -> bool:
     fractions = some & near & (corners != corners.round()).any(1)
     pixels = some & ~near
     if pixels.any() and fractions.sum() > FEW * some.sum():
-        raise UserError(f'{boxes[int(fractions.argmax())].where}: its box lies within 0 and 1, as fractions of the image do '
-                        f'({fractions.sum()} of {len(boxes)} boxes), and {boxes[int(pixels.argmax())].where} is in pixels; '
-                        'write all of them in pixels')
+        one, other = (boxes[int(kind.argmax())].where for kind in (fractions, pixels))
+        raise UserError(f'{one}: its box lies within 0 and 1, as fractions of the image do ({fractions.sum()} of '
+                        f'{len(boxes)} boxes), and {other} is in pixels; write all of them in pixels')
     return bool(fractions.any() and not pixels.any())
 
 
