@@ -119,54 +119,63 @@ def gather(
     """
     check_images(name, entries)
     fractions = are_fractions([box for entry in entries for box in entry.boxes])
-    images = [annotate(entry, counts, fractions, first_pixel) for entry in entries]
-    return DetectionSet(name, images, class_names, counts)
+    of_size: dict[tuple[int, int], list[int]] = {}
+    for place, entry in enumerate(entries):
+        of_size.setdefault(entry.size, []).append(place)
+    images: dict[int, Annotated] = {}
+    for places in of_size.values():
+        images.update(zip(places, annotate([entries[place] for place in places], counts, fractions, first_pixel)))
+    return DetectionSet(name, [images[place] for place in range(len(entries))], class_names, counts)
 
 
 CUT = v2.Compose([v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(
-    labels_getter=lambda sample: tuple(sample[key] for key in ('labels', 'iscrowd', 'area', 'given')))])
+    labels_getter=lambda sample: tuple(sample[key] for key in ('labels', 'iscrowd', 'area', 'image', 'given')))])
 
 
-def annotate(entry: Entry, counts: Counts, fractions: bool = False, first_pixel: int = 0) -> Annotated:
-    """Cut and count the boxes of one image.
+def annotate(
+        entries: Sequence[Entry],
+        counts: Counts,
+        fractions: bool = False,
+        first_pixel: int = 0,
+) -> list[Annotated]:
+    """Cut and count the boxes of images.
 
     Args:
-        entry: The image.
+        entries: The images, all of one size: torchvision then cuts their boxes together.
         counts: Counts on.
         fractions: The corners are fractions of the image's sides.
         first_pixel: See `gather`.
     """
-    width, height = entry.size
-    given = torch.tensor([box.corners for box in entry.boxes], dtype=torch.float64).reshape(-1, 4)
+    width, height = entries[0].size
+    found = [box for entry in entries for box in entry.boxes]
+    given = torch.tensor([box.corners for box in found], dtype=torch.float64).reshape(-1, 4)
     if fractions:
         given *= torch.tensor([width, height, width, height])
         counts.scaled += len(given)
     else:
         # corners at the same place are a click, no object of one pixel
         given[:, :2] -= first_pixel * (given[:, 2:] > given[:, :2])
-    areas = [math.nan if fractions or box.area is None else box.area for box in entry.boxes]
+    areas = [math.nan if fractions or box.area is None else box.area for box in found]
     kept = CUT(dict(
         boxes=BoundingBoxes(given, format=BoundingBoxFormat.XYXY, canvas_size=(height, width)),
-        labels=torch.tensor([box.label for box in entry.boxes], dtype=torch.int64),
-        iscrowd=torch.tensor([box.crowd for box in entry.boxes], dtype=torch.bool),
+        labels=torch.tensor([box.label for box in found], dtype=torch.int64),
+        iscrowd=torch.tensor([box.crowd for box in found], dtype=torch.bool),
         area=torch.tensor(areas, dtype=torch.float64),
+        image=torch.arange(len(entries)).repeat_interleave(torch.tensor([len(entry.boxes) for entry in entries])),
         given=given,
     ))
-    boxes, crowd = kept['boxes'].as_subclass(torch.Tensor), kept['iscrowd'].numpy()
-    sides = boxes[:, 2:] - boxes[:, :2]
-    counts.images += 1
+    boxes = kept['boxes'].as_subclass(torch.Tensor)
+    area = torch.where(kept['area'].isnan(), (boxes[:, 2:] - boxes[:, :2]).prod(1), kept['area'])
+    counts.images += len(entries)
     counts.boxes += len(boxes)
-    counts.crowd += int(crowd.sum())
+    counts.crowd += int(kept['iscrowd'].sum())
     counts.clipped += int((boxes != kept['given']).any(1).sum())
     counts.empty += len(given) - len(boxes)
-    counts.without += bool(crowd.all())
-    return Annotated(
-        entry.file, width, height,
-        boxes=boxes.numpy().astype(np.float32),
-        labels=kept['labels'].numpy(),
-        crowd=crowd,
-        area=torch.where(kept['area'].isnan(), sides.prod(1), kept['area']).numpy().astype(np.float32),
-    )
+    counts.without += len(entries) - len(kept['image'][~kept['iscrowd']].unique())
+    columns = boxes.float(), kept['labels'], kept['iscrowd'], area.float()
+    lengths = kept['image'].bincount(minlength=len(entries)).tolist()
+    return [Annotated(entry.file, width, height, *(values.numpy() for values in of_image))
+            for entry, *of_image in zip(entries, *(column.split(lengths) for column in columns))]
 
 
 def are_fractions(boxes: Sequence[Box]) -> bool:
