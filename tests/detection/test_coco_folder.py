@@ -275,16 +275,17 @@ NAMED = {
         each('annotations', category_id='x'), 'annotation 1: unknown category id "x"; the file knows 3, 7'),
     'no category': (each('categories', name=' '), 'category 3: its name is " ", and a class needs a name; mend it'),
     'category null': (each('categories', name=None), 'category 3: its name is null'),
-    'category id null': (each('categories', id=None), 'category None: its id is null'),
-    'one id, two names': (each('categories', id='3'), "category 3: is 'disc' and 'square'; give each category an id"),
+    'category id null': (each('categories', id=None), 'category null: its id is null'),
+    'one id, two names': (
+        each('categories', id='3'), "category \"3\": is 'disc' and 'square'; give each category an id"),
     'ids of two kinds for two names': (
         lambda root: rows(root, 'categories', lambda row: [row, dict(id=str(row['id']), name='x' + row['name'])]),
-        "category 3: is 'disc' and 'xdisc'"),
+        "category \"3\": is 'disc' and 'xdisc'"),
     'one id, two images': (
         each('images', id=4), 'image 4: two images have the same id, "0.png" and "1.png"; give each'),
     'ids of two kinds for two images': (
         lambda root: rows(root, 'images', lambda row: [row, {**row, 'id': str(row['id']), 'file_name': 'x.png'}]),
-        'image 10: two images have the same id, "0.png" and "x.png"'),
+        'image "10": two images have the same id, "0.png" and "x.png"'),
     'two ids, one image': (twice('images', id=77, file_name='2.png'), 'and so is that of'),
     'no file name': (each('images', file_name=None), 'image 10: its file_name is null, no name of a file; mend it'),
     'empty file name': (each('images', file_name=' '), 'image 10: its file_name is " ", no name of a file; mend it'),

@@ -78,7 +78,7 @@ def _read(path: Path) -> dict[str, list[tuple[str, Row]]]:
 
 def _where(path: Path, key: str, place: int, row: Any) -> str:
     item = dict(images='image', annotations='annotation', categories='category')[key]
-    name = row['id'] if isinstance(row, dict) and 'id' in row else f'{place} of the list'
+    name = short(row['id']) if isinstance(row, dict) and 'id' in row else f'{place} of the list'
     return f'{path}: {item} {name}'
 
 
