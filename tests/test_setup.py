@@ -1,11 +1,16 @@
-"""The C extension is optional: the package builds without a compiler, and without torch."""
+"""What an installation needs: no compiler, no torch to build, and the dependencies that pyproject.toml declares."""
 
+import ast
 import os
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,3 +31,34 @@ def test_sources_need_neither_python_nor_torch():
                 if line.startswith('#include')}
     assert included == {'<math.h>', '<stddef.h>', '<stdint.h>', '<stdlib.h>', '<string.h>', '"xnor.h"', '"vectors.h"',
                         '<immintrin.h>', '<arm_neon.h>'}
+
+
+def declared() -> list[Requirement]:
+    """What pyproject.toml asks for, tools of the tests left out."""
+    tomllib = pytest.importorskip('tomllib', reason='Python 3.11 reads TOML')
+    project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+    extras = (rows for name, rows in project['optional-dependencies'].items() if name != 'test')
+    return [Requirement(row) for row in chain(project['dependencies'], *extras)]
+
+
+def test_lower_bounds_are_versions_that_the_tests_ran_with():
+    """`.ci/lowest.txt` lists the environment of that run."""
+    lines = (ROOT / '.ci' / 'lowest.txt').read_text().splitlines()
+    run = {canonicalize_name(row.name): str(row.specifier) for row in map(Requirement, (
+        line for line in lines if line and not line.startswith('#')))}
+    assert {canonicalize_name(row.name): str(row.specifier).replace('>=', '==') for row in declared()} == run
+
+
+def test_what_is_imported_is_declared():
+    imported = set()
+    for file in (ROOT / 'timm_spinal').rglob('*.py'):
+        for node in ast.walk(ast.parse(file.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.Import):
+                imported.update(alias.name.partition('.')[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(str(node.module).partition('.')[0])
+    imported -= {*sys.stdlib_module_names, 'timm_spinal'}
+    packages = packages_distributions()
+    needed = {canonicalize_name(packages.get(name, [name])[0]) for name in imported}
+    assert {'numpy', 'pillow', 'torch', 'timm'} <= needed
+    assert needed <= {canonicalize_name(row.name) for row in declared()}

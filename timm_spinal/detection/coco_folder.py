@@ -2,18 +2,24 @@
 
 The annotations of a split S are ``annotations/instances_S.json``, ``annotations/S.json`` or, as Roboflow exports them,
 ``S/_annotations.coco.json``; its images lie in ``S/``, ``images/S/``, ``images/`` or the folder itself. Labels are the
-category ids in order, from 1 on without gaps.
+category ids in order, from 1 on without gaps; categories of the same name are one class.
 """
-import json
+import re
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from timm_spinal.errors import UserError
 
-from .annotations import Box, Counts, DetectionSet, annotate, check_images, four_numbers, label_of
+from .annotations import Box, Counts, DetectionSet, Entry, gather, label_of
+from .image_files import FileFinder, image_size, image_suffixes
+from .values import Corners, around, class_name, flag, four_numbers, identity, number, read_json, short, side
 
 PLACES = ('annotations/instances_{}.json', 'annotations/{}.json', '{}/_annotations.coco.json')
 IMAGES = ('{}', 'images/{}', 'images', '.')
+
+Id = int | float | str
+Row = dict[str, Any]
 
 
 def find_annotations(root: Path, split: str) -> Path | None:
@@ -34,54 +40,150 @@ def read_coco(root: Path, split: str, class_names: list[str] | None = None) -> D
     """
     path = find_annotations(root, split)
     assert path is not None
+    counts = Counts()
     content = _read(path)
-    names = {c['id']: str(c['name']) for c in sorted(content['categories'], key=lambda c: c['id'])}
-    classes = list(names.values()) if class_names is None else class_names
-    labels = {id: label_of(name, classes, f'{path}: category {id}') for id, name in names.items()}
-    by_image: dict[Any, list[Box]] = {image['id']: [] for image in content['images']}
-    if len(by_image) < len(content['images']):
-        raise UserError(f'{path}: two images have the same id; mend it')
-    for annotation in content['annotations']:
-        where = f'{path}: annotation {annotation.get("id")}'
-        if annotation['category_id'] not in labels:
-            raise UserError(f'{where}: unknown category id {annotation["category_id"]!r}; the file knows '
-                            f'{", ".join(map(str, list(names)[:8]))}{", ..." if len(names) > 8 else ""}')
-        if annotation['image_id'] not in by_image:
-            raise UserError(f'{where}: is of image id {annotation["image_id"]!r}, which the file does not have')
-        x, y, width, height = four_numbers(annotation['bbox'], where)
-        by_image[annotation['image_id']].append(Box(
-            (x, y, x + width, y + height), labels[annotation['category_id']], bool(annotation.get('iscrowd', 0)),
-            annotation.get('area')))
-    counts, images = Counts(), []
-    folder = _image_folder(root, split, content['images'])
-    for image in content['images']:
-        size = int(image['width']), int(image['height'])
-        images.append(annotate(folder / image['file_name'], size, by_image[image['id']], counts))
-    result = DetectionSet(f'{root} ({split})', images, classes, counts)
-    check_images(result.name, images)
-    return result
+    names = _categories(content['categories'])
+    classes = list(dict.fromkeys(names.values())) if class_names is None else class_names
+    images = _images(content['images'], counts)
+    boxes: dict[Id, list[Box]] = {id: [] for id in images}
+    for id, box in _boxes(path, content['annotations'], names, classes, images, counts):
+        boxes[id].append(box)
+    finder = FileFinder([root / place.format(split) for place in IMAGES], image_suffixes())
+    entries = [_entry(where, row, boxes[id], finder, root / split, counts) for id, (where, row) in images.items()]
+    return gather(f'{root} ({split})', entries, classes, counts)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, list[tuple[str, Row]]]:
+    """The rows of the file's three lists, each with a text that names it."""
+    content = read_json(path)
+    wrong = 'is not in the format of COCO ({}); see https://cocodataset.org/#format-data'
+    lists = dict(images=('id', 'file_name'), annotations=('image_id', 'category_id'), categories=('id', 'name'))
+    if not isinstance(content, dict):
+        raise UserError(f'{path}: {wrong.format("it is no object with the keys " + ", ".join(lists))}')
+    found = {}
+    for key, needed in lists.items():
+        if key not in content:
+            raise UserError(f'{path}: {wrong.format(f"it has no {key!r}")}')
+        rows = content[key] or []
+        if not isinstance(rows, list):
+            raise UserError(f'{path}: {wrong.format(f"{key!r} is {short(rows)}, no list")}')
+        found[key] = [(_where(path, key, place, row), row) for place, row in enumerate(rows)]
+        for where, row in found[key]:
+            if not isinstance(row, dict):
+                raise UserError(f'{where} {wrong.format(f"it is {short(row)}, no object")}')
+            if missing := next((name for name in needed if name not in row), None):
+                raise UserError(f'{where} {wrong.format(f"an entry has no {missing!r}")}')
+    return found
+
+
+def _where(path: Path, key: str, place: int, row: Any) -> str:
+    item = dict(images='image', annotations='annotation', categories='category')[key]
+    name = short(row['id']) if isinstance(row, dict) and 'id' in row else f'{place} of the list'
+    return f'{path}: {item} {name}'
+
+
+def _categories(rows: list[tuple[str, Row]]) -> dict[Id, str]:
+    """Names by id, in the order of the ids: numbers, then texts."""
+    names: dict[Id, str] = {}
+    for where, row in rows:
+        id, name = identity(row['id'], where), class_name(row['name'], where)
+        if names.setdefault(id, name) != name:
+            raise UserError(f'{where}: is {names[id]!r} and {name!r}; give each category an id of its own')
+    return dict(sorted(names.items(), key=lambda item: (isinstance(item[0], str), item[0])))
+
+
+def _images(rows: list[tuple[str, Row]], counts: Counts) -> dict[Id, tuple[str, Row]]:
+    """The images by id."""
+    images: dict[Id, tuple[str, Row]] = {}
+    for where, row in rows:
+        first = images.setdefault(identity(row['id'], where), (where, row))[1]
+        if first is row:
+            continue
+        if first['file_name'] != row['file_name']:
+            raise UserError(f'{where}: two images have the same id, {short(first["file_name"])} and '
+                            f'{short(row["file_name"])}; give each an id of its own')
+        counts.repeated += 1
+    return images
+
+
+def _boxes(
+        path: Path,
+        rows: list[tuple[str, Row]],
+        names: dict[Id, str],
+        classes: list[str],
+        images: Collection[Id],
+        counts: Counts,
+) -> Iterator[tuple[Id, Box]]:
+    """Each annotation's image and box."""
+    labels: dict[Id, int] = {}
+    seen: dict[Id, Row] = {}
+    for where, row in rows:
+        if row.get('id') is not None and row == seen.setdefault(identity(row['id'], where), row) is not row:
+            counts.repeated += 1
+            continue
+        category = identity(row['category_id'], where, 'category id')
+        image = identity(row['image_id'], where, 'image id')
+        if category not in names:
+            known = ', '.join(map(str, list(names)[:8])) + (', ...' if len(names) > 8 else '')
+            raise UserError(f'{where}: unknown category id {short(row["category_id"])}; the file knows '
+                            f'{known or "none"}; list it among the categories or remove the annotation')
+        if category not in labels:
+            labels[category] = label_of(names[category], classes, f'{path}: category {category}')
+        if image not in images:
+            raise UserError(f'{where}: is of image id {short(row["image_id"])}, which the file does not have; list it '
+                            'among the images or remove the annotation')
+        crowd = flag(row.get('iscrowd'), where, 'iscrowd')
+        yield image, Box(_corners(row, where, counts), labels[category], where, crowd, _area(row.get('area'), where))
+
+
+def _corners(row: Row, where: str, counts: Counts) -> Corners:
+    """The corners of an annotation's box or, where it has none, of the box around its outline."""
+    if row.get('bbox'):
+        x, y, width, height = four_numbers(row['bbox'], where)
+        return x, y, x + width, y + height
+    outline = row.get('segmentation')
+    if not outline:
+        raise UserError(f'{where}: its box is {short(row.get("bbox"))}, not four numbers, and it has no outline '
+                        'either; mend it')
+    counts.outlined += 1
+    if isinstance(outline, list):
+        return around(outline, where)
+    return _around_mask(outline, where)
+
+
+def _around_mask(outline: Any, where: str) -> Corners:
+    from pycocotools import mask
     try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-        for key, needed in (('images', ('id', 'file_name', 'width', 'height')),
-                            ('annotations', ('image_id', 'category_id', 'bbox')), ('categories', ('id', 'name'))):
-            for row in content[key]:
-                for name in needed:
-                    row[name]
-    except (OSError, ValueError) as e:
-        raise UserError(f'{path}: cannot be read as JSON ({" ".join(str(e).split())}); mend it') from e
-    except (KeyError, TypeError, IndexError) as e:
-        raise UserError(f'{path}: is not in the format of COCO (an entry has no {e}); see '
-                        'https://cocodataset.org/#format-data') from e
-    return content
+        height, width = (int(size) for size in outline['size'])
+        runs = outline['counts']
+        if isinstance(runs, list):
+            outline = mask.frPyObjects(outline, height, width)
+        elif not re.fullmatch('[0-o]*[0-O]', runs):  # pycocotools reads any other text as some mask
+            raise ValueError(runs)
+        x, y, width, height = mask.toBbox(outline).tolist()
+    except Exception as e:  # pycocotools raises many kinds
+        raise UserError(f'{where}: it has no box, and its outline is no mask in run lengths; mend it') from e
+    return x, y, x + width, y + height
 
 
-def _image_folder(root: Path, split: str, images: list[dict[str, Any]]) -> Path:
-    """The first place that has the first image."""
-    for place in IMAGES:
-        folder = root / place.format(split)
-        if images and (folder / images[0]['file_name']).is_file():
-            return folder
-    return root / split
+def _area(value: Any, where: str) -> float | None:
+    """Pixels of the object; None where that is not known, which some programs write as 0."""
+    try:
+        area = 0. if value is None else number(value)
+        if area < 0:
+            raise ValueError('negative')
+    except ValueError as e:
+        raise UserError(f'{where}: its area is {short(value)}, no number of pixels; mend it') from e
+    return area or None
+
+
+def _entry(where: str, row: Row, boxes: list[Box], finder: FileFinder, folder: Path, counts: Counts) -> Entry:
+    name = row['file_name']
+    if isinstance(name, bool) or not isinstance(name, (str, int)) or not str(name).strip():
+        raise UserError(f'{where}: its file_name is {short(name)}, no name of a file; mend it')
+    file = finder.exact(str(name))
+    if file is None and (file := finder.find(str(name), where)):
+        counts.renamed += 1
+    file = file or folder / str(name)
+    width, height = side(row.get('width')), side(row.get('height'))
+    return Entry(file, where, (width, height) if width and height else image_size(file), boxes)

@@ -2,18 +2,17 @@
 
 Coordinates count pixels from 1 and the last pixel is inside, so a box is [xmin - 1, xmax] x [ymin - 1, ymax] here.
 Difficult objects are treated as COCO's crowds. Classes are the names that the training split uses, in alphabetical
-order.
+order. An image is found by the name of its annotations, whatever its suffix, and else by their ``<filename>``.
 """
+import re
 from pathlib import Path
-from xml.etree import ElementTree
-
-from PIL import Image
+from xml.etree.ElementTree import Element
 
 from timm_spinal.errors import UserError
 
-from .annotations import Box, Counts, DetectionSet, annotate, check_images, four_numbers, label_of
-
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.JPG')
+from .annotations import Box, Counts, DetectionSet, Entry, gather, label_of
+from .image_files import FileFinder, image_size, image_suffixes
+from .values import Corners, around, class_name, flag, four_numbers, read_lines, read_xml, side
 
 
 def is_voc(root: Path) -> bool:
@@ -40,59 +39,63 @@ def read_voc(root: Path, split: str, class_names: list[str] | None = None) -> De
     """
     path = find_list(root, split)
     assert path is not None
-    names = [line.split()[0] for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
-    trees = {name: _read(root / 'Annotations' / f'{name}.xml') for name in names}
+    folder, pictures = root / 'Annotations', root / 'JPEGImages'
+    xmls, images = FileFinder([folder], {'.xml'}), FileFinder([pictures], image_suffixes())
+    files = [_annotations(xmls, line, str(path)) or folder / f'{line}.xml' for line in read_lines(path)]
+    trees = {file: _read(file) for file in files}
+    counts = Counts(repeated=len(files) - len(trees))
     classes = class_names
     if classes is None:
-        classes = sorted({_text(o, 'name', n) for n, tree in trees.items() for o in tree.iter('object')})
-    counts, images = Counts(), []
-    for name, tree in trees.items():
-        file = _image_file(root, name)
-        boxes = [_box(o, classes, f'{root / "Annotations" / name}.xml') for o in tree.iter('object')]
-        images.append(annotate(file, _size(tree, file), boxes, counts))
-    result = DetectionSet(f'{root} ({split})', images, classes, counts)
-    check_images(result.name, images)
-    return result
+        classes = sorted({_name(o, str(file)) for file, tree in trees.items() for o in tree.iter('object')})
+    entries = []
+    for file, tree in trees.items():
+        name = str(file.relative_to(folder).with_suffix(''))
+        image = _image(images, name, tree, str(file)) or pictures / f'{name}.jpg'
+        boxes = [_box(o, classes, f'{file}: object {place}', str(file), counts)
+                 for place, o in enumerate(tree.iter('object'), 1)]
+        width, height = (side(tree.findtext(f'size/{tag}')) for tag in ('width', 'height'))
+        entries.append(Entry(image, str(file), (width, height) if width and height else image_size(image), boxes))
+    return gather(f'{root} ({split})', entries, classes, counts, first_pixel=1)
 
 
-def _read(path: Path) -> ElementTree.Element:
-    try:
-        return ElementTree.parse(path).getroot()
-    except OSError as e:
-        raise UserError(f'{path}: {e.strerror}; every image of the split needs its annotations') from e
-    except ElementTree.ParseError as e:
-        raise UserError(f'{path}: cannot be read as XML ({e}); mend it') from e
+def _annotations(xmls: FileFinder, line: str, where: str) -> Path | None:
+    """The file of a line in a list: a name with or without suffix; lists of one class have 1, 0 or -1 after it."""
+    names = line, re.sub(r'\s+-?[01]$', '', line)
+    return next((file for name in names if (file := xmls.by_stem(name, where))), None)
 
 
-def _text(element: ElementTree.Element, tag: str, where: str) -> str:
-    text = element.findtext(tag)
+def _read(file: Path) -> Element:
+    root = read_xml(file)
+    if root.tag != 'annotation':
+        raise UserError(f'{file}: is not in the format of Pascal VOC (it is <{root.tag}>, not <annotation>); see '
+                        'http://host.robots.ox.ac.uk/pascal/VOC')
+    return root
+
+
+def _image(images: FileFinder, name: str, tree: Element, where: str) -> Path | None:
+    named = tree.findtext('filename', '').strip()
+    return images.by_stem(name, where, prefer=named) or images.find(named, where)
+
+
+def _name(element: Element, where: str) -> str:
+    text = element.findtext('name')
     if text is None:
-        raise UserError(f'{where}: an object has no <{tag}>; mend it')
-    return text.strip()
+        raise UserError(f'{where}: an object has no <name>; mend it')
+    return class_name(text, where)
 
 
-def _box(element: ElementTree.Element, classes: list[str], where: str) -> Box:
-    corners = [element.findtext(f'bndbox/{tag}') for tag in ('xmin', 'ymin', 'xmax', 'ymax')]
-    x1, y1, x2, y2 = four_numbers(corners, where)
-    label = label_of(_text(element, 'name', where), classes, where)
-    return Box((x1 - 1, y1 - 1, x2, y2), label, element.findtext('difficult', '0').strip() == '1')
+def _box(element: Element, classes: list[str], where: str, file: str, counts: Counts) -> Box:
+    corners = _corners(element, where, counts)
+    label = label_of(_name(element, file), classes, file)
+    return Box(corners, label, where, flag(element.findtext('difficult'), where, 'difficult'))
 
 
-def _size(tree: ElementTree.Element, file: Path) -> tuple[int, int]:
-    """Width and height as annotated, or as the image has them where they are not."""
-    try:
-        width, height = (int(tree.findtext(f'size/{tag}', '0')) for tag in ('width', 'height'))
-    except ValueError:
-        width = height = 0
-    if width > 0 and height > 0 or not file.is_file():
-        return width, height
-    try:
-        with Image.open(file) as image:
-            return image.size
-    except OSError as e:
-        raise UserError(f'image {file} cannot be read ({" ".join(str(e).split())}); mend or remove it') from e
-
-
-def _image_file(root: Path, name: str) -> Path:
-    files = [root / 'JPEGImages' / f'{name}{suffix}' for suffix in SUFFIXES]
-    return next((file for file in files if file.is_file()), files[0])
+def _corners(element: Element, where: str, counts: Counts) -> Corners:
+    """The corners of an object's box or, where it has none, of the box around its polygon."""
+    polygon = element.find('polygon')
+    if element.find('bndbox') is not None or polygon is None:
+        return four_numbers([element.findtext(f'bndbox/{tag}') for tag in ('xmin', 'ymin', 'xmax', 'ymax')], where)
+    counts.outlined += 1
+    # <x1>, <y1>, <x2>, ... or, by LabelMe, <pt><x>, <y></pt>
+    xs, ys = ([e.text or '' for e in polygon.iter() if re.fullmatch(rf'{axis}\d*', e.tag)] for axis in 'xy')
+    return around([*zip(xs, ys)] if len(xs) == len(ys) else [], where)

@@ -149,7 +149,8 @@ def classes_per_chunk(
 
 def without_autocast(x: torch.Tensor) -> ContextManager:
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    # a meta tensor has no autocast; older releases cannot compile torch.amp.is_autocast_available
+    if not x.is_meta and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 
