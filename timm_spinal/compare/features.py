@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from timm_spinal.errors import UserError
 from timm_spinal.models import fold_batchnorm
+from timm_spinal.training.data import dead_workers_named
 from timm_spinal.training.dataset import SKIPPED_TARGET, ImageData, Source
 from timm_spinal.training.shards import (
     SHARD_SIZE,
@@ -132,7 +133,8 @@ def extract(
     for part in parts:
         indices = [index for p, index in mine if p is part]
         if indices:
-            _run_part(config, model, part, mode, indices, folder, mark, accelerator, maps, bar)
+            with dead_workers_named(lambda: 'run it again: the features that are made are kept'):
+                _run_part(config, model, part, mode, indices, folder, mark, accelerator, maps, bar)
     bar.close()
     accelerator.wait_for_everyone()
     seconds = time.perf_counter() - start if total else 0.

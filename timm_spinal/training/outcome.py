@@ -125,6 +125,7 @@ def origin(run: Run) -> dict[str, Any]:
     return dict(
         seed=run.config.seed,
         processes=run.accelerator.num_processes,
+        mixed_precision=run.accelerator.mixed_precision,
         hardware=report.hardware(run.accelerator.device, run.accelerator.num_processes),
         versions=report.versions(),
     )

@@ -16,6 +16,7 @@ from .data import Datasets, TrainData, create_data, create_datasets
 from .distill import check_distillation, prepare_teacher
 from .evaluate import evaluate
 from .freeze import apply_freeze
+from .identity import FIXED
 from .loop import Run
 from .metrics import accuracies, choosing_metric
 from .model import check_batch_of_one, check_model_name, create_model
@@ -23,7 +24,7 @@ from .objective import build_penalties, build_task
 from .outcome import export_best, finish, write_reports
 from .predictions import Predictions
 from .signs import signs_of
-from .start import assemble, begin, carry_out, folder_and_checkpoint, make_accelerator
+from .start import assemble, begin, carry_out, folder_and_checkpoint, make_accelerator, used_precision
 from .warm_start import check_warm_start, warm_start
 
 
@@ -68,13 +69,14 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
-    """Make everything that the loop needs, put a checkpoint back when resuming, and create the run folder."""
+    """Make everything that the loop needs, put a checkpoint back when resuming, and write the first files."""
     check_model_name(config.model)
     check_distillation(config)
     check_warm_start(config)
     with accelerator.main_process_first():
         datasets = create_datasets(config)
-    config = replace(config, num_classes=datasets.num_classes)
+    config = replace(
+        config, num_classes=datasets.num_classes, mixed_precision=used_precision(config, accelerator))
     metric = choosing_metric(config.eval_metric, datasets.multi_label)
     set_seed(config.seed)
     with accelerator.main_process_first():
@@ -85,7 +87,8 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
     if config.batch_size == 1:
         check_batch_of_one(model, data.data_config['input_size'], kept_in_eval)
     name = f'{safe_model_name(config.model)}-{data.data_config["input_size"][-1]}'
-    folder, checkpoint = folder_and_checkpoint(accelerator, config, name)
+    description = describe(config, datasets, data)
+    folder, checkpoint = folder_and_checkpoint(accelerator, config, name, description, FIXED)
 
     if config.sync_bn and accelerator.num_processes > 1:
         model = convert_sync_batchnorm(model)
@@ -109,7 +112,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
     run = assemble(
         config, accelerator, folder, task, data, metric=metric,
         measured=('loss', *accuracies(datasets.multi_label)), measure=measure, penalties=penalties,
-        kept_in_eval=kept_in_eval, signs=signs, description=describe(config, datasets, data), on_best=export_best,
+        kept_in_eval=kept_in_eval, signs=signs, description=description, on_best=export_best,
         on_epoch=write_reports)
     prepare_teacher(run, datasets, checkpoint)
     begin(run, checkpoint)
