@@ -35,7 +35,7 @@ def test_module_under_accelerate_launch(tmp_path, launch):
     """Two processes print every line once, and the model loads."""
     config = small_config(tmp_path)
     out = launch(2, '-m', 'timm_spinal.train', *flags(config)).stdout
-    assert out.count('epoch 1/1: train loss') == out.count('load it: ') == out.count('run folder: ') == 1
+    assert out.count('epoch 0 (1 of 1): training loss') == out.count('load it: ') == out.count('run folder: ') == 1
     assert timm.create_model(f'local-dir:{tmp_path / "cli"}', pretrained=True).num_classes == 2
 
 
@@ -93,7 +93,7 @@ def test_full_disk_ends_with_code_2_and_the_checkpoint_before(tmp_path):
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith('error: cannot write ')
     assert find_checkpoints(tmp_path / 'run' / 'last') == [good] and damage(good) is None
-    assert train(resumed(config, epochs=2))['epoch'] == 2
+    assert train(resumed(config, epochs=2))['epochs'] == 2
 
 
 @pytest.mark.slow

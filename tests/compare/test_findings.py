@@ -61,7 +61,7 @@ def test_network_time():
 
 def test_one_seed_says_that_there_is_no_interval():
     sentences = found({'linear': [90.], 'spinal': [95.]})
-    assert sentences[0] == 'One seed each, so there is no interval and no verdict: the differences may be chance.'
+    assert sentences[0] == 'Fewer than 3 seeds, so there is no interval and no verdict: the differences may be chance.'
     assert sentences[1] == '`spinal` is +5.00 points against `linear`.'
     assert not any('beats' in s for s in sentences)
 

@@ -56,7 +56,7 @@ def test_the_best_epoch_is_chosen_on_validation(done):
     for row in read_csv(done / 'results.csv'):
         history = read_csv(Path(row['folder']) / 'summary.csv')
         tops = [float(h['eval_top1']) for h in history]
-        assert len(tops) == 3 and tops.index(max(tops)) + 1 == int(row['best_epoch'])
+        assert len(tops) == 3 and tops.index(max(tops)) == int(row['best_epoch'])
 
 
 def test_report_is_whole(done):

@@ -134,7 +134,7 @@ def test_finished_runs_are_kept_and_a_failed_one_does_not_stop_the_others(tmp_pa
         write(tmp_path / 's.yaml', variants=variants, control='linear'), '--per-class', '--calibration')
     assert code == 0 and set(second) == {'linear', 'broken'} and second['linear'] == first['linear']
     assert '1 of 2 runs are finished already' in capfd.readouterr().out
-    assert 'One seed each, so there is no interval' in report and 'not in these numbers' not in report
+    assert 'Fewer than 3 seeds, so there is no interval' in report and 'not in these numbers' not in report
     result = json.loads((tmp_path / 'out' / 'runs' / 'linear' / 'seed-0' / 'result.json').read_text())
     assert result['test_images'] == 359 and result['eval_size'] < 200
     with (tmp_path / 'out' / 'per_class.csv').open() as f:

@@ -243,7 +243,7 @@ def test_resume_allows_more_epochs_and_tells_of_the_rest(tmp_path, capsys):
     config = small_config(tmp_path, epochs=1)
     train(config)
     result = train(resumed(config, epochs=2, log_interval=1, weight_decay=0.1))
-    assert result['epoch'] == 2
+    assert result['epochs'] == 2
     out = capsys.readouterr().out
     assert 'resuming with another weight_decay: 2e-05 -> 0.1' in out
     assert 'another epochs' not in out and 'another log_interval' not in out

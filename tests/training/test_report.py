@@ -36,18 +36,20 @@ def test_curves_is_an_image(tmp_path, history):
 
 
 def test_epoch_line():
-    assert epoch_line(HISTORY[0], 2) == 'epoch 1/2: train loss 2.0000, lr 0.1, 10 images/s'
-    assert epoch_line(dict(HISTORY[1], ema_top1=61.), 2) == (
-        'epoch 2/2: train loss 1.0000, top-1 60.00 %, loss 1.5000, ema top-1 61.00 %, lr 0.05, 20 images/s')
+    assert epoch_line(HISTORY[0], 2) == 'epoch 0 (1 of 2): training loss 2.0000; lr 0.1, 10 images/s'
+    assert epoch_line(dict(HISTORY[1], ema_top1=61., ema_loss=1.25), 2) == (
+        'epoch 1 (2 of 2): training loss 1.0000; validation top-1 60.00 %, loss 1.5000; '
+        'validation of EMA top-1 61.00 %, loss 1.2500; lr 0.05, 20 images/s')
     row = dict(HISTORY[0], eval_loss=1.5, eval_exact=40., eval_digit=60.)
-    assert epoch_line(row, 2).startswith('epoch 1/2: train loss 2.0000, exact pairs 40.00 %, loss 1.5000, lr')
+    assert epoch_line(row, 2).startswith(
+        'epoch 0 (1 of 2): training loss 2.0000; validation exact pairs 40.00 %, loss 1.5000; lr')
 
 
 def test_final_lines(tmp_path):
     result = dict(top1=61.5, top5=90., loss=1.25, best_epoch=1, best_weights='ema', skipped=2, seconds=12.34,
                   images_per_second=100.4, model='vgg5', test_top1=60., test_loss=1.3)
     lines = final_lines(result, tmp_path, 'convnext_nano_mlp')
-    assert lines[0] == 'top-1 61.50 %, top-5 90.00 %, loss 1.2500 of epoch 2 (ema)'
+    assert lines[0] == 'validation top-1 61.50 %, top-5 90.00 %, loss 1.2500 of epoch 1 (EMA)'
     assert lines[1] == 'test top-1 60.00 %, loss 1.3000 (once, best weights)'
     assert lines[2] == '2 unreadable images skipped'
     assert lines[3] == f'12.3 s, 100 images/s, results in {tmp_path}'
@@ -55,7 +57,7 @@ def test_final_lines(tmp_path):
                         f"model = timm.create_model('local-dir:{tmp_path}', pretrained=True)")
     pairs = dict(exact=61.5, digit=80., top2=75., test_exact=60., test_digit=79., test_top2=74.)
     lines = final_lines({**{k: v for k, v in result.items() if 'top' not in k}, **pairs}, tmp_path)
-    assert lines[0] == 'exact pairs 61.50 %, digits 80.00 %, top-2 75.00 %, loss 1.2500 of epoch 2 (ema)'
+    assert lines[0] == 'validation exact pairs 61.50 %, digits 80.00 %, top-2 75.00 %, loss 1.2500 of epoch 1 (EMA)'
     assert lines[1] == 'test exact pairs 60.00 %, digits 79.00 %, top-2 74.00 %, loss 1.3000 (once, best weights)'
 
 
@@ -90,8 +92,8 @@ def test_run_folder(tmp_path, capsys):
         'args.yaml', 'config.json', 'curves.png', 'last', 'model.safetensors', 'result.json', 'summary.csv']
     assert json.loads((folder / 'result.json').read_text()) == result
     assert parse_config(['--config', str(folder / 'args.yaml')]) == replace(config, num_classes=2)
-    assert {'top1', 'top5', 'loss', 'epoch', 'seconds', 'images_per_second', 'params'} <= result.keys()
-    assert result['epoch'] == 2 and result['train_size'] == 22 and result['seed'] == 3 and result['skipped'] == 0
+    assert {'top1', 'top5', 'loss', 'epochs', 'seconds', 'images_per_second', 'params'} <= result.keys()
+    assert result['epochs'] == 2 and result['train_size'] == 22 and result['seed'] == 3 and result['skipped'] == 0
     assert 0 < result['images_per_second'] == pytest.approx(40 / result['seconds'], rel=0.9)
     table = list(csv.DictReader((folder / 'summary.csv').open()))
     assert float(table[result['best_epoch']]['eval_top1']) == result['top1']
@@ -119,7 +121,7 @@ def test_rows_beyond_the_resumed_epoch_are_dropped(tmp_path):
     train(config)
     second = tmp_path / 'run' / 'last' / 'step-00000010'
     result = train(replace(config, resume=str(second), stop_epoch=2))
-    assert result['epoch'] == 2
+    assert result['epochs'] == 2
     assert [row['epoch'] for row in csv.DictReader((tmp_path / 'run' / 'summary.csv').open())] == ['0', '1']
 
 

@@ -1,7 +1,7 @@
 """Train heads on cached features, each with its seeds: side by side or together, where that is exact."""
 import copy
 from concurrent.futures import as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable, Iterator, Sequence
 
 import torch
@@ -45,10 +45,38 @@ class HeadTask:
         Raises:
             UserError: Fewer training features than one batch.
         """
-        size, batch = self.train.x.shape[1], self.recipe.batch_size
-        if size < batch:
-            raise UserError(f'--head-batch-size {batch}: there are {size} training images, not one full batch; '
-                            f'use --head-batch-size {size} or less')
+        check_batch(self.train.x.shape[1], self.recipe.batch_size)
+
+    def try_out(self, name: str) -> None:
+        """Make one update, whose result is thrown away.
+
+        Args:
+            name: Of the head, for the message.
+
+        Raises:
+            UserError: A head, batch or optimizer with which it fails.
+        """
+        group = SeparateHeads([head.to(self.train.x.device) for head in self.new_heads([0])], [0])
+        try:
+            with torch.random.fork_rng(devices=[]):
+                train_group(group, [0], self.train, self.validation, replace(self.recipe, epochs=1))
+        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as e:
+            if isinstance(e, UserError):
+                raise
+            raise UserError(f'head {name}: cannot be trained on features of {tuple(self.train.x.shape[2:])} in batches '
+                            f'of {self.recipe.batch_size} ({" ".join(str(e).split())[:300]}); change its options, or '
+                            '--head-batch-size') from e
+
+
+def check_batch(size: int, batch: int) -> None:
+    """Refuse batches that no update can be made of.
+
+    Raises:
+        UserError: Fewer training features than one batch.
+    """
+    if size < batch:
+        raise UserError(f'--head-batch-size {batch}: there are {size} training images, not one full batch; '
+                        f'use --head-batch-size {size} or less')
 
 
 def train_heads(tasks: Sequence[HeadTask], stack: bool | None = None) -> Iterator[tuple[int, Trained]]:

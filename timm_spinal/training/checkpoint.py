@@ -239,9 +239,8 @@ def _missing_random_states(accelerator: Accelerator, checkpoint: Path) -> str:
     name = f'{RNG_STATE_NAME}_{accelerator.process_index}.pkl'
     try:
         states = load(checkpoint / name)
-        now = [np.asarray(value) for value in np.random.get_state()[1:]]
         same = [random.getstate() == states['random_state'],
-                all(map(np.array_equal, now, states['numpy_random_seed'][1:])),
+                all(map(np.array_equal, np.random.get_state(), states['numpy_random_seed'])),
                 torch.equal(torch.get_rng_state(), states['torch_manual_seed'])]
         if accelerator.device.type == 'cuda':
             same += map(torch.equal, torch.cuda.get_rng_state_all(), states['torch_cuda_manual_seed'])

@@ -5,7 +5,7 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from timm_spinal.errors import UserError
 
@@ -101,8 +101,10 @@ class FolderLock:
 
     The lock is one of the operating system on ``.lock`` in the folder, which names its holder. It ends with the
     process that holds it, however that ends, and loader workers do not inherit it. `release` removes the file, and
-    the folders that `acquire` made where nothing was written into them.
+    the folders that `acquire` made where nothing was written into them. A second lock of the same process on the folder
+    does nothing.
     """
+    held: ClassVar[set[Path]] = set()
 
     def __init__(self, folder: Path):
         self.folder = Path(folder).absolute()
@@ -116,6 +118,8 @@ class FolderLock:
             Occupied: Another process holds it.
             UserError: The folder cannot be made or written.
         """
+        if self.folder in self.held:
+            return
         self._made = []
         try:
             for _ in range(1000):  # once, unless another process removes it at the same time
@@ -123,6 +127,7 @@ class FolderLock:
                 with contextlib.suppress(FileNotFoundError):
                     self._file = self._try()
                 if self._file is not None:
+                    self.held.add(self.folder)
                     return
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
         except OSError as e:
@@ -145,6 +150,7 @@ class FolderLock:
                 path.unlink(missing_ok=True)
             os.close(self._file)
         self._file = None
+        self.held.discard(self.folder)
         self._remove_made()
 
     def __enter__(self) -> 'FolderLock':

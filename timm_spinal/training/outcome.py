@@ -76,7 +76,7 @@ def summarise(run: Run[TrainConfig]) -> dict[str, Any]:
     """``result.json``: accuracies in percent and losses in nats of the best epoch, counts, speed, origin.
 
     The accuracies are ``top1`` and ``top5``, or those of `metrics.PairEvaluator` where images have two classes.
-    ``epoch`` is the number of epochs done, ``best_epoch`` counts from zero as summary.csv does; ``seconds`` and
+    ``epochs`` is the number of epochs done, ``best_epoch`` counts from 0 as summary.csv does; ``seconds`` and
     ``images_per_second`` are of training and evaluation, and of training alone. ``teacher_top1`` is what --kd-check
     found. ``sign_flips`` is the part of the binary weights (XnODR), in percent, whose sign is another after the last
     update than before the first; None without any.
@@ -103,7 +103,7 @@ def counts(run: Run) -> dict[str, Any]:
     skipped = torch.tensor(run.data.skipped(), device=run.accelerator.device)
     return dict(
         **{name: best.get(name) for name in run.measured},
-        epoch=progress.epoch,
+        epochs=progress.epoch,
         best_epoch=best.get('epoch'),
         best_metric=best.get('metric'),
         best_weights=best.get('weights'),
