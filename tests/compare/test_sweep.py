@@ -58,6 +58,7 @@ def test_controls_of_equal_size(tmp_path):
     (dict(variants={}), 'no variants'),
     (dict(variants={'mlp=spinal': None}), 'takes its size from spinal, which is not among the variants'),
     (dict(variants={'a b': dict(model='test_resnet'), 'a-b': dict(model='test_resnet')}), 'would share a folder'),
+    (dict(variants={'..': dict(model='test_resnet')}), "variant '..': is a path, not a name"),
     (dict(seeds=[]), 'empty list of seeds'),
     (dict(seeds=[1, 1]), 'comes twice'),
     (dict(control='spinall'), "control 'spinall' is not among the variants"),
@@ -102,6 +103,16 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
     (tmp_path / 'seed-0' / 'args.yaml').write_text(to_yaml(TrainConfig(lr=0.1)))
     with pytest.raises(UserError, match='other settings: lr .0.1 -> 0.2.; remove it'):
         check_folder(task)
+
+
+def test_a_folder_of_another_precision_is_refused(tmp_path, monkeypatch):
+    task = Task('a', TrainConfig(output=str(tmp_path), experiment='seed-0'))
+    (tmp_path / 'seed-0').mkdir()
+    (tmp_path / 'seed-0' / 'args.yaml').write_text(to_yaml(TrainConfig(mixed_precision='bf16')))
+    with pytest.raises(UserError, match="other settings: mixed_precision .'bf16' -> 'no'."):
+        check_folder(task)
+    monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', 'bf16')
+    check_folder(task)
 
 
 def test_jobs_share_cores_and_have_a_gpu_each(monkeypatch):

@@ -9,9 +9,10 @@ from PIL import Image
 from safetensors import safe_open
 
 import timm_spinal
+from timm_spinal.training import report
 from timm_spinal.training.config import parse_config
 from timm_spinal.training.export import export_model
-from timm_spinal.training.report import epoch_line, final_lines, write_curves, write_table
+from timm_spinal.training.report import epoch_line, epochs_done, final_lines, write_curves, write_table
 from timm_spinal.training.run import train
 
 from .runs import resumed, small_config
@@ -114,6 +115,31 @@ def test_run_folder(tmp_path, capsys):
     with torch.no_grad():
         right = (model.eval()(images).argmax(1) == targets).float().mean().item()
     assert 100 * right == pytest.approx(result['top1'])
+
+
+def test_epochs_are_counted_from_0_everywhere(tmp_path, capsys, monkeypatch):
+    """As timm counts them: console, summary.csv, result.json, pictures, and the message of a resumed run."""
+    drawn = []
+    monkeypatch.setattr(report, 'save_figure', lambda figure, path, dpi: drawn.append(figure))
+    config = small_config(tmp_path, epochs=3, stop_epoch=2, eval_metric='loss')
+    train(config)
+    result = train(resumed(config, stop_epoch=None, model_ema=False, log_interval=4))
+    out = capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / 'run' / 'summary.csv').open()))
+    losses = [float(row['eval_loss']) for row in rows]
+    assert [row['epoch'] for row in rows] == ['0', '1', '2']
+    assert result['best_epoch'] == losses.index(min(losses)) and result['epochs'] == 3
+    assert f'loss {min(losses):.4f} of epoch {result["best_epoch"]}\n' in out
+    for epoch, done in enumerate(('1 of 2', '2 of 2', '3 of 3')):
+        line, = [line for line in out.splitlines() if line.startswith(f'epoch {epoch} ({done}): ')]
+        assert f'training loss {float(rows[epoch]["train_loss"]):.4f}; validation top-1 ' in line
+        assert f', loss {losses[epoch]:.4f}; lr ' in line
+    assert 'epoch 2 (3 of 3), update 12: training loss ' in out
+    assert 'step-00000010: epoch 2, update 10' in out
+    (lines, *_), *_ = [axes.lines for axes in drawn[-1].axes], None
+    assert {tuple(line.get_xdata()) for line in lines} == {(0, 1, 2)}
+    # a run that was made before its number of epochs was called so
+    assert epochs_done(dict(epoch=3, best_epoch=2)) == epochs_done(dict(epochs=3)) == 3
 
 
 def test_rows_beyond_the_resumed_epoch_are_dropped(tmp_path):
