@@ -154,6 +154,8 @@ def test_a_diverging_head_is_reported(tmp_path):
     (dict(heads='linear,spinal:dropout=7'), 'head spinal:dropout=7: '),
     (dict(heads='linear,spinal:dropout=a'), 'head spinal:dropout=a: '),
     (dict(heads='linear,spinal:width=0'), 'head spinal:width=0: '),
+    (dict(heads='linear,spinal:norm_layer=3'), 'head spinal:norm_layer=3: '),
+    (dict(heads='linear,caps:class_dim=-1'), 'head caps:class_dim=-1: '),
     (dict(heads='linear,xnodr:primary=nosuch', img_size=64), 'head xnodr:primary=nosuch: '),
     (dict(heads='linear,broken'), r'head broken: cannot be trained on features of \(96,\) in batches of 50 '),
     (dict(heads='linear,batchnorm', head_batch_size=1), 'head batchnorm: cannot be trained .*in batches of 1 '),

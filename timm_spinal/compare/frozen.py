@@ -99,7 +99,7 @@ def _sized_and_tried(
         recipe: Recipe,
         device: torch.device,
 ) -> list[Variant]:
-    """The variants with the widths of controls, after an update of each on random numbers: features may take hours.
+    """The variants with the widths of controls, after two updates of each on random numbers: features may take hours.
 
     Raises:
         UserError: A head, batch size or optimizer that cannot work.

@@ -9,6 +9,7 @@ from torch import nn
 
 from timm_spinal.errors import UserError
 
+from .controls import REFUSALS
 from .cores import core_each
 from .joined_linear import join_linears
 from .products import fast_float32_products
@@ -48,7 +49,7 @@ class HeadTask:
         check_batch(self.train.x.shape[1], self.recipe.batch_size)
 
     def try_out(self, name: str) -> None:
-        """Make one update, whose result is thrown away.
+        """Make two updates, whose result is thrown away.
 
         Args:
             name: Of the head, for the message.
@@ -59,12 +60,12 @@ class HeadTask:
         group = SeparateHeads([head.to(self.train.x.device) for head in self.new_heads([0])], [0])
         try:
             with torch.random.fork_rng(devices=[]):
-                train_group(group, [0], self.train, self.validation, replace(self.recipe, epochs=1))
-        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as e:
+                train_group(group, [0], self.train, self.validation, replace(self.recipe, epochs=2))
+        except REFUSALS as e:
             if isinstance(e, UserError):
                 raise
             raise UserError(f'head {name}: cannot be trained on features of {tuple(self.train.x.shape[2:])} in batches '
-                            f'of {self.recipe.batch_size} ({" ".join(str(e).split())[:300]}); change its options, or '
+                            f'of {self.recipe.batch_size} ({" ".join(str(e).split())[:300] or type(e).__name__}); change its options, or '
                             '--head-batch-size') from e
 
 
