@@ -100,7 +100,8 @@ def new_head(variant: Variant, in_features: int, num_classes: int, device: Any =
     try:
         return create_head(variant.head, in_features, num_classes, device=device, **variant.options)
     except REFUSALS as e:
-        raise UserError(f'head {variant.name}: {" ".join(str(e).split()) or type(e).__name__}; change its options') from e
+        reason = ' '.join(str(e).split()) or type(e).__name__
+        raise UserError(f'head {variant.name}: {reason}; change its options') from e
 
 
 def takes_map(variant: Variant) -> bool:

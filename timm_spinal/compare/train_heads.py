@@ -64,9 +64,9 @@ class HeadTask:
         except REFUSALS as e:
             if isinstance(e, UserError):
                 raise
+            reason = ' '.join(str(e).split())[:300] or type(e).__name__
             raise UserError(f'head {name}: cannot be trained on features of {tuple(self.train.x.shape[2:])} in batches '
-                            f'of {self.recipe.batch_size} ({" ".join(str(e).split())[:300] or type(e).__name__}); change its options, or '
-                            '--head-batch-size') from e
+                            f'of {self.recipe.batch_size} ({reason}); change its options, or --head-batch-size') from e
 
 
 def check_batch(size: int, batch: int) -> None:
