@@ -36,7 +36,7 @@ def test_module_under_accelerate_launch(tmp_path, launch):
     config = small_config(tmp_path)
     (tmp_path / 'images' / 'train' / '.DS_Store').touch()
     out = launch(2, '-m', 'timm_spinal.train', *flags(config)).stdout
-    assert out.count('epoch 1/1: train loss') == out.count('load it: ') == out.count('run folder: ') == 1
+    assert out.count('epoch 0 (1 of 1): training loss') == out.count('load it: ') == out.count('run folder: ') == 1
     lines = out.splitlines()
     start = lines.index('split       images  classes  smallest class  largest class')
     assert lines[start + 1:start + 4] == [
@@ -101,7 +101,7 @@ def test_full_disk_ends_with_code_2_and_the_checkpoint_before(tmp_path):
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith('error: cannot write ')
     assert find_checkpoints(tmp_path / 'run' / 'last') == [good] and damage(good) is None
-    assert train(resumed(config, epochs=2))['epoch'] == 2
+    assert train(resumed(config, epochs=2))['epochs'] == 2
 
 
 @pytest.mark.slow

@@ -61,9 +61,17 @@ def test_network_time():
 
 def test_one_seed_says_that_there_is_no_interval():
     sentences = found({'linear': [90.], 'spinal': [95.]})
-    assert sentences[0] == 'One seed each, so there is no interval and no verdict: the differences may be chance.'
+    assert sentences[0] == 'Fewer than 3 seeds, so there is no interval and no verdict: the differences may be chance.'
     assert sentences[1] == '`spinal` is +5.00 points against `linear`.'
     assert not any('beats' in s for s in sentences)
+
+
+def test_two_seeds_have_no_interval_and_it_is_said():
+    sentences = found({'linear': [90., 90.1], 'spinal': [95., 95.2]})
+    assert sentences[0] == 'Fewer than 3 seeds, so there is no interval and no verdict: the differences may be chance.'
+    sentences = found({'linear': LINEAR, 'spinal': LINEAR[::-1], 'caps': [95., 95.2]})
+    assert '`caps` has +5.00 points against `linear` and no interval: 2 seeds in common, and it takes 3.' in sentences
+    assert not any('`caps` beats' in s for s in sentences)
 
 
 def test_failures_are_told_and_left_out():

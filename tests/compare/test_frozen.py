@@ -56,7 +56,7 @@ def test_the_best_epoch_is_chosen_on_validation(done):
     for row in read_csv(done / 'results.csv'):
         history = read_csv(Path(row['folder']) / 'summary.csv')
         tops = [float(h['eval_top1']) for h in history]
-        assert len(tops) == 3 and tops.index(max(tops)) + 1 == int(row['best_epoch'])
+        assert len(tops) == 3 and tops.index(max(tops)) == int(row['best_epoch'])
 
 
 def test_report_is_whole(done):
@@ -150,8 +150,58 @@ def test_a_diverging_head_is_reported(tmp_path):
     (dict(tune=True, tune_lr=[]), 'the grid is empty'),
     (dict(head_batch_size=999), 'use --head-batch-size 300 or less'),
     (dict(dataset='', data_dir='/nowhere'), 'does not exist'),
+    (dict(opt='nosuch'), '--opt nosuch: '),
+    (dict(heads='linear,spinal:dropout=7'), 'head spinal:dropout=7: '),
+    (dict(heads='linear,spinal:dropout=a'), 'head spinal:dropout=a: '),
+    (dict(heads='linear,spinal:width=0'), 'head spinal:width=0: '),
+    (dict(heads='linear,spinal:norm_layer=3'), 'head spinal:norm_layer=3: '),
+    (dict(heads='linear,caps:class_dim=-1'), 'head caps:class_dim=-1: '),
+    (dict(heads='linear,xnodr:primary=nosuch', img_size=64), 'head xnodr:primary=nosuch: '),
+    (dict(heads='linear,broken'), r'head broken: cannot be trained on features of \(96,\) in batches of 50 '),
+    (dict(heads='linear,batchnorm', head_batch_size=1), 'head batchnorm: cannot be trained .*in batches of 1 '),
+    (dict(backbone='test_vit', heads='linear,caps'), '--heads: a head that takes feature maps'),
 ])
-def test_bad_input(tmp_path, changes, message):
-    with pytest.raises(UserError, match=message):
-        compare_frozen(config(tmp_path, **changes), 'cmd')
-    assert not (tmp_path / 'results.csv').exists()
+def test_bad_input_is_refused_before_features_are_made(tmp_path, monkeypatch, changes, message):
+    monkeypatch.setitem(HEADS, 'broken', BrokenHead)
+    monkeypatch.setitem(HEADS, 'batchnorm', BatchNormHead)
+    with pytest.raises(UserError, match=message) as error:
+        compare_frozen(config(tmp_path / 'out', **changes), 'cmd')
+    assert '\n' not in str(error.value) and list(tmp_path.iterdir()) == []
+
+
+class BrokenHead(nn.Module):
+    """Can be made, but not trained."""
+    takes_map = False
+
+    def __init__(self, in_features, num_classes, device=None, dtype=None):
+        super().__init__()
+        self.fc = nn.Linear(in_features + 1, num_classes, device=device, dtype=dtype)
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+class BatchNormHead(BrokenHead):
+    """Needs two images in training."""
+
+    def __init__(self, in_features, num_classes, device=None, dtype=None):
+        super().__init__(in_features - 1, num_classes, device, dtype)
+        self.norm = nn.BatchNorm1d(in_features, device=device, dtype=dtype)
+
+    def forward(self, x):
+        return self.fc(self.norm(x))
+
+
+def test_features_may_lie_in_a_new_folder_elsewhere_or_in_the_output(tmp_path):
+    for features, output in (('f/g', 'o/p'), ('same', 'same')):
+        own = config(tmp_path / output, heads='linear', seeds='1', epochs=1, features=str(tmp_path / features))
+        compare_frozen(own, 'cmd')
+        assert (tmp_path / features / 'train-0-00000.safetensors').is_file()
+        assert (tmp_path / output / 'report.md').is_file() and not (tmp_path / output / '.lock').exists()
+
+
+def test_report_says_in_what_the_features_were_made(done, tmp_path):
+    assert ', in float32' in (done / 'report.md').read_text()
+    compare_frozen(config(tmp_path, heads='linear', seeds='1', epochs=1, mixed_precision='bf16'), 'cmd')
+    text = (tmp_path / 'report.md').read_text()
+    assert ', in mixed precision, bf16' in text and 'float32 with products of precision highest' in text

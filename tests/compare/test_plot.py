@@ -67,7 +67,7 @@ def test_seeds_of_a_comparison(tmp_path, capsys):
 def test_average_counts_where_it_is_better_and_epochs_without_evaluation_are_passed_over(tmp_path):
     run = write_run(tmp_path / 'a', [None, 50., None, 60.], ema_top1=[None, 55., None, 58.])
     course, = read_curves([run])['a']
-    assert course.epochs.tolist() == [2, 4] and course.accuracy.tolist() == [55., 60.]
+    assert course.epochs.tolist() == [1, 3] and course.accuracy.tolist() == [55., 60.]
     assert course.reaches(54.) == (2., 20.) and course.reaches(55.5) == (4., 40.) and course.reaches(61.) is None
 
 

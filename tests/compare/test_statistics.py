@@ -13,8 +13,8 @@ def test_interval_of_three_values_by_hand():
     assert (found.low, found.high) == pytest.approx((2 - found.half, 2 + found.half))
 
 
-@pytest.mark.parametrize('values', [[90.], [90., 90., 90.]])
-def test_no_interval_without_spread(values):
+@pytest.mark.parametrize('values', [[90.], [89., 91.], [90., 90., 90.]])
+def test_no_interval_without_spread_or_of_fewer_than_three(values):
     found = estimate(values)
     assert found.mean == 90. and found.low is None and found.half is None and found.seeds == len(values)
 
@@ -50,6 +50,15 @@ def test_more_comparisons_widen_the_intervals_and_raise_p():
     # Benjamini and Hochberg of two: the smaller is doubled, at most the larger
     assert two.p == pytest.approx(min(2 * min(raw), max(raw)))
     assert other.p == pytest.approx(max(raw))
+
+
+def test_variants_without_an_interval_do_not_widen_those_of_others():
+    values = {'c': {0: 90., 1: 91., 2: 92.}, 'a': {0: 91., 1: 93., 2: 95.}, 'two': {0: 91., 1: 93.}, 'other': {7: 91.},
+              'same': {0: 91., 1: 92., 2: 93.}}
+    one, = differences([('a', 'c')], values)
+    among = differences([(v, 'c') for v in ('a', 'failed', 'two', 'other', 'same')], values)
+    assert [gap.variant for gap in among] == ['a', 'two', 'same']
+    assert among[0] == one and [gap.verdict for gap in among[1:]] == ['unknown', 'unknown']
 
 
 @pytest.mark.parametrize('shift, verdict', [(5., 'above'), (-5., 'below'), (0., 'open')])

@@ -58,6 +58,7 @@ def test_controls_of_equal_size(tmp_path):
     (dict(variants={}), 'no variants'),
     (dict(variants={'mlp=spinal': None}), 'takes its size from spinal, which is not among the variants'),
     (dict(variants={'a b': dict(model='test_resnet'), 'a-b': dict(model='test_resnet')}), 'would share a folder'),
+    (dict(variants={'..': dict(model='test_resnet')}), "variant '..': is a path, not a name"),
     (dict(seeds=[]), 'empty list of seeds'),
     (dict(seeds=[1, 1]), 'comes twice'),
     (dict(control='spinall'), "control 'spinall' is not among the variants"),
@@ -122,6 +123,16 @@ def test_a_finished_run_is_known_by_any_name_of_its_data(tmp_path, monkeypatch):
         check_folder(task)
 
 
+def test_a_folder_of_another_precision_is_refused(tmp_path, monkeypatch):
+    task = Task('a', TrainConfig(output=str(tmp_path), experiment='seed-0'))
+    (tmp_path / 'seed-0').mkdir()
+    (tmp_path / 'seed-0' / 'args.yaml').write_text(to_yaml(TrainConfig(mixed_precision='bf16')))
+    with pytest.raises(UserError, match="other settings: mixed_precision .'bf16' -> 'no'."):
+        check_folder(task)
+    monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', 'bf16')
+    check_folder(task)
+
+
 def test_jobs_share_cores_and_have_a_gpu_each(monkeypatch):
     for name in ('OMP_NUM_THREADS', 'CUDA_VISIBLE_DEVICES'):
         monkeypatch.delenv(name, raising=False)
@@ -152,7 +163,7 @@ def test_finished_runs_are_kept_and_a_failed_one_does_not_stop_the_others(tmp_pa
         write(tmp_path / 's.yaml', variants=variants, control='linear'), '--per-class', '--calibration')
     assert code == 0 and set(second) == {'linear', 'broken'} and second['linear'] == first['linear']
     assert '1 of 2 runs are finished already' in capfd.readouterr().out
-    assert 'One seed each, so there is no interval' in report and 'not in these numbers' not in report
+    assert 'Fewer than 3 seeds, so there is no interval' in report and 'not in these numbers' not in report
     result = json.loads((tmp_path / 'out' / 'runs' / 'linear' / 'seed-0' / 'result.json').read_text())
     assert result['test_images'] == 359 and result['eval_size'] < 200
     with (tmp_path / 'out' / 'per_class.csv').open() as f:

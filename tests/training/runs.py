@@ -53,6 +53,11 @@ def assert_same_state(first: TrainConfig, second: TrainConfig) -> None:
     assert [k for k in a if not torch.equal(a[k], b[k])] == []
 
 
+def snapshot(folder: Path) -> dict[Path, tuple]:
+    """Everything below a folder, to see that nothing is written into it."""
+    return {p: (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else None) for p in folder.rglob('*')}
+
+
 def at_update(monkeypatch, number: int, action: Callable[[], None]) -> None:
     """Do something in the forward pass of the given update, by a penalty of zero."""
     calls = []

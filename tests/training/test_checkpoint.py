@@ -2,17 +2,22 @@ import csv
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import time
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save as save_tensors
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.checkpoint import (
+    _write_manifest,
     choose_checkpoint,
     damage,
     find_checkpoints,
@@ -23,7 +28,9 @@ from timm_spinal.training.checkpoint import (
 )
 from timm_spinal.training.run import train
 
-from .runs import RANDOM, assert_same_state, command, resumed, small_config, train_until
+from .runs import RANDOM, assert_same_state, command, resumed, small_config, snapshot, train_until
+
+LOG_WITH = ['tensorboard'] if find_spec('tensorboard') else []
 
 
 @pytest.fixture
@@ -216,34 +223,109 @@ def test_resume_falls_back_on_a_damaged_checkpoint(tmp_path, monkeypatch, capsys
     assert_same_state(whole, broken)
 
 
-@pytest.mark.parametrize('change, key', [
-    (dict(model='test_efficientnet_gn'), 'model'), (dict(batch_size=2), 'batch_size'), (dict(seed=9), 'seed'),
-    (dict(opt='sgd', sched='step'), 'opt'), (dict(train_split='validation'), 'train_split'),
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """A run of one epoch; who uses it must leave it as it is."""
+    config = small_config(tmp_path_factory.mktemp('finished'), epochs=1, opt='adamw', log_with=LOG_WITH)
+    train(config)
+    return config
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(model='test_efficientnet_gn'), r"cannot resume .*: model \('\w+' -> "),
+    (dict(batch_size=2), r'cannot resume .*: batch_size \(4 -> 2'),
+    (dict(seed=9), r'cannot resume .*: seed \(3 -> 9'),
+    (dict(opt='sgd', sched='step'), r"cannot resume .*: opt \('adamw' -> 'sgd'"),
+    (dict(train_split='validation'), r"cannot resume .*: train_split \('train' -> "),
+    (dict(num_classes=5), r'cannot resume .*: num_classes \(2 -> 5\)'),
+    (dict(opt='adamww'), "unknown optimizer|cannot resume"),
+    (dict(lr_noise=[0.5], sched='nonsense'), 'schedule nonsense'),
+    (dict(mixup=0.5, batch_size=3), 'use an even number'),
+    (dict(data_dir='/nowhere'), '/nowhere'),
+    (dict(log_with=['papyrus']), 'papyrus'),
+    (dict(initial_checkpoint='/nowhere.pth'), 'no such file'),
 ])
-def test_resume_refuses_another_model_or_data(tmp_path, change, key):
-    config = small_config(tmp_path, epochs=1, opt='adamw')
-    train(config)
-    before = sorted((tmp_path / 'run').rglob('*'))
-    with pytest.raises(UserError, match=rf"cannot resume .*: {key} \('?\w+'? -> ") as error:
-        train(resumed(config, **change))
-    assert 'sched' not in str(error.value)
-    assert sorted((tmp_path / 'run').rglob('*')) == before
+def test_refused_resume_writes_nothing(finished, change, message):
+    """No file of the run is touched, and trackers are not started."""
+    folder = Path(finished.output)
+    before = snapshot(folder)
+    for resume in ('auto', str(folder / 'run')):
+        with pytest.raises(UserError, match=message) as error:
+            train(replace(finished, resume=resume, **change))
+        assert 'sched ' not in str(error.value) and '\n' not in str(error.value)
+        assert snapshot(folder).keys() == before.keys()
+        assert {p: v for p, v in snapshot(folder).items() if p.is_file()} == {
+            p: v for p, v in before.items() if p.is_file()}
 
 
-def test_resume_refuses_more_images(tmp_path):
-    config = small_config(tmp_path, epochs=1)
-    train(config)
+def copied(finished, folder):
+    shutil.copytree(finished.output, folder, dirs_exist_ok=True)
+    return replace(finished, output=str(folder), data_dir=str(folder / 'images'))
+
+
+def rewrite(path, content):
+    """Change a file of a checkpoint as if it had been written so."""
+    path.write_bytes(content)
+    (path.parent / 'manifest.json').unlink()
+    _write_manifest(path.parent)
+
+
+def test_resume_refuses_more_images(finished, tmp_path):
+    config = copied(replace(finished, data_dir=''), tmp_path)
     extra = next((tmp_path / 'images' / 'train' / 'ant').iterdir())
     (extra.parent / 'extra.png').write_bytes(extra.read_bytes())
+    before = (tmp_path / 'run' / 'args.yaml').read_bytes()
     with pytest.raises(UserError, match=r'train_size \(22 -> 23\)'):
+        train(resumed(replace(config, lr=0.5)))
+    assert (tmp_path / 'run' / 'args.yaml').read_bytes() == before
+
+
+@pytest.mark.parametrize('spoil, message', [
+    (lambda last: [truncate(p / 'state.json') for p in find_checkpoints(last)], 'all 1 are damaged'),
+    (lambda last: rewrite(find_checkpoints(last)[0] / 'model.safetensors', save_tensors({'a': torch.zeros(2)})),
+     'its state does not fit this run'),
+    (lambda last: rewrite(find_checkpoints(last)[0] / 'optimizer.bin', b'nonsense'), 'its state does not fit this run'),
+    (lambda last: rewrite(find_checkpoints(last)[0] / 'state.json', without_progress(last)), 'another version of'),
+])
+def test_checkpoint_that_cannot_be_put_back_is_left_alone(finished, tmp_path, spoil, message):
+    config = copied(finished, tmp_path)
+    config = replace(config, lr=0.5)
+    state = find_checkpoints(tmp_path / 'run' / 'last')[0] / 'state.json'
+    saved = json.loads(state.read_text())
+    saved['config']['data_dir'] = config.data_dir
+    rewrite(state, json.dumps(saved).encode())
+    spoil(tmp_path / 'run' / 'last')
+    before = snapshot(tmp_path / 'run')
+    with pytest.raises(UserError, match=message) as error:
         train(resumed(config))
+    assert '\n' not in str(error.value)
+    after = snapshot(tmp_path / 'run')
+    assert after.keys() == before.keys() and [p for p in after if p.is_file() and after[p] != before[p]] == []
+
+
+def without_progress(last):
+    state = read_state(find_checkpoints(last)[0])
+    return json.dumps(dict(state, progress=dict(state['progress'], something_new=1))).encode()
+
+
+@pytest.mark.parametrize('content', [b'nonsense', b''])
+def test_random_states_that_cannot_be_read_are_told(tmp_path, capsys, content):
+    config = small_config(tmp_path, epochs=1)
+    train(config)
+    train(resumed(config, epochs=2))
+    assert 'random states' not in capsys.readouterr().out
+    checkpoint = find_checkpoints(tmp_path / 'run' / 'last')[0]
+    rewrite(checkpoint / 'random_states_0.pkl', content)
+    assert train(resumed(config, epochs=3))['epochs'] == 3
+    assert (f'warning: random states of {checkpoint} cannot be read (random_states_0.pkl: '
+            in capsys.readouterr().out)
 
 
 def test_resume_allows_more_epochs_and_tells_of_the_rest(tmp_path, capsys):
     config = small_config(tmp_path, epochs=1)
     train(config)
     result = train(resumed(config, epochs=2, log_interval=1, weight_decay=0.1))
-    assert result['epoch'] == 2
+    assert result['epochs'] == 2
     out = capsys.readouterr().out
     assert 'resuming with another weight_decay: 2e-05 -> 0.1' in out
     assert 'another epochs' not in out and 'another log_interval' not in out

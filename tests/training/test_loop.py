@@ -145,16 +145,16 @@ def test_clipping_limits_the_step(tmp_path, mode):
 def test_early_stop(tmp_path):
     config = small_config(tmp_path, **{**EXACT, 'lr': 1e-12, 'epochs': 20}, early_stop_patience=3)
     result = train(config)
-    assert result['stopped_early'] and result['epoch'] == 4 and result['best_epoch'] == 0
-    assert train(resumed(config))['epoch'] == 4
-    assert train(resumed(config, early_stop_patience=5))['epoch'] == 6
+    assert result['stopped_early'] and result['epochs'] == 4 and result['best_epoch'] == 0
+    assert train(resumed(config))['epochs'] == 4
+    assert train(resumed(config, early_stop_patience=5))['epochs'] == 6
 
 
 def test_stop_epoch_keeps_the_schedule(tmp_path):
     whole = small_config(tmp_path, experiment='whole', epochs=3)
     parts = replace(whole, experiment='parts', stop_epoch=1)
     train(whole)
-    assert train(parts)['epoch'] == 1
+    assert train(parts)['epochs'] == 1
     train(resumed(parts, stop_epoch=None))
     assert_same_state(whole, parts)
 

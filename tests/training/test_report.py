@@ -9,9 +9,10 @@ from PIL import Image
 from safetensors import safe_open
 
 import timm_spinal
+from timm_spinal.training import report
 from timm_spinal.training.config import parse_config
 from timm_spinal.training.export import export_model
-from timm_spinal.training.report import epoch_line, final_lines, write_curves, write_table
+from timm_spinal.training.report import epoch_line, epochs_done, final_lines, write_curves, write_table
 from timm_spinal.training.run import train
 
 from .runs import resumed, small_config
@@ -36,18 +37,20 @@ def test_curves_is_an_image(tmp_path, history):
 
 
 def test_epoch_line():
-    assert epoch_line(HISTORY[0], 2) == 'epoch 1/2: train loss 2.0000, lr 0.1, 10 images/s'
-    assert epoch_line(dict(HISTORY[1], ema_top1=61.), 2) == (
-        'epoch 2/2: train loss 1.0000, top-1 60.00 %, loss 1.5000, ema top-1 61.00 %, lr 0.05, 20 images/s')
+    assert epoch_line(HISTORY[0], 2) == 'epoch 0 (1 of 2): training loss 2.0000; lr 0.1, 10 images/s'
+    assert epoch_line(dict(HISTORY[1], ema_top1=61., ema_loss=1.25), 2) == (
+        'epoch 1 (2 of 2): training loss 1.0000; validation top-1 60.00 %, loss 1.5000; '
+        'validation of EMA top-1 61.00 %, loss 1.2500; lr 0.05, 20 images/s')
     row = dict(HISTORY[0], eval_loss=1.5, eval_exact=40., eval_digit=60.)
-    assert epoch_line(row, 2).startswith('epoch 1/2: train loss 2.0000, exact pairs 40.00 %, loss 1.5000, lr')
+    assert epoch_line(row, 2).startswith(
+        'epoch 0 (1 of 2): training loss 2.0000; validation exact pairs 40.00 %, loss 1.5000; lr')
 
 
 def test_final_lines(tmp_path):
     result = dict(top1=61.5, top5=90., loss=1.25, best_epoch=1, best_weights='ema', skipped=2, seconds=12.34,
                   images_per_second=100.4, model='vgg5', test_top1=60., test_loss=1.3)
     lines = final_lines(result, tmp_path, 'convnext_nano_mlp')
-    assert lines[0] == 'top-1 61.50 %, top-5 90.00 %, loss 1.2500 of epoch 2 (ema)'
+    assert lines[0] == 'validation top-1 61.50 %, top-5 90.00 %, loss 1.2500 of epoch 1 (EMA)'
     assert lines[1] == 'test top-1 60.00 %, loss 1.3000 (once, best weights)'
     assert lines[2] == '2 unreadable images skipped'
     assert lines[3] == f'12.3 s, 100 images/s, results in {tmp_path}'
@@ -55,7 +58,7 @@ def test_final_lines(tmp_path):
                         f"model = timm.create_model('local-dir:{tmp_path}', pretrained=True)")
     pairs = dict(exact=61.5, digit=80., top2=75., test_exact=60., test_digit=79., test_top2=74.)
     lines = final_lines({**{k: v for k, v in result.items() if 'top' not in k}, **pairs}, tmp_path)
-    assert lines[0] == 'exact pairs 61.50 %, digits 80.00 %, top-2 75.00 %, loss 1.2500 of epoch 2 (ema)'
+    assert lines[0] == 'validation exact pairs 61.50 %, digits 80.00 %, top-2 75.00 %, loss 1.2500 of epoch 1 (EMA)'
     assert lines[1] == 'test exact pairs 60.00 %, digits 79.00 %, top-2 74.00 %, loss 1.3000 (once, best weights)'
 
 
@@ -90,8 +93,8 @@ def test_run_folder(tmp_path, capsys):
         'args.yaml', 'config.json', 'curves.png', 'last', 'model.safetensors', 'result.json', 'summary.csv']
     assert json.loads((folder / 'result.json').read_text()) == result
     assert parse_config(['--config', str(folder / 'args.yaml')]) == replace(config, num_classes=2)
-    assert {'top1', 'top5', 'loss', 'epoch', 'seconds', 'images_per_second', 'params'} <= result.keys()
-    assert result['epoch'] == 2 and result['train_size'] == 22 and result['seed'] == 3 and result['skipped'] == 0
+    assert {'top1', 'top5', 'loss', 'epochs', 'seconds', 'images_per_second', 'params'} <= result.keys()
+    assert result['epochs'] == 2 and result['train_size'] == 22 and result['seed'] == 3 and result['skipped'] == 0
     assert 0 < result['images_per_second'] == pytest.approx(40 / result['seconds'], rel=0.9)
     table = list(csv.DictReader((folder / 'summary.csv').open()))
     assert float(table[result['best_epoch']]['eval_top1']) == result['top1']
@@ -114,12 +117,37 @@ def test_run_folder(tmp_path, capsys):
     assert 100 * right == pytest.approx(result['top1'])
 
 
+def test_epochs_are_counted_from_0_everywhere(tmp_path, capsys, monkeypatch):
+    """As timm counts them: console, summary.csv, result.json, pictures, and the message of a resumed run."""
+    drawn = []
+    monkeypatch.setattr(report, 'save_figure', lambda figure, path, dpi: drawn.append(figure))
+    config = small_config(tmp_path, epochs=3, stop_epoch=2, eval_metric='loss')
+    train(config)
+    result = train(resumed(config, stop_epoch=None, model_ema=False, log_interval=4))
+    out = capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / 'run' / 'summary.csv').open()))
+    losses = [float(row['eval_loss']) for row in rows]
+    assert [row['epoch'] for row in rows] == ['0', '1', '2']
+    assert result['best_epoch'] == losses.index(min(losses)) and result['epochs'] == 3
+    assert f'loss {min(losses):.4f} of epoch {result["best_epoch"]}\n' in out
+    for epoch, done in enumerate(('1 of 2', '2 of 2', '3 of 3')):
+        line, = [line for line in out.splitlines() if line.startswith(f'epoch {epoch} ({done}): ')]
+        assert f'training loss {float(rows[epoch]["train_loss"]):.4f}; validation top-1 ' in line
+        assert f', loss {losses[epoch]:.4f}; lr ' in line
+    assert 'epoch 2 (3 of 3), update 12: training loss ' in out
+    assert 'step-00000010: epoch 2, update 10' in out
+    (lines, *_), *_ = [axes.lines for axes in drawn[-1].axes], None
+    assert {tuple(line.get_xdata()) for line in lines} == {(0, 1, 2)}
+    # a run that was made before its number of epochs was called so
+    assert epochs_done(dict(epoch=3, best_epoch=2)) == epochs_done(dict(epochs=3)) == 3
+
+
 def test_rows_beyond_the_resumed_epoch_are_dropped(tmp_path):
     config = small_config(tmp_path, epochs=3, checkpoint_hist=9)
     train(config)
     second = tmp_path / 'run' / 'last' / 'step-00000010'
     result = train(replace(config, resume=str(second), stop_epoch=2))
-    assert result['epoch'] == 2
+    assert result['epochs'] == 2
     assert [row['epoch'] for row in csv.DictReader((tmp_path / 'run' / 'summary.csv').open())] == ['0', '1']
 
 

@@ -74,14 +74,14 @@ def test_folder_without_a_name(tmp_path):
 
 
 def test_resume_auto_starts_when_there_is_nothing(tmp_path):
-    assert train(small_config(tmp_path, epochs=1, resume='auto'))['epoch'] == 1
+    assert train(small_config(tmp_path, epochs=1, resume='auto'))['epochs'] == 1
 
 
 def test_resume_path_goes_on_in_the_same_folder(tmp_path):
     config = small_config(tmp_path, epochs=1)
     train(config)
     result = train(replace(config, experiment='', epochs=2, resume=str(tmp_path / 'run')))
-    assert result['epoch'] == 2
+    assert result['epochs'] == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ['images', 'run']
 
 

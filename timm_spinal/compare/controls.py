@@ -12,6 +12,8 @@ from timm_spinal.errors import UserError
 from timm_spinal.layers import HEADS, create_head, equal_size_mlp_width, head_options, head_takes_map
 
 CONTROL = 'mlp'
+# what torch and timm raise where a value of an option makes no sense
+REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,9 @@ def new_head(variant: Variant, in_features: int, num_classes: int, device: Any =
     """
     try:
         return create_head(variant.head, in_features, num_classes, device=device, **variant.options)
-    except (TypeError, ValueError) as e:
-        raise UserError(f'head {variant.name}: {e}') from e
+    except REFUSALS as e:
+        reason = ' '.join(str(e).split()) or type(e).__name__
+        raise UserError(f'head {variant.name}: {reason}; change its options') from e
 
 
 def takes_map(variant: Variant) -> bool:

@@ -1,4 +1,5 @@
 """Run a frozen backbone once over all images and keep what it answers."""
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,10 @@ from tqdm import tqdm
 
 from timm_spinal.errors import UserError
 from timm_spinal.models import fold_batchnorm
+from timm_spinal.training.agree import agree
+from timm_spinal.training.data import dead_workers_named
 from timm_spinal.training.dataset import SKIPPED_TARGET, ImageData, Source
+from timm_spinal.training.folder import FolderLock
 from timm_spinal.training.pixels import Decoder
 from timm_spinal.training.shards import (
     SHARD_SIZE,
@@ -117,34 +121,64 @@ def extract(
         precision=accelerator.mixed_precision,
         maps=maps,
     )
-    model = model.to(accelerator.device).eval().requires_grad_(False)
-    if config.channels_last:
-        model.to(memory_format=torch.channels_last)
-    sizes = _output_sizes(model, data_config['input_size'], accelerator.device, maps)
+    shapes = feature_shapes(config, model, accelerator.device, maps)
     with accelerator.main_process_first():
         mark = open_cache(folder, identity, _WORDS, config.rebuild and accelerator.is_main_process)
     missing = [(part, index) for part in parts for index in range(shard_count(len(part.source)))
                if not has_shard(shard_path(folder, part.split, part.number, index), mark)]
     total = sum(_rows(part, index) for part, index in missing)
-    check_space(folder, total * (4 * sum(sizes) + 8), _WORDS)
+    check_space(folder, total * (4 * sum(map(math.prod, shapes.values())) + 8), _WORDS)
     # no process may write before all have seen what is missing
     accelerator.wait_for_everyone()
+    start, lock = time.perf_counter(), FolderLock(folder)
     if missing:
+        agree(accelerator, lock.acquire)  # two runs would write the same shards
         model = _folded(model)
-
-    start = time.perf_counter()
     mine = missing[accelerator.process_index::accelerator.num_processes]
     bar = tqdm(total=sum(_rows(*m) for m in mine), desc='features', unit='img',
                disable=None if accelerator.is_main_process and mine else True)
-    for part in parts:
-        indices = [index for p, index in mine if p is part]
-        if indices:
-            _run_part(config, model, part, decode, indices, folder, mark, accelerator, maps, bar)
-    bar.close()
-    accelerator.wait_for_everyone()
+    try:
+        for part in parts:
+            indices = [index for p, index in mine if p is part]
+            if indices:
+                with dead_workers_named(lambda: 'run it again: the features that are made are kept'):
+                    _run_part(config, model, part, decode, indices, folder, mark, accelerator, maps, bar)
+        accelerator.wait_for_everyone()
+    finally:
+        bar.close()
+        lock.release()
     seconds = time.perf_counter() - start if total else 0.
     features = _load(parts, folder, mark) if accelerator.is_main_process else {}
     return Extracted(features, identity, seconds, total, tuple(data_config['input_size']))
+
+
+@torch.inference_mode()
+def feature_shapes(
+        config: FrozenConfig,
+        model: nn.Module,
+        device: torch.device,
+        maps: bool,
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the features of one image, by kind; the model is put on the device in evaluation mode.
+
+    Raises:
+        UserError: The backbone does not take images of that size, or gives no vector, or no map where ``maps`` is set.
+    """
+    model.to(device).eval().requires_grad_(False)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    input_size = resolve_data(as_train_config(config), model)['input_size']
+    try:
+        found = run_backbone(model, torch.zeros(1, *input_size, device=device), maps)
+    except (RuntimeError, ValueError, AssertionError) as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f'backbone: refuses images of {tuple(input_size)} ({" ".join(str(e).split())[:200]}); choose '
+                        f'another --img-size or --input-size') from e
+    if found['pooled'].ndim != 2:
+        raise UserError(f'backbone: answers with a map of shape {tuple(found["pooled"].shape[1:])}, no vector; leave '
+                        f'out --gp')
+    return {name: tuple(value.shape[1:]) for name, value in found.items()}
 
 
 def backbone_batch(device: torch.device, batch_size: int) -> int:
@@ -266,20 +300,6 @@ def _as_images(images: Any, part: Part, decode: Decoder) -> torch.Tensor:
         raise UserError(f'{part.source.name}: images of mode {decode.mode} do not become tensors of one size; check '
                         f'--input-size and --crop-mode')
     return images
-
-
-@torch.inference_mode()
-def _output_sizes(model: nn.Module, input_size: Any, device: torch.device, maps: bool) -> list[int]:
-    """Numbers that one image gives for each kind of feature."""
-    try:
-        found = run_backbone(model, torch.zeros(1, *input_size, device=device), maps)
-    except (RuntimeError, ValueError, AssertionError) as e:
-        raise UserError(f'backbone: refuses images of {tuple(input_size)} ({" ".join(str(e).split())[:200]}); choose '
-                        f'another --img-size or --input-size') from e
-    if found['pooled'].ndim != 2:
-        raise UserError(f'backbone: answers with a map of shape {tuple(found["pooled"].shape[1:])}, no vector; leave '
-                        f'out --gp')
-    return [value[0].numel() for value in found.values()]
 
 
 def _load(parts: list[Part], folder: Path, mark: str) -> dict[str, Features]:

@@ -37,7 +37,7 @@ def draw_curves(path: Path, rows: list[Row]) -> None:
     panels = (('train_loss', 'training loss (nats)'), (f'eval_{name}', f'validation {TITLES[name]} (%)'))
     for axes, (column, title) in zip(figure.subplots(1, len(panels)), panels):
         for i, variant in enumerate(variants):
-            lines = [[(r['epoch'] + 1, r[column]) for r in history if column in r] for history in histories[variant]]
+            lines = [[(r['epoch'], r[column]) for r in history if column in r] for history in histories[variant]]
             lines = [line for line in lines if line]
             if not lines:
                 continue

@@ -1,6 +1,6 @@
 """What a comparison found, in plain words."""
 from .runs import Comparison, Row
-from .statistics import Difference, Estimate, Values, sampling_error
+from .statistics import MIN_SEEDS, Difference, Estimate, Values, sampling_error
 
 
 def findings(
@@ -35,8 +35,8 @@ def _against_control(comparison: Comparison, gaps: list[Difference]) -> list[str
         return [f'There is nothing beside the control {control} to compare.']
     unknown = [gap for gap in gaps if gap.verdict == 'unknown']
     if len(unknown) == len(gaps):
-        why = 'One seed each, so there is no interval and no verdict: the differences may be chance.'
-        if all(gap.estimate.seeds > 1 for gap in gaps):
+        why = f'Fewer than {MIN_SEEDS} seeds, so there is no interval and no verdict: the differences may be chance.'
+        if all(gap.estimate.seeds >= MIN_SEEDS for gap in gaps):
             why = 'The seeds do not differ, so there is no interval and no verdict.'
         return [why, *[f'`{g.variant}` is {_signed(g.estimate.mean)} points against {control}.' for g in gaps]]
     above = [gap for gap in gaps if gap.verdict == 'above']
@@ -53,8 +53,8 @@ def _against_control(comparison: Comparison, gaps: list[Difference]) -> list[str
     if left:
         sentences.append(f'Undecided against {control}: {", ".join(left)}.')
     for gap in unknown:
-        sentences.append(f'`{gap.variant}` has {_signed(gap.estimate.mean)} points against {control} and no interval '
-                         f'({gap.estimate.seeds} seed{"s" if gap.estimate.seeds > 1 else ""} in common).')
+        sentences.append(f'`{gap.variant}` has {_signed(gap.estimate.mean)} points against {control} and no interval: '
+                         f'{_why_none(gap.estimate)}.')
     return sentences
 
 
@@ -116,6 +116,12 @@ def _failures(rows: list[Row]) -> list[str]:
 def _points(gap: Estimate, sign: int = 1) -> str:
     low, high = sorted((sign * gap.low, sign * gap.high))  # type: ignore[operator]
     return f'{round(sign * gap.mean, 2) + 0.:.2f} points (interval {low:.2f} to {high:.2f}, {gap.seeds} seeds)'
+
+
+def _why_none(gap: Estimate) -> str:
+    if gap.seeds >= MIN_SEEDS:
+        return 'the seeds do not differ'
+    return f'{gap.seeds} seed{"s" if gap.seeds > 1 else ""} in common, and it takes {MIN_SEEDS}'
 
 
 def _signed(value: float) -> str:

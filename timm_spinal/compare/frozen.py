@@ -1,27 +1,32 @@
 """Comparison of heads on a frozen backbone: features once, then every head with every seed."""
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from timm.models import safe_model_name
 
 from timm_spinal.errors import UserError
 from timm_spinal.training import overview
+from timm_spinal.training.agree import agree
+from timm_spinal.training.folder import FolderLock
 from timm_spinal.training.model import create_model
 from timm_spinal.training.report import hardware
 
-from .controls import count_params, new_head, parse_variants, size_controls, slug, takes_map
+from .controls import Variant, count_params, new_head, new_heads, parse_variants, size_controls, slug, takes_map
 from .cost import head_cost, latency_ms, macs
-from .features import Extracted, extract
+from .features import Extracted, extract, feature_shapes
 from .findings import count_text
 from .head_bench import HeadBench, run_benches
 from .options import FrozenConfig, as_train_config, check_frozen, parse_seeds
 from .report import write_report
 from .runs import Comparison, write_comparison
 from .splits import Splits, open_splits
-from .train_group import Recipe
+from .train_group import Features, Recipe
+from .train_heads import HeadTask, check_batch
 from .tune import grid
 
 
@@ -47,6 +52,7 @@ def compare_frozen(config: FrozenConfig, command: str) -> Path | None:
         raise UserError(f'--control {config.control}: is not compared; choose one of {", ".join(names)}')
     if len({slug(name) for name in names}) < len(names):
         raise UserError('--heads: two of the names give the same folder; write their options in another way')
+    AcceleratorState._reset_state()  # the precision of a run before this one in the same process
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     train_config = as_train_config(config)
     with accelerator.main_process_first():
@@ -58,39 +64,77 @@ def compare_frozen(config: FrozenConfig, command: str) -> Path | None:
     accelerator.print(overview.describe(splits.named()), flush=True)
     if model.loaded_weights is not None:
         accelerator.print(f'weights {model.loaded_weights}', flush=True)
+    shapes = feature_shapes(config, model, accelerator.device, any(takes_map(variant) for variant in variants))
+    variants = _sized_and_tried(variants, shapes, splits, (recipes or [recipe])[0], accelerator.device)
     output = Path(config.output or f'output/compare/{safe_model_name(config.backbone)}')
-    folder = Path(config.features) if config.features else output / 'features'
-    maps = any(takes_map(variant) for variant in variants)
-    found = extract(config, model, splits, folder, accelerator, maps)
-    if not accelerator.is_main_process:
-        return None
+    lock = FolderLock(output)
+    agree(accelerator, lock.acquire)
+    try:
+        folder = Path(config.features) if config.features else output / 'features'
+        found = extract(config, model, splits, folder, accelerator, 'map' in shapes)
+        if not accelerator.is_main_process:
+            return None
+        comparison = Comparison(
+            'frozen', command, names, config.control, seeds,
+            sized_as={v.name: v.sized_as for v in variants if v.sized_as},
+            data=_describe_data(found, splits),
+        )
+        comparison.setting, backbone_ms = _describe(config, recipe, model, found, splits, accelerator.device)
+        write_comparison(output, comparison)
+        benches = [HeadBench(config, variant, splits.num_classes, _data(found, variant, accelerator.device),
+                             found.identity, output, recipe) for variant in variants]
+        _train(config, benches, comparison, recipes)
+        for bench in benches:
+            head = new_head(bench.variant, bench.in_features, splits.num_classes).to(accelerator.device)
+            cost = head_cost(head, backbone_ms, bench.data['test'].x[0, :1])
+            comparison.costs[bench.variant.name] = asdict(cost)
+        write_comparison(output, comparison)
+        write_report(output, comparison, config.per_class, config.calibration)
+        return output
+    finally:
+        lock.release()
 
-    widths = found.features['train'].x.shape[2], found.features['train.map'].x.shape[2] if maps else 0
-    variants = size_controls(variants, widths[0], splits.num_classes, widths[1])
-    comparison = Comparison(
-        'frozen', command, names, config.control, seeds,
-        sized_as={v.name: v.sized_as for v in variants if v.sized_as},
-        data=_describe_data(found, splits),
-    )
-    comparison.setting, backbone_ms = _describe(config, recipe, model, found, splits, accelerator.device)
-    write_comparison(output, comparison)
-    torch.set_float32_matmul_precision(config.matmul_precision)
-    benches = []
+
+def _sized_and_tried(
+        variants: list[Variant],
+        shapes: dict[str, tuple[int, ...]],
+        splits: Splits,
+        recipe: Recipe,
+        device: torch.device,
+) -> list[Variant]:
+    """The variants with the widths of controls, after two updates of each on random numbers: features may take hours.
+
+    Raises:
+        UserError: A head, batch size or optimizer that cannot work.
+    """
+    batch = recipe.batch_size
+    check_batch(len(splits.train), batch)
+    widths = {kind: shape[0] for kind, shape in shapes.items()}
+    variants = size_controls(variants, widths['pooled'], splits.num_classes, widths.get('map', 0))
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(batch) % splits.num_classes
+    data = {kind: Features(torch.randn(1, batch, *shape, generator=generator), labels).to(device)
+            for kind, shape in shapes.items()}
     for variant in variants:
-        data = {split: found.features[f'{split}.map' if takes_map(variant) else split].to(accelerator.device)
-                for split in ('train', 'validation', 'test')}
-        bench = HeadBench(config, variant, splits.num_classes, data, found.identity, output, recipe)
-        if recipes:
-            comparison.tuned[variant.name] = bench.tune(recipes)
-        benches.append(bench)
-    run_benches(benches, seeds)
+        kind = 'map' if takes_map(variant) else 'pooled'
+        heads = partial(new_heads, variant, widths[kind], splits.num_classes)
+        HeadTask(heads, [0], data[kind], data[kind], recipe).try_out(variant.name)
+    return variants
+
+
+def _data(found: Extracted, variant: Variant, device: torch.device) -> dict[str, Features]:
+    """The splits as a variant reads them."""
+    kind = '.map' if takes_map(variant) else ''
+    return {split: found.features[split + kind].to(device) for split in ('train', 'validation', 'test')}
+
+
+def _train(config: FrozenConfig, benches: list[HeadBench], comparison: Comparison, recipes: list[Recipe]) -> None:
+    """Tune where there is a grid, then train what is not finished."""
+    torch.set_float32_matmul_precision(config.matmul_precision)
     for bench in benches:
-        head = new_head(bench.variant, bench.in_features, splits.num_classes).to(accelerator.device)
-        cost = head_cost(head, backbone_ms, bench.data['test'].x[0, :1])
-        comparison.costs[bench.variant.name] = asdict(cost)
-    write_comparison(output, comparison)
-    write_report(output, comparison, config.per_class, config.calibration)
-    return output
+        if recipes:
+            comparison.tuned[bench.variant.name] = bench.tune(recipes)
+    run_benches(benches, comparison.seeds)
 
 
 def _describe_data(found: Extracted, splits: Splits) -> dict[str, Any]:
@@ -116,14 +160,15 @@ def _describe(
     speed = f', {found.made:,} images made in {found.seconds:.0f} s ({found.made / found.seconds:.0f} images/s)' \
         if found.made else ', taken from the cache'
     passes = f', {config.augment_passes} augmented passes' if config.augment_passes else ''
+    precision = {'no': 'float32'}.get(found.identity['precision'], f'mixed precision, {found.identity["precision"]}')
     return {
         'Backbone': f'{config.backbone} (weights: {weights}), frozen, {count_text(count_params(model))} parameters, '
                     f'{count_text(macs(model, image))} MACs, {backbone_ms:.1f} ms for one image',
         **({'Weights': str(model.loaded_weights)} if model.loaded_weights is not None else {}),
         'Features': f'{found.features["train"].x.shape[2]} numbers from images of '
-                    f'{"x".join(map(str, found.input_size))}{passes}{speed}',
+                    f'{"x".join(map(str, found.input_size))}{passes}, in {precision}{speed}',
         'Heads': f'{recipe.epochs} epochs, batches of {recipe.batch_size}, {recipe.opt}, cosine schedule, label '
-                 f'smoothing {recipe.smoothing:g}, float32 products {config.matmul_precision}' +
+                 f'smoothing {recipe.smoothing:g}, float32 with products of precision {config.matmul_precision}' +
                  ('' if config.tune else f', lr {recipe.lr:g}, weight decay {recipe.weight_decay:g}'),
         'Hardware': hardware(device, 1),
     }, backbone_ms

@@ -23,6 +23,7 @@ from timm.utils import unwrap_model
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig, parse_config
+from timm_spinal.training.folder import check_name
 from timm_spinal.training.loop import Run, trainable
 from timm_spinal.training.options import option
 from timm_spinal.training.outcome import finish
@@ -114,6 +115,8 @@ def gradflow(config: GradflowConfig) -> Path:
     ):
         if getattr(config, flag):
             raise UserError(f'--{flag.replace("_", "-")}: {reason}, and this takes the gradient twice; leave it out')
+    if config.experiment:
+        check_name(config.experiment, '--experiment')
     config = replace(config, sb_ortho=config.sb_ortho or 10.)
     output = Path(config.output or 'output/gradflow') / (config.experiment or safe_model_name(config.model))
     # the penalty first: it refuses a model without shared filters before anything is trained

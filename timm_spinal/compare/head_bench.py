@@ -105,7 +105,7 @@ class HeadBench:
             top1=trained.best['top1'], loss=trained.best['loss'],
             test_top1=100. * float((logits.argmax(dim=1) == test.y).double().mean()),
             test_loss=float(F.cross_entropy(logits.double(), test.y)),
-            epoch=self.recipe.epochs, best_epoch=trained.best_epoch, seconds=trained.seconds,
+            epochs=self.recipe.epochs, best_epoch=trained.best_epoch, seconds=trained.seconds,
             params=count_params(head),
             lr=self.recipe.lr, weight_decay=self.recipe.weight_decay, num_classes=self.num_classes,
             train_size=len(self.data['train'].y), eval_size=len(self.data['validation'].y), test_size=len(test.y),

@@ -5,12 +5,14 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from timm_spinal.training.config import TrainConfig
+from timm_spinal.training.folder import FolderLock, Occupied
 from timm_spinal.training.report import write_text
 
 from .runs import ERROR, RESULT
@@ -90,8 +92,7 @@ def _run(
     """Train in a process of its own once `before` has ended; returns why it failed, or '', and the seconds."""
     if before is not None:
         before.result()
-    task.folder.mkdir(parents=True, exist_ok=True)
-    (task.folder / ERROR).unlink(missing_ok=True)
+    task.folder.parent.mkdir(parents=True, exist_ok=True)
     start, log = time.perf_counter(), task.folder.with_suffix('.log')
     config_file = task.folder.with_suffix('.yaml')
     write_config(config_file, task.config)
@@ -110,8 +111,17 @@ def _run(
     error = ''
     if code or not (task.folder / RESULT).exists():
         error = f'failed: {_last_error(log) or f"exit code {code}"} (see {log})'
-        write_text(task.folder / ERROR, error)
+    _keep_error(task.folder, error)
     return error, time.perf_counter() - start
+
+
+def _keep_error(folder: Path, error: str) -> None:
+    """Write why a run failed into its folder, unless it failed because another process runs there."""
+    with suppress(Occupied), FolderLock(folder):
+        if error:
+            write_text(folder / ERROR, error)
+        else:
+            (folder / ERROR).unlink(missing_ok=True)
 
 
 def _last_error(log: Path) -> str:

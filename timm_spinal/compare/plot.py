@@ -27,7 +27,7 @@ NONE = '-'
 
 @dataclass
 class Course:
-    """One run: evaluated epochs counted from 1, seconds up to their end (nan where not known), accuracy in percent."""
+    """One run: evaluated epochs counted from 0, seconds up to their end (nan where not known), accuracy in percent."""
     epochs: np.ndarray
     seconds: np.ndarray
     accuracy: np.ndarray
@@ -35,9 +35,9 @@ class Course:
     metric: str
 
     def reaches(self, accuracy: float) -> tuple[float, float] | None:
-        """Epoch and seconds of the first evaluation with at least this accuracy; None where there is none."""
+        """Number of epochs and seconds that it took to this accuracy; None where it was not reached."""
         found = np.flatnonzero(self.accuracy >= accuracy)
-        return (float(self.epochs[found[0]]), float(self.seconds[found[0]])) if len(found) else None
+        return (float(self.epochs[found[0]] + 1), float(self.seconds[found[0]])) if len(found) else None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -122,7 +122,7 @@ def read_course(folder: Path) -> Course:
     if not rows:
         raise UserError(f'{folder}: no epoch was evaluated yet; leave it out')
     return Course(
-        np.array([row['epoch'] + 1 for row in rows]),
+        np.array([row['epoch'] for row in rows]),
         np.array([row.get('seconds', np.nan) for row in rows]),
         np.array([max(row[f'eval_{metric}'], row.get(f'ema_{metric}', 0.)) for row in rows]),
         (read_json(folder / RESULT) or {}).get(f'test_{metric}'),
@@ -165,7 +165,8 @@ def _spread(values: Sequence[float] | np.ndarray, digits: int) -> str:
 def draw(path: Path, curves: dict[str, list[Course]], accuracies: Sequence[float]) -> None:
     """Accuracy over epochs and over seconds: the mean of each curve's runs, and a band from lowest to highest."""
     figure = new_figure(12, 4.5)
-    for axes, label in zip(figure.subplots(1, 2, sharey=True), ('epochs', 'seconds')):
+    panels = dict(epochs='epoch', seconds='seconds')
+    for axes, label in zip(figure.subplots(1, 2, sharey=True), panels):
         for i, (name, courses) in enumerate(curves.items()):
             length = min(len(c.accuracy) for c in courses)
             x = np.mean([getattr(c, label)[:length] for c in courses], axis=0)
@@ -174,7 +175,7 @@ def draw(path: Path, curves: dict[str, list[Course]], accuracies: Sequence[float
             axes.fill_between(x, y.min(0), y.max(0), color=f'C{i % 10}', alpha=0.15, linewidth=0)
         for accuracy in accuracies:
             axes.axhline(accuracy, color='grey', linestyle='--', linewidth=1)
-        axes.set(xlabel=label, ylabel=f'validation {_title(curves)} (%)')
+        axes.set(xlabel=panels[label], ylabel=f'validation {_title(curves)} (%)')
         axes.grid(alpha=0.3)
         axes.legend()
     save_figure(figure, path)

@@ -14,7 +14,7 @@ from timm_spinal.training.report import write_table, write_text
 from .figures import draw_accuracy, draw_calibration, draw_curves
 from .findings import count_text, findings
 from .runs import METRICS, Comparison, Row, metric_of, read_comparison, read_rows, values_by_variant
-from .statistics import Difference, Values, differences, estimate
+from .statistics import MIN_SEEDS, Difference, Values, differences, estimate
 
 
 def write_report(
@@ -64,7 +64,8 @@ def write_report(
             errors = draw_calibration(output / 'calibration.png', joined)
             extra.append('Expected calibration error (15 bins): ' + ', '.join(
                 f'`{v}` {e:.2f} %' for v, e in errors.items()) + ' (`calibration.png`).')
-    write_text(output / 'report.md', report_text(comparison, [*sentences, *extra], markdown_table(table)))
+    shared = [*_precision(rows), _intervals(gaps)]
+    write_text(output / 'report.md', report_text(comparison, [*sentences, *extra], markdown_table(table), shared))
     return sentences
 
 
@@ -160,8 +161,8 @@ def _same(values: list[float | None]) -> str:
 # ---- the text ---------------------------------------------------------------------------------------------------
 
 
-def report_text(comparison: Comparison, sentences: list[str], table: str) -> str:
-    """``report.md``."""
+def report_text(comparison: Comparison, sentences: list[str], table: str, shared: list[str]) -> str:
+    """``report.md``; ``shared`` is what else holds for all runs."""
     data = comparison.data
     lines = ['# Comparison', '', '## Found', '', *[f'- {s}' for s in sentences], '', '## Results', '', table]
     lines += ['![accuracy against parameters](accuracy.png)', '', '![curves](curves.png)', '', '## How', '']
@@ -174,13 +175,32 @@ def report_text(comparison: Comparison, sentences: list[str], table: str) -> str
     lines += [
         '- The epoch is chosen on the validation split; the test split is read once per run.',
         '- A seed gives every variant the same order of images (and, in whole trainings, the same augmentation).',
-        f'- Intervals of means: Student t, 95 %, over seeds. Differences are paired by seed; their intervals hold '
-        f'together with 95 % for all {len(comparison.pairs())} comparisons (Bonferroni); p: paired t test, adjusted by '
-        f'Benjamini and Hochberg.',
+        *[f'- {line}' for line in shared],
         '- Latencies are medians for one image on this machine, which may have had other work.',
     ]
     lines += _tuning(comparison.tuned)
     return '\n'.join([*lines, '', '## Command', '', '```', comparison.command, '```', ''])
+
+
+def _intervals(gaps: list[Difference]) -> str:
+    count = sum(gap.estimate.low is not None for gap in gaps)
+    together = f' their intervals hold together with 95 % for all {count} comparisons that have one (Bonferroni); p: ' \
+               'paired t test, adjusted by Benjamini and Hochberg.' if count else ' none has an interval.'
+    return (f'Intervals of means: Student t, 95 %, over seeds; none of fewer than {MIN_SEEDS} seeds. Differences are '
+            f'paired by seed;{together}')
+
+
+def _precision(rows: list[Row]) -> list[str]:
+    """What the runs computed in, as they say it themselves."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row.mixed_precision:
+            name = 'float32' if row.mixed_precision == 'no' else f'mixed precision, {row.mixed_precision}'
+            variants = found.setdefault(name, [])
+            variants += [row.variant] if row.variant not in variants else []
+    if len(found) > 1:
+        return [f'Precision: {name} for {", ".join(f"`{v}`" for v in variants)}.' for name, variants in found.items()]
+    return [f'Precision: {name}.' for name in found]
 
 
 def _tuning(tuned: dict[str, list[dict[str, Any]]]) -> list[str]:

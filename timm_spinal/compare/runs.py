@@ -13,6 +13,7 @@ from timm_spinal.errors import UserError
 from timm_spinal.training.files import read_json as read_json
 from timm_spinal.training.files import write_json as write_json
 from timm_spinal.training.metrics import main_accuracy
+from timm_spinal.training.report import epochs_done
 
 from .controls import slug
 
@@ -63,7 +64,10 @@ class Comparison:
 
 @dataclass
 class Row:
-    """One run: a line of ``results.csv``. Accuracies and changed signs in percent, losses in nats, epochs from 1."""
+    """One run: a line of ``results.csv``.
+
+    Accuracies and changed signs in percent, losses in nats; ``best_epoch`` counts from 0, ``epochs`` is their number.
+    """
     variant: str
     seed: int
     status: str
@@ -79,6 +83,7 @@ class Row:
     weight_decay: float | None = None
     params: int | None = None
     seconds: float | None = None
+    mixed_precision: str | None = None
     sign_flips: float | None = None
     folder: str = ''
     error: str = ''
@@ -136,9 +141,9 @@ def read_row(folder: Path, variant: str, seed: int) -> Row:
         row.val_top1, row.val_loss = result.get('top1'), result.get('loss')
         row.test_top1, row.test_loss = result.get('test_top1'), result.get('test_loss')
         row.val_exact, row.test_exact = result.get('exact'), result.get('test_exact')
-        row.best_epoch = None if result.get('best_epoch') is None else result['best_epoch'] + 1
-        row.epochs, row.params, row.seconds = (result.get(k) for k in ('epoch', 'params', 'seconds'))
-        row.sign_flips = result.get('sign_flips')
+        row.epochs = epochs_done(result)
+        row.best_epoch, row.params, row.seconds = (result.get(k) for k in ('best_epoch', 'params', 'seconds'))
+        row.sign_flips, row.mixed_precision = result.get('sign_flips'), result.get('mixed_precision')
         row.lr, row.weight_decay = result.get('lr'), result.get('weight_decay')
     return row
 

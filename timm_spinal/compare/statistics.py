@@ -1,8 +1,9 @@
 """Means, intervals and paired differences over seeds, by SciPy.
 
 Intervals are Student's t over seeds. Differences to a control are paired by seed, since a seed gives all variants the
-same order of images. With m comparisons in a report each difference has the level 1 - 0.05 / m (Bonferroni), so that
-all m intervals hold together with 95 %; p values are adjusted by Benjamini and Hochberg.
+same order of images. With m intervals of differences in a report each has the level 1 - 0.05 / m (Bonferroni), so that
+all m hold together with 95 %; p values are adjusted by Benjamini and Hochberg. Fewer than `MIN_SEEDS` seeds have no
+interval: that of two is twelve times as wide as their spread.
 """
 import math
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from scipy import stats
 
 from .runs import Values as Values
 
+MIN_SEEDS = 3
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean over seeds with its interval; no interval from one seed, or where the seeds do not differ at all."""
+    """Mean over seeds with its interval; none from too few seeds, or where the seeds do not differ at all."""
     mean: float
     low: float | None
     high: float | None
@@ -49,7 +52,7 @@ class Difference:
         return 'above' if low > 0 else 'below' if high < 0 else 'open'
 
 
-def estimate(values: Sequence[float], level: float = 0.95) -> Estimate:
+def estimate(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Estimate:
     """Mean and t interval of some values.
 
     Raises:
@@ -60,22 +63,26 @@ def estimate(values: Sequence[float], level: float = 0.95) -> Estimate:
     array = np.asarray(values, dtype=np.float64)
     mean = float(array.mean())
     # values that agree to rounding say nothing about their spread
-    if len(array) < 2 or np.ptp(array) <= 1e-9 * max(1., abs(mean)):
+    if len(array) < MIN_SEEDS or np.ptp(array) <= 1e-9 * max(1., abs(mean)):
         return Estimate(mean, None, None, len(array))
     low, high = stats.t.interval(level, len(array) - 1, loc=mean, scale=stats.sem(array))
     return Estimate(mean, float(low), float(high), len(array))
 
 
 def differences(pairs: Sequence[tuple[str, str]], values: dict[str, Values]) -> list[Difference]:
-    """Each (variant, control) pair over the seeds that both have; pairs without a common seed are left out."""
-    level = 1. - 0.05 / max(1, len(pairs))
-    found = []
+    """Each (variant, control) pair over the seeds that both have; pairs without a common seed are left out.
+
+    Pairs that are left out, or have no interval, do not widen the intervals of the others.
+    """
+    both = {}
     for variant, control in pairs:
         seeds = sorted(values.get(variant, {}).keys() & values.get(control, {}).keys())
-        if not seeds:
-            continue
-        ours, theirs = ([values[name][seed] for seed in seeds] for name in (variant, control))
-        gap = estimate(np.subtract(ours, theirs).tolist(), level)
+        if seeds:
+            both[variant, control] = np.array([[values[name][s] for s in seeds] for name in (variant, control)])
+    intervals = sum(estimate(ours - theirs).low is not None for ours, theirs in both.values())
+    found = []
+    for (variant, control), (ours, theirs) in both.items():
+        gap = estimate(ours - theirs, 1. - 0.05 / max(1, intervals))
         p = None if gap.low is None else float(stats.ttest_rel(ours, theirs).pvalue)
         found.append((variant, control, gap, p))
     known = [p for *_, p in found if p is not None]

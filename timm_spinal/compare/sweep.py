@@ -1,5 +1,6 @@
 """Whole trainings, variants times seeds, each an ordinary run folder of the trainer."""
 import dataclasses
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from timm_spinal.errors import UserError
 from timm_spinal.training import overview
 from timm_spinal.training.checkpoint import find_checkpoints, read_state
 from timm_spinal.training.config import TrainConfig, load_yaml
-from timm_spinal.training.identity import changed_settings
+from timm_spinal.training.folder import FolderLock
+from timm_spinal.training.identity import WITHOUT_EFFECT, changed_settings
 from timm_spinal.training.model import create_model
 from timm_spinal.training.transforms import resolve_data
 
@@ -23,10 +25,6 @@ from .runs import Comparison, read_row, run_folder, write_comparison
 from .splits import Splits, open_splits, three_way
 from .sweep_file import Sweep, size_control, teacher_of
 from .tune import FIRST_SEED, mark_best
-
-# settings of which a finished run may have had others
-_ASIDE = ('resume', 'output', 'experiment', 'workers', 'pin_mem', 'debug', 'log_interval', 'log_with',
-          'checkpoint_steps', 'checkpoint_hist', 'validation_batch_size', 'dataset_download')
 
 
 def run_sweep(
@@ -49,7 +47,8 @@ def run_sweep(
         Folder of the comparison and number of runs that failed.
 
     Raises:
-        UserError: Data or a variant that cannot work, or a folder of a run with other settings: before anything runs.
+        UserError: Data or a variant that cannot work, a folder of a run with other settings, or one in which another
+            process runs: before anything runs.
     """
     configs, splits = _prepare(sweep)
     comparison = Comparison(
@@ -63,19 +62,19 @@ def run_sweep(
     _check_folders([task for tasks in tuning.values() for task in tasks])
     if not sweep.grid:
         _check_folders(_tasks(sweep, configs))
-    sweep.output.mkdir(parents=True, exist_ok=True)
-    if sweep.grid:
-        run_tasks([task for tasks in tuning.values() for task in tasks], jobs)
-        for name, tasks in tuning.items():
-            configs[name], comparison.tuned[name] = _choose(name, configs[name], sweep.grid, tasks)
-    tasks = _tasks(sweep, configs)
-    _check_folders(tasks)
-    write_comparison(sweep.output, comparison)
-    failed = run_tasks(tasks, jobs)
-    for name, config in configs.items():
-        comparison.costs[name] = _cost(config, splits.num_classes)
-    write_comparison(sweep.output, comparison)
-    write_report(sweep.output, comparison, per_class, calibration)
+    with FolderLock(sweep.output):
+        if sweep.grid:
+            run_tasks([task for tasks in tuning.values() for task in tasks], jobs)
+            for name, tasks in tuning.items():
+                configs[name], comparison.tuned[name] = _choose(name, configs[name], sweep.grid, tasks)
+        tasks = _tasks(sweep, configs)
+        _check_folders(tasks)
+        write_comparison(sweep.output, comparison)
+        failed = run_tasks(tasks, jobs)
+        for name, config in configs.items():
+            comparison.costs[name] = _cost(config, splits.num_classes)
+        write_comparison(sweep.output, comparison)
+        write_report(sweep.output, comparison, per_class, calibration)
     return sweep.output, failed
 
 
@@ -91,7 +90,10 @@ def check_folder(task: Task) -> None:
     saved, now = {**vars(TrainConfig()), **load_yaml(path)}, vars(task.config)
     if now['num_classes'] is None:  # the run has written what it found
         saved['num_classes'] = None
-    changed = {k: v for k, v in changed_settings(saved, now, _cwd(task.folder)).items() if k not in _ASIDE}
+    # the training process takes it from there as well
+    precision = now['mixed_precision'] or os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
+    now, saved = dict(now, mixed_precision=precision), dict(saved, mixed_precision=saved['mixed_precision'] or 'no')
+    changed = {k: v for k, v in changed_settings(saved, now, _cwd(task.folder)).items() if k not in WITHOUT_EFFECT}
     if changed:
         text = ', '.join(f'{k} ({v})' for k, v in changed.items())
         raise UserError(f'run folder {task.folder}: was made with other settings: {text}; remove it, or give the sweep '

@@ -32,6 +32,7 @@ import timm_spinal
 from timm_spinal.errors import UserError
 from timm_spinal.layers import HEADS, equal_size_mlp_width
 from timm_spinal.training.config import TrainConfig, load_yaml
+from timm_spinal.training.folder import check_name
 from timm_spinal.training.model import check_model_name
 from timm_spinal.training.report import write_text
 
@@ -176,6 +177,7 @@ def _check_names(path: Path, configs: dict[str, TrainConfig]) -> None:
         other = folders.setdefault(slug(name), name)
         if other != name:
             raise UserError(f'sweep {path}: the variants {other!r} and {name!r} would share a folder; rename one')
+        check_name(slug(name), f'sweep {path}: variant')
 
 
 def _check_teachers(path: Path, configs: dict[str, TrainConfig], tuned: bool) -> None:

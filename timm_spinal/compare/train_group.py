@@ -94,7 +94,7 @@ def train_group(
         result.seconds = (time.perf_counter() - start) / len(seeds)
         last = result.history[-1]
         if not (math.isfinite(last['train_loss']) and math.isfinite(last['eval_loss'])):
-            result.failure = f'the loss is {last["train_loss"]} after epoch {recipe.epochs}; use a lower learning rate'
+            result.failure = f'the loss is {last["train_loss"]} after {recipe.epochs} epochs; use a lower learning rate'
     return results
 
 

@@ -1,7 +1,7 @@
 """Train heads on cached features, each with its seeds: side by side or together, where that is exact."""
 import copy
 from concurrent.futures import as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable, Iterator, Sequence
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 
 from timm_spinal.errors import UserError
 
+from .controls import REFUSALS
 from .cores import core_each
 from .joined_linear import join_linears
 from .products import fast_float32_products
@@ -45,10 +46,38 @@ class HeadTask:
         Raises:
             UserError: Fewer training features than one batch.
         """
-        size, batch = self.train.x.shape[1], self.recipe.batch_size
-        if size < batch:
-            raise UserError(f'--head-batch-size {batch}: there are {size} training images, not one full batch; '
-                            f'use --head-batch-size {size} or less')
+        check_batch(self.train.x.shape[1], self.recipe.batch_size)
+
+    def try_out(self, name: str) -> None:
+        """Make two updates, whose result is thrown away.
+
+        Args:
+            name: Of the head, for the message.
+
+        Raises:
+            UserError: A head, batch or optimizer with which it fails.
+        """
+        group = SeparateHeads([head.to(self.train.x.device) for head in self.new_heads([0])], [0])
+        try:
+            with torch.random.fork_rng(devices=[]):
+                train_group(group, [0], self.train, self.validation, replace(self.recipe, epochs=2))
+        except REFUSALS as e:
+            if isinstance(e, UserError):
+                raise
+            reason = ' '.join(str(e).split())[:300] or type(e).__name__
+            raise UserError(f'head {name}: cannot be trained on features of {tuple(self.train.x.shape[2:])} in batches '
+                            f'of {self.recipe.batch_size} ({reason}); change its options, or --head-batch-size') from e
+
+
+def check_batch(size: int, batch: int) -> None:
+    """Refuse batches that no update can be made of.
+
+    Raises:
+        UserError: Fewer training features than one batch.
+    """
+    if size < batch:
+        raise UserError(f'--head-batch-size {batch}: there are {size} training images, not one full batch; '
+                        f'use --head-batch-size {size} or less')
 
 
 def train_heads(tasks: Sequence[HeadTask], stack: bool | None = None) -> Iterator[tuple[int, Trained]]:

@@ -20,6 +20,7 @@ from timm_spinal.training.start import (
     create_with_weights,
     folder_and_checkpoint,
     make_accelerator,
+    used_precision,
 )
 
 from .annotations import DetectionSet
@@ -60,29 +61,30 @@ def train_detector(config: DetectionConfig) -> dict[str, Any]:
 
 
 def prepare(config: DetectionConfig, accelerator: Accelerator, splits: dict[str, DetectionSet]) -> Run[DetectionConfig]:
-    """Make everything that the loop needs, put a checkpoint back when resuming, and create the run folder.
+    """Make everything that the loop needs, put a checkpoint back when resuming, and write the first files.
 
     Args:
         config: The run's config.
         accelerator: Its accelerator.
         splits: Filled with the splits of the data.
     """
-    config = replace(config, output=config.output or OUTPUT)
+    config = replace(
+        config, output=config.output or OUTPUT, mixed_precision=used_precision(config, accelerator))
     with accelerator.main_process_first():
         splits.update(open_splits(config))
     data = create_data(config, splits, accelerator.num_processes)
     set_seed(config.seed)
-    name = safe_model_name(f'{config.model}-{config.backbone.rpartition("/")[2]}')
-    where = folder_and_checkpoint(accelerator, config, name)
     with accelerator.main_process_first():
         model = create_with_weights(
-            lambda config: create_model(config, data.num_classes), config, accelerator, where,
+            lambda config: create_model(config, data.num_classes), config, accelerator,
             **without_weights(config))
     for split in splits.values():
         accelerator.print(split.describe())
     if not (config.pretrained_backbone or config.backbone_path) and model.options['frozen_bn']:
         accelerator.print('warning: --frozen-bn: the BatchNorm of a backbone without weights stays as it was drawn')
-    folder, checkpoint = where
+    name = safe_model_name(f'{config.model}-{config.backbone.rpartition("/")[2]}')
+    description = describe(config, data)
+    folder, checkpoint = folder_and_checkpoint(accelerator, config, name, description, FIXED)
     if config.sync_bn and accelerator.num_processes > 1:
         model = convert_sync_batchnorm(model)
     model.to(accelerator.device)
@@ -103,7 +105,7 @@ def prepare(config: DetectionConfig, accelerator: Accelerator, splits: dict[str,
 
     run = assemble(
         config, accelerator, folder, DetectionTask(model, accelerator.device), data, metric=config.eval_metric,
-        measured=METRICS, measure=measure, description=describe(config, data), on_best=on_best,
+        measured=METRICS, measure=measure, description=description, on_best=on_best,
         on_epoch=outcome.write_reports, fixed=FIXED, weights=model.loaded_weights)
     begin(run, checkpoint)
     return run

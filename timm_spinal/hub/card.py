@@ -8,7 +8,7 @@ from timm.models import model_entrypoint
 import timm_spinal
 from timm_spinal.training.losses import CAPSULE_LOSSES
 from timm_spinal.training.model import needs_registration
-from timm_spinal.training.report import accuracy_text
+from timm_spinal.training.report import accuracy_text, epochs_done
 from timm_spinal.version import ADDRESS
 
 from .beside import Row, Table, result_rows, table
@@ -185,7 +185,7 @@ def _recipe(source: Source, on_hub: bool) -> str:
     result, lines = source.result, ['```', command(source.args, source.result.get('processes', 1)), '```', '']
     versions = ', '.join(f'{k} {v}' for k, v in result.get('versions', {}).items())
     seconds = f', {result["seconds"]:.0f} s' if result.get('seconds') else ''
-    lines.append(f'Seed {source.args.seed}, {result.get("epoch")} epochs, {result.get("updates")} updates, '
+    lines.append(f'Seed {source.args.seed}, {epochs_done(result)} epochs, {result.get("updates")} updates, '
                  f'{result.get("train_size"):,} training images, {result.get("hardware")}{seconds}. {versions}.')
     if on_hub:
         lines.append('All options are in `train_hparams.yaml`, the epochs in `summary.csv`.')

@@ -54,7 +54,7 @@ class Pusher:
             try:
                 self._push(run.folder, result)
             except UserError as e:
-                print(f'warning: not published after epoch {epoch}: {e}', flush=True)
+                print(f'warning: not published after epoch {epoch - 1}: {e}', flush=True)
 
     def after_run(self, run: Run, result: dict[str, Any]) -> None:
         """Publish the best weights.

@@ -9,14 +9,19 @@ Weights are safetensors; the optimizer and random states are read with ``weights
 """
 import json
 import os
+import random
 import re
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Callable
 
+import numpy as np
+import torch
 import torch.nn as nn
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import RNG_STATE_NAME, gather_object, load
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
 from timm_spinal.errors import UserError
@@ -123,6 +128,11 @@ def _put_in_place(temp: Path, final: Path) -> None:
 # ---- reading ----------------------------------------------------------------------------------------------------
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is that of one checkpoint of a run, by its name and the folder that it is in."""
+    return bool(_NAME.match(path.name)) and path.parent.name == 'last'
+
+
 def find_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in a folder, newest first, whole or not."""
     if not folder.is_dir():
@@ -178,16 +188,25 @@ def choose_checkpoint(resume: str, run_folder: Path | None, say: Say) -> Path | 
     """
     if resume == 'auto':
         return newest_whole(find_checkpoints(run_folder / 'last'), say) if run_folder else None
+    return newest_whole(candidates(resume), say)
+
+
+def candidates(resume: str) -> list[Path]:
+    """The checkpoints, whole or not, of a path that was given to ``--resume``; the one that is meant first.
+
+    Raises:
+        UserError: There are none.
+    """
     path = Path(resume).absolute()
-    if _NAME.match(path.name):
-        candidates = find_checkpoints(path.parent)
-        candidates = candidates[candidates.index(path):] if path in candidates else []
+    if is_checkpoint(path):
+        found = find_checkpoints(path.parent)
+        found = found[found.index(path):] if path in found else []
     else:
-        candidates = find_checkpoints(path / 'last')
-    if not candidates:
+        found = find_checkpoints(path / 'last')
+    if not found:
         raise UserError(f'resume {resume}: no checkpoint there; give a run folder, one of its last/step-* folders, '
                         'or auto')
-    return newest_whole(candidates, say)
+    return found
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -195,8 +214,36 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / STATE).read_text())
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, ema: nn.Module | None) -> None:
-    """Put weights, optimizer, random states and moving average back. Nothing may draw random numbers after it."""
-    accelerator.load_state(str(checkpoint))
-    if ema is not None:
-        load_model(ema, str(checkpoint / EMA))
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, ema: nn.Module | None) -> str:
+    """Put weights, optimizer, random states and moving average back. Nothing may draw random numbers after it.
+
+    Returns:
+        Why the random states of this process could not be put back; '' where they are.
+
+    Raises:
+        UserError: The weights or the state of the optimizer are not those of this run's.
+    """
+    try:
+        accelerator.load_state(str(checkpoint))
+        if ema is not None:
+            load_model(ema, str(checkpoint / EMA))
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError, UnpicklingError) as e:
+        raise UserError(f'cannot resume {checkpoint}: its state does not fit this run ({" ".join(str(e).split())[:300]}'
+                        '); resume with the versions and the kind of launch that it was written with, or start a new '
+                        'run from its weights with --initial-checkpoint') from e
+    return _missing_random_states(accelerator, checkpoint)
+
+
+def _missing_random_states(accelerator: Accelerator, checkpoint: Path) -> str:
+    """Whether Accelerate, which says nothing about it, has failed to put the random states back, and why."""
+    name = f'{RNG_STATE_NAME}_{accelerator.process_index}.pkl'
+    try:
+        states = load(checkpoint / name)
+        same = [random.getstate() == states['random_state'],
+                all(map(np.array_equal, np.random.get_state(), states['numpy_random_seed'])),
+                torch.equal(torch.get_rng_state(), states['torch_manual_seed'])]
+        if accelerator.device.type == 'cuda':
+            same += map(torch.equal, torch.cuda.get_rng_state_all(), states['torch_cuda_manual_seed'])
+    except Exception as e:  # a file that is none makes pickle, zipfile and torch raise what they like
+        return f'{name}: {type(e).__name__}: {" ".join(str(e).split())[:200]}'
+    return '' if all(same) else f'{name}: not taken by this version of Accelerate'

@@ -13,9 +13,11 @@ transforms, which need the model::
 The loaders are plain torch loaders, made to be given to `accelerator.prepare`. Batches depend on (seed, epoch,
 position) only; see `sampling` and `dataset`. Streamed sources are the exception.
 """
+import contextlib
 import logging
+import re
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import torch
 from timm.data import Mixup
@@ -316,6 +318,30 @@ def _eval_loader(
         return create_loader(config, StreamData(source, transform, decode, config.seed), None, batch)
     dataset = ImageData(source, transform, decode, 'mark' if config.skip_unreadable else 'raise')
     return create_loader(config, dataset, EvalSampler(len(source)), batch)
+
+
+@contextlib.contextmanager
+def dead_workers_named(advice: Callable[[], str]) -> Iterator[None]:
+    """One line in place of torch's error about a loader worker that was killed.
+
+    Args:
+        advice: What to do next, asked for when it happens.
+
+    Raises:
+        UserError: Names the worker, the likely reason and what to do.
+    """
+    try:
+        yield
+    except RuntimeError as e:
+        found = re.search(r'DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) ([^.]*)', str(e))
+        if found is None:
+            raise
+        process, what = found[1], ' '.join(found[2].split())
+        memory = 'shared memory (/dev/shm)' if 'Bus error' in what else 'memory'
+        error = UserError(f'loader worker {process} {what}: most likely the machine is out of {memory}; use fewer '
+                          f'--workers or a smaller --batch-size, then {advice()}')
+        error.local = True  # type: ignore[attr-defined]
+        raise error from e
 
 
 def create_loader(

@@ -53,6 +53,12 @@ class Source:
     def __len__(self) -> int:
         return len(self.dataset) if self.indices is None else len(self.indices)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a worker process that is not forked: open tar files stay behind, and it opens its own."""
+        state = getattr(getattr(self.dataset, 'reader', None), 'tar_state', {})
+        _forget_open_tars(state if isinstance(state, dict) else {'': state})
+        return vars(self)
+
     def subset(self, indices: np.ndarray) -> 'Source':
         labels = None if self.labels is None else self.labels[indices]
         inner = indices if self.indices is None else self.indices[indices]
@@ -82,6 +88,13 @@ class Source:
         if isinstance(self.dataset, ImageDataset):
             return str(self.dataset.filename(index, absolute=True))
         return f'number {index} of {self.name}'
+
+
+def _forget_open_tars(states: dict[str, Any]) -> None:
+    """Drop the open files of timm's tar reader, those of tars in tars too."""
+    for state in states.values():
+        state.reset()
+        _forget_open_tars(state.children)
 
 
 class ImageData(Dataset):

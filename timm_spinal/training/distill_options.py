@@ -33,7 +33,7 @@ class DistillOptions:
         False, "convert the images to the teacher's mean and std, if it has others (wld; timm's kinds always do)")
     kd_check: float | None = option(
         None, 'evaluate the teacher before training and refuse it below this top-1 in percent; without a value: when '
-        'it is no better than chance', low=0., high=100., const=0.)
+        'it is no better than chance', low=0., high=100., const=0., changes_result=False)
     kd_cache: str | None = option(
         None, "keep the teacher's logits of the training images in this folder, for wld with --no-aug; without a "
         'value: teacher-logits beside the run folder', const=BESIDE)

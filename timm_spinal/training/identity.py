@@ -5,6 +5,7 @@ from typing import Any
 
 from timm_spinal.errors import UserError
 
+from .config import TrainConfig
 from .options import OptimizerOptions, ScheduleOptions
 
 # what another value of would make another model, other data or another kind of optimizer state
@@ -14,15 +15,13 @@ FIXED = (
     'dataset', 'data_dir', 'train_split', 'val_split', 'val_split_fraction', 'class_map', 'train_num_samples',
     'batch_size', 'grad_accum_steps', 'seed', 'opt', 'layer_decay', 'model_ema', 'kd_model_name', 'kd_distill_type',
 )
+# where and how a run is made, not what is trained
+WITHOUT_EFFECT = {f.name for f in fields(TrainConfig) if not f.metadata['changes_result']}
 # settings that name a file or a folder, or may do so
 PATHS = ('data_dir', 'pretrained_path', 'initial_checkpoint', 'class_map', 'kd_model_name', 'kd_cache')
 LOCAL = ('local-dir:', 'hfds/', 'hfids/')  # before a folder in the place of the name of a model or data set
 # no word is lost about a change of these
-SILENT = {
-    'resume', 'output', 'experiment', 'epochs', 'stop_epoch', 'workers', 'pin_mem', 'debug', 'log_interval', 'log_with',
-    'checkpoint_steps', 'checkpoint_hist', 'early_stop_patience', 'validation_batch_size', 'dataset_download',
-    'kd_check',
-}
+SILENT = WITHOUT_EFFECT | {'epochs', 'stop_epoch', 'early_stop_patience'}
 # a change of these must reach the optimizer and the schedule, whose state is loaded over the new settings
 SCHEDULE = {f.name for options in (OptimizerOptions, ScheduleOptions) for f in fields(options)} - {'stop_epoch'}
 

@@ -28,6 +28,7 @@ from .meter import Meter, NotFinite
 from .objective import Penalty
 from .optim import clip_gradients, scheduler_state
 from .progress import Progress
+from .report import epoch_title
 from .signals import SignalFlag, StopRequested
 from .wld import WLDTask
 
@@ -229,17 +230,17 @@ def _end_training_part(run: Run) -> None:
 
 def _evaluate_epoch(run: Run) -> dict[str, float]:
     """Columns of the summary: ``eval_*``, and ``ema_*`` when the moving average is where it can be evaluated."""
-    names = ['eval']
+    names = dict(eval='validation')
     if run.task.has_ema() and not run.config.model_ema_force_cpu:
-        names.append('ema')
+        names['ema'] = 'validation of EMA'
     row = {}
-    for name in names:
+    for name, title in names.items():
         model = eval_model(run.task, name == 'ema')
         metrics = run.measure(model, run.eval_loader, name)
         run.progress.eval_seconds += metrics['seconds']
         row.update({f'{name}_{k}': metrics[k] for k in run.measured})
         if metrics.get('nonfinite'):
-            run.accelerator.print(f'warning: {name}: NaN or infinite logits for {metrics["nonfinite"]} of '
+            run.accelerator.print(f'warning: {title}: NaN or infinite logits for {metrics["nonfinite"]} of '
                                   f'{metrics["images"]} images')
     return row
 
@@ -294,7 +295,7 @@ def _bar(run: Run, batches: int) -> tqdm:
     return tqdm(
         total=math.ceil(batches / accum),
         initial=math.ceil(run.progress.batch / accum),
-        desc=f'epoch {run.progress.epoch + 1}/{run.last_epoch}',
+        desc=epoch_title(run.progress.epoch, run.last_epoch),
         leave=False,
         disable=None if run.accelerator.is_main_process else True,  # None: only on a terminal
     )
@@ -309,7 +310,7 @@ def _tell(run: Run, bar: tqdm, meter: Meter, lr: float) -> None:
     speed = progress.sums['images'] / progress.epoch_seconds
     values = {**{f'train/{k}': v for k, v in meter.last.items()}, 'lr': lr, 'images_per_second': speed}
     run.accelerator.log(values, step=progress.updates)
-    text = f'loss {meter.last["loss"]:.4f}, lr {lr:.3g}, {speed:.0f} images/s'
+    text = f'training loss {meter.last["loss"]:.4f}, lr {lr:.3g}, {speed:.0f} images/s'
     bar.set_postfix_str(text)
     if bar.disable and run.accelerator.is_main_process:
-        print(f'epoch {progress.epoch + 1}/{run.last_epoch}, update {progress.updates}: {text}', flush=True)
+        print(f'{epoch_title(progress.epoch, run.last_epoch)}, update {progress.updates}: {text}', flush=True)

@@ -21,9 +21,15 @@ def option(
         flags: tuple = (),
         const: Any = None,
         nargs: int | None = None,
+        changes_result: bool = True,
 ) -> Any:
-    """A dataclass field with what the parser needs; ``low`` and ``high`` are inclusive bounds."""
-    metadata = dict(help=help, choices=choices, low=low, high=high, flags=flags, const=const, nargs=nargs)
+    """A dataclass field with what the parser needs.
+
+    ``low`` and ``high`` are inclusive bounds. ``changes_result`` is False for what says where and how a run is made,
+    and not what is trained and which weights of it are chosen.
+    """
+    metadata = dict(help=help, choices=choices, low=low, high=high, flags=flags, const=const, nargs=nargs,
+                    changes_result=changes_result)
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -46,7 +52,8 @@ class DataOptions:
         None, 'images in the training split, for streamed sources; pairs of multimnist, any number', low=1)
     val_num_samples: int | None = option(
         None, 'images in the evaluation split, for streamed sources; pairs of multimnist, in the test split too', low=1)
-    dataset_download: bool = option(False, 'allow torch/ and tfds/ sources and multimnist to download')
+    dataset_download: bool = option(
+        False, 'allow torch/ and tfds/ sources and multimnist to download', changes_result=False)
     dataset_trust_remote_code: bool = option(False, 'let hfds/ and hfids/ run code from the data set repository')
     class_map: str = option('', 'file that maps class names to indices')
     input_img_mode: str | None = option(
@@ -104,14 +111,16 @@ class ModelOptions:
 class LoaderOptions:
     """Batches and workers"""
     batch_size: int = option(128, 'training images per process and step', low=1, flags=('-b',))
-    validation_batch_size: int | None = option(None, 'evaluation images per process and step', low=1, flags=('-vb',))
-    workers: int = option(4, 'loader processes per process; 0 loads in the process itself', low=0, flags=('-j',))
-    pin_mem: bool = option(False, 'pin memory of the batches')
+    validation_batch_size: int | None = option(
+        None, 'evaluation images per process and step', low=1, flags=('-vb',), changes_result=False)
+    workers: int = option(
+        4, 'loader processes per process; 0 loads in the process itself', low=0, flags=('-j',), changes_result=False)
+    pin_mem: bool = option(False, 'pin memory of the batches', changes_result=False)
     seed: int = option(42, 'random seed', low=0)
     mixed_precision: str | None = option(
         None, "as 'accelerate launch --mixed_precision'; not given: what accelerate is "
         'configured to', choices=('no', 'fp16', 'bf16', 'fp8'))
-    debug: bool = option(False, 'show the traceback of an error')
+    debug: bool = option(False, 'show the traceback of an error', changes_result=False)
 
 
 @dataclass
@@ -236,15 +245,20 @@ class AverageOptions:
 @dataclass
 class RunOptions:
     """Run folder, evaluation and checkpoints"""
-    output: str = option('', 'folder for runs; not given: output/train')
-    experiment: str = option('', 'name of the run folder; not given: date, model and image size')
-    resume: str = option('', "go on from 'auto' (the run folder of --experiment) or from this run folder or checkpoint")
+    output: str = option('', 'folder for runs; not given: output/train', changes_result=False)
+    experiment: str = option('', 'name of the run folder; not given: date, model and image size', changes_result=False)
+    resume: str = option(
+        '', "go on from 'auto' (the run folder of --experiment) or from this run folder or checkpoint",
+        changes_result=False)
     eval_metric: str = option(
         'top1', 'metric of the best epoch; exact, digit and top2 are those of multimnist, where top1 means exact',
         choices=('top1', 'top5', 'loss', 'exact', 'digit', 'top2'))
     val_interval: int = option(1, 'epochs between evaluations', low=1)
     early_stop_patience: int = option(0, 'stop after so many evaluations without a better metric, when above 0', low=0)
-    checkpoint_steps: int = option(0, 'write a checkpoint every so many updates too, when above 0', low=0)
-    checkpoint_hist: int = option(2, 'checkpoints kept (timm: 10; ours hold the whole state of the run)', low=1)
-    log_interval: int = option(50, 'updates between log values', low=1)
-    log_with: list[str] = option([], 'trackers of accelerate: tensorboard, wandb, trackio, mlflow, ...')
+    checkpoint_steps: int = option(
+        0, 'write a checkpoint every so many updates too, when above 0', low=0, changes_result=False)
+    checkpoint_hist: int = option(
+        2, 'checkpoints kept (timm: 10; ours hold the whole state of the run)', low=1, changes_result=False)
+    log_interval: int = option(50, 'updates between log values', low=1, changes_result=False)
+    log_with: list[str] = option(
+        [], 'trackers of accelerate: tensorboard, wandb, trackio, mlflow, ...', changes_result=False)

@@ -76,7 +76,7 @@ def summarise(run: Run[TrainConfig]) -> dict[str, Any]:
     """``result.json``: accuracies in percent and losses in nats of the best epoch, counts, speed, origin.
 
     The accuracies are ``top1`` and ``top5``, or those of `metrics.PairEvaluator` where images have two classes.
-    ``epoch`` is the number of epochs done, ``best_epoch`` counts from zero as summary.csv does; ``seconds`` and
+    ``epochs`` is the number of epochs done, ``best_epoch`` counts from 0 as summary.csv does; ``seconds`` and
     ``images_per_second`` are of training and evaluation, and of training alone. ``teacher_top1`` is what --kd-check
     found. ``weights`` says what became of the weights that the model started from (source, tensors loaded, names left
     out and new), None without any. ``sign_flips`` is the part of the binary weights (XnODR), in percent, whose sign is
@@ -104,7 +104,7 @@ def counts(run: Run) -> dict[str, Any]:
     skipped = torch.tensor(run.data.skipped(), device=run.accelerator.device)
     return dict(
         **{name: best.get(name) for name in run.measured},
-        epoch=progress.epoch,
+        epochs=progress.epoch,
         best_epoch=best.get('epoch'),
         best_metric=best.get('metric'),
         best_weights=best.get('weights'),
@@ -127,6 +127,7 @@ def origin(run: Run) -> dict[str, Any]:
     return dict(
         seed=run.config.seed,
         processes=run.accelerator.num_processes,
+        mixed_precision=run.accelerator.mixed_precision,
         hardware=report.hardware(run.accelerator.device, run.accelerator.num_processes),
         versions=report.versions(),
     )

@@ -62,7 +62,7 @@ def write_curves(path: Path, history: list[dict[str, Any]]) -> None:
     figure = new_figure(4 * len(panels), 3.5)
     for axes, (title, columns) in zip(figure.subplots(1, len(panels)), panels):
         for column in columns:
-            points = [(row['epoch'] + 1, row[column]) for row in history if row.get(column) is not None]
+            points = [(row['epoch'], row[column]) for row in history if row.get(column) is not None]
             if points:
                 axes.plot(*zip(*points), marker='.', label=column)
         axes.set(title=title, xlabel='epoch')
@@ -96,6 +96,11 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
     write_text(path, json.dumps(result, indent=2) + '\n')
 
 
+def epochs_done(result: dict[str, Any]) -> int | None:
+    """The number of epochs of a run from its result.json, where older runs have it as ``epoch``."""
+    return result.get('epochs', result.get('epoch'))
+
+
 def accuracy_text(metrics: dict[str, Any], digits: int = 2) -> str:
     """The accuracies among some metrics, for people."""
     return ', '.join(f'{title} {metrics[name]:.{digits}f} %' for name, title in TITLES.items()
@@ -104,13 +109,18 @@ def accuracy_text(metrics: dict[str, Any], digits: int = 2) -> str:
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
     """What is printed after an epoch."""
-    parts = [f'epoch {row["epoch"] + 1}/{epochs}: train loss {row["train_loss"]:.4f}']
+    parts = [f'training loss {row["train_loss"]:.4f}']
     name = main_accuracy(row, 'eval_')
-    if f'eval_{name}' in row:
-        parts.append(f'{TITLES[name]} {row[f"eval_{name}"]:.2f} %' + _loss_text(row, 'eval_loss'))
-    if f'ema_{name}' in row:
-        parts.append(f'ema {TITLES[name]} {row[f"ema_{name}"]:.2f} %')
-    return ', '.join([*parts, f'lr {row["lr"]:.3g}', f'{row["images_per_second"]:.0f} images/s'])
+    for prefix, title in (('eval_', 'validation'), ('ema_', 'validation of EMA')):
+        if prefix + name in row:
+            parts.append(f'{title} {TITLES[name]} {row[prefix + name]:.2f} %' + _loss_text(row, f'{prefix}loss'))
+    parts.append(f'lr {row["lr"]:.3g}, {row["images_per_second"]:.0f} images/s')
+    return f'{epoch_title(row["epoch"], epochs)}: {"; ".join(parts)}'
+
+
+def epoch_title(epoch: int, epochs: int) -> str:
+    """An epoch's number, counted from 0 as in timm, and how far a run of so many epochs is with it."""
+    return f'epoch {epoch} ({epoch + 1} of {epochs})'
 
 
 def _loss_text(metrics: dict[str, Any], name: str) -> str:
@@ -135,8 +145,8 @@ def result_lines(result: dict[str, Any], folder: Path, load: str) -> list[str]:
     lines = []
     name = main_accuracy(result)
     if result[name] is not None:
-        best = f'epoch {result["best_epoch"] + 1}' + (' (ema)' if result['best_weights'] == 'ema' else '')
-        lines.append(f'{accuracy_text(result)}{_loss_text(result, "loss")} of {best}')
+        best = f'epoch {result["best_epoch"]}' + (' (EMA)' if result['best_weights'] == 'ema' else '')
+        lines.append(f'validation {accuracy_text(result)}{_loss_text(result, "loss")} of {best}')
     if result.get(f'test_{name}') is not None:
         text = accuracy_text({name: result[f'test_{name}'] for name in TITLES if f'test_{name}' in result})
         lines.append(f'test {text}{_loss_text(result, "test_loss")} (once, best weights)')

@@ -17,6 +17,7 @@ from .data import Datasets, TrainData, create_data, create_datasets
 from .distill import check_distillation, prepare_teacher
 from .evaluate import evaluate
 from .freeze import apply_freeze
+from .identity import FIXED
 from .loop import Run
 from .metrics import accuracies, choosing_metric
 from .model import check_batch_of_one, check_model_name, create_model
@@ -24,7 +25,15 @@ from .objective import build_penalties, build_task
 from .outcome import export_best, finish, write_reports
 from .predictions import Predictions
 from .signs import signs_of
-from .start import assemble, begin, carry_out, create_with_weights, folder_and_checkpoint, make_accelerator
+from .start import (
+    assemble,
+    begin,
+    carry_out,
+    create_with_weights,
+    folder_and_checkpoint,
+    make_accelerator,
+    used_precision,
+)
 from .warm_start import check_warm_start, warm_start
 
 
@@ -69,20 +78,20 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
-    """Make everything that the loop needs, put a checkpoint back when resuming, and create the run folder."""
+    """Make everything that the loop needs, put a checkpoint back when resuming, and write the first files."""
     check_model_name(config.model)
     check_distillation(config)
     check_warm_start(config)
     with accelerator.main_process_first():
         datasets = create_datasets(config)
     accelerator.print(overview.describe(datasets.named(config)), flush=True)
-    config = replace(config, num_classes=datasets.num_classes)
+    config = replace(
+        config, num_classes=datasets.num_classes, mixed_precision=used_precision(config, accelerator))
     metric = choosing_metric(config.eval_metric, datasets.multi_label)
     set_seed(config.seed)
-    where = folder_and_checkpoint(accelerator, config, '') if config.resume else None  # which has a name already
     with accelerator.main_process_first():
         model = create_with_weights(
-            lambda config: create_model(config, datasets.num_classes), config, accelerator, where,
+            lambda config: create_model(config, datasets.num_classes), config, accelerator,
             pretrained=False, pretrained_path=None, initial_checkpoint='')
     signs = signs_of(model)
     data = create_data(config, model, datasets, num_processes=accelerator.num_processes)
@@ -90,7 +99,8 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
     if config.batch_size == 1:
         check_batch_of_one(model, data.data_config['input_size'], kept_in_eval)
     name = f'{safe_model_name(config.model)}-{data.data_config["input_size"][-1]}'
-    folder, checkpoint = where or folder_and_checkpoint(accelerator, config, name)
+    description = describe(config, datasets, data)
+    folder, checkpoint = folder_and_checkpoint(accelerator, config, name, description, FIXED)
 
     if config.sync_bn and accelerator.num_processes > 1:
         model = convert_sync_batchnorm(model)
@@ -114,8 +124,8 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
     run = assemble(
         config, accelerator, folder, task, data, metric=metric,
         measured=('loss', *accuracies(datasets.multi_label)), measure=measure, penalties=penalties,
-        kept_in_eval=kept_in_eval, signs=signs, weights=model.loaded_weights,
-        description=describe(config, datasets, data), on_best=export_best, on_epoch=write_reports)
+        kept_in_eval=kept_in_eval, signs=signs, weights=model.loaded_weights, description=description,
+        on_best=export_best, on_epoch=write_reports)
     prepare_teacher(run, datasets, checkpoint)
     begin(run, checkpoint)
     return run

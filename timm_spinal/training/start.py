@@ -1,4 +1,5 @@
 """From the parts of a run to its first update: what every kind of training has in common; see `run.py` for one."""
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Callable
@@ -6,24 +7,26 @@ from typing import Any, Callable
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, set_seed
+from accelerate.utils import GradientAccumulationPlugin, gather_object, set_seed
 from timm.task import TrainingTask
 
 from timm_spinal.errors import UserError
 
 from . import report
 from .agree import agree
-from .checkpoint import choose_checkpoint, load_checkpoint, read_state
+from .checkpoint import candidates, choose_checkpoint, find_checkpoints, load_checkpoint, read_state
 from .config import LoopConfig, to_yaml
-from .data import TrainData
-from .folder import run_folder
-from .identity import SCHEDULE, SILENT, check_same_run
+from .data import TrainData, dead_workers_named
+from .dataset import preserved_rng
+from .folder import FolderLock, Occupied, check_free, run_folder
+from .identity import SCHEDULE, SILENT, changed_settings, check_same_run
 from .loop import ConfigT, Run, fit, trainable
 from .optim import apply_settings, create_optimizer, create_scheduler, load_scheduler_state, resolve_lr
 from .outcome import SHARDED
 from .progress import Progress, batches_done
 
 Refused = list[tuple[bool, str]]  # whether an option was asked for, and its flag
+_claimed = ExitStack()  # lets go of the folder of the run, of which a process has one at a time
 
 
 def carry_out(
@@ -33,12 +36,20 @@ def carry_out(
         after_epoch: Callable[[Run], None] | None = None,
         after_run: Callable[[Run, dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Prepare a run, train it and finish it; returns its result. Trackers and memory are released whatever happens."""
+    """Prepare a run, train it and finish it; returns its result.
+
+    Trackers, memory and the run folder are released whatever happens.
+
+    Raises:
+        UserError: A loader worker was killed, and what the parts raise.
+    """
+    run: Run | None = None
     try:
-        run = prepare()
-        run.after_epoch = after_epoch
-        fit(run)
-        result = finish(run)
+        with dead_workers_named(lambda: _how_to_go_on(run)):
+            run = prepare()
+            run.after_epoch = after_epoch
+            fit(run)
+            result = finish(run)
         if after_run is not None:
             after_run(run, result)
         return result
@@ -46,6 +57,13 @@ def carry_out(
         for tracker in accelerator.trackers:
             tracker.finish()
         accelerator.free_memory()
+        _claimed.close()
+
+
+def _how_to_go_on(run: Run | None) -> str:
+    if run is None:
+        return 'run it again'
+    return f'go on with --resume auto --experiment {run.folder.name}'
 
 
 def make_accelerator(config: LoopConfig, need_whole_weights: Refused, **kwargs: Any) -> Accelerator:
@@ -85,11 +103,34 @@ def make_accelerator(config: LoopConfig, need_whole_weights: Refused, **kwargs: 
     return accelerator
 
 
-def folder_and_checkpoint(accelerator: Accelerator, config: LoopConfig, name: str) -> tuple[Path, Path | None]:
-    """The run folder, which is not made yet, and the checkpoint to go on from, the same on every process."""
+def folder_and_checkpoint(
+        accelerator: Accelerator,
+        config: LoopConfig,
+        name: str,
+        description: dict[str, Any],
+        fixed: tuple[str, ...],
+) -> tuple[Path, Path | None]:
+    """The run folder, held until the run ends, and the checkpoint to go on from, the same on every process.
+
+    Args:
+        accelerator: Of the run.
+        config: Its config.
+        name: What a run without ``experiment`` is called, after the time.
+        description: Config and data, as checkpoints hold them.
+        fixed: Settings in which the checkpoint must agree with it.
+
+    Raises:
+        UserError: A name that is none, a folder in which another run is going on or was, a checkpoint that is missing,
+            damaged or of another run. Nothing is written.
+    """
     def choose() -> tuple[Path, Path | None]:
-        folder = run_folder(config, name)
-        return folder, choose_checkpoint(config.resume, folder, print) if config.resume else None
+        if config.resume and config.resume != 'auto':
+            candidates(config.resume)
+        folder = _claim(config, name)
+        checkpoint = choose_checkpoint(config.resume, folder, print) if config.resume else None
+        if checkpoint is not None:
+            check_same_run(read_state(checkpoint), description, str(checkpoint), fixed)
+        return folder, checkpoint
 
     return agree(accelerator, choose)
 
@@ -98,7 +139,6 @@ def create_with_weights(
         create: Callable[[ConfigT], Any],
         config: ConfigT,
         accelerator: Accelerator,
-        where: tuple[Path, Path | None] | None,
         **without: Any,
 ) -> Any:
     """The model of a run, with the weights that it starts from; the main process says what became of them.
@@ -110,7 +150,6 @@ def create_with_weights(
         create: Makes the model of a config, with an attribute ``loaded_weights``.
         config: The run's config.
         accelerator: Its accelerator.
-        where: Its folder and checkpoint, if it is resumed.
         without: Options that make the same model without weights.
 
     Raises:
@@ -119,13 +158,39 @@ def create_with_weights(
     try:
         model = create(config)
     except UserError as e:
-        if where is None or where[1] is None:
+        if not config.resume or not find_checkpoints(run_folder(config, '') / 'last'):
             raise
         model = create(replace(config, **without))
         accelerator.print(f'resuming: the weights of the start are not looked at again ({e})')
     if model.loaded_weights is not None:
         accelerator.print(f'weights {model.loaded_weights}', flush=True)
     return model
+
+
+def _claim(config: LoopConfig, name: str) -> Path:
+    """The run folder, made and held until the run ends; see `carry_out`."""
+    while True:
+        folder = run_folder(config, name)
+        lock = FolderLock(folder)
+        try:
+            lock.acquire()
+            check_free(config, folder)
+        except Occupied:
+            lock.release()
+            if config.experiment or config.resume:
+                raise
+            continue  # another run took this name a moment before
+        except UserError:
+            lock.release()
+            raise
+        _claimed.callback(lock.release)
+        return folder
+
+
+def used_precision(config: LoopConfig, accelerator: Accelerator) -> str | None:
+    """``mixed_precision`` of a config, or what accelerate is configured to where that is not its own default."""
+    used = accelerator.mixed_precision
+    return config.mixed_precision or (used if used != 'no' else None)
 
 
 def assemble(
@@ -164,24 +229,26 @@ def assemble(
 
 
 def begin(run: Run, checkpoint: Path | None) -> None:
-    """Create the run folder, seed each process, and put a checkpoint back. The loop comes right after it."""
-    _open_folder(run)
+    """Seed each process, put a checkpoint back, and write the first files. The loop comes right after it.
+
+    Nothing is written before the checkpoint has been found to be of this run.
+    """
     set_seed(run.config.seed, device_specific=True)
     if checkpoint is not None:
         resume(run, checkpoint)
+    with preserved_rng():
+        _write_first_files(run)
 
 
-def _open_folder(run: Run) -> None:
-    """Create the run folder, with the config, and start the trackers."""
-    def open_folder() -> None:
-        try:
-            run.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f'run folder {run.folder}: {e.strerror}; choose another --output') from e
+def _write_first_files(run: Run) -> None:
+    """Write the config and start the trackers; rows of epochs that will be done again go."""
+    def write() -> None:
         report.write_text(run.folder / 'args.yaml', to_yaml(run.config))
+        if run.progress.updates:
+            report.write_table(run.folder / 'summary.csv', run.progress.history)
         print(f'run folder: {run.folder}', flush=True)
 
-    agree(run.accelerator, open_folder)
+    agree(run.accelerator, write)
     if run.config.log_with:
         run.accelerator.project_configuration.project_dir = str(run.folder)
         run.accelerator.project_configuration.logging_dir = str(run.folder)
@@ -193,16 +260,20 @@ def resume(run: Run, checkpoint: Path) -> None:
     """Put the state of a checkpoint back. Nothing may draw random numbers between this and the loop.
 
     Raises:
-        UserError: The checkpoint is of another model or other data.
+        UserError: The checkpoint does not fit the model or the optimizer, or is of another version.
     """
     accelerator, state = run.accelerator, read_state(checkpoint)
-    changed = check_same_run(state, run.description, str(checkpoint), run.fixed)
+    changed = changed_settings(state['config'], run.description['config'])
     for name in changed.keys() - SILENT:
         accelerator.print(f'resuming with another {name}: {changed[name]}')
     settings = [dict(group) for group in run.optimizer.param_groups]
-    load_checkpoint(accelerator, checkpoint, run.task.get_trainable_module(ema=True))
-    load_scheduler_state(run.scheduler, state['scheduler'])
-    run.progress = Progress(**state['progress'])
+    missing = load_checkpoint(accelerator, checkpoint, run.task.get_trainable_module(ema=True))
+    try:
+        load_scheduler_state(run.scheduler, state['scheduler'])
+        run.progress = Progress(**state['progress'])
+    except (KeyError, TypeError) as e:
+        raise UserError(f'cannot resume {checkpoint}: it was written by another version of timm_spinal ({e}); use that '
+                        'one, or start a new run from its weights with --initial-checkpoint') from e
     if changed.keys() & SCHEDULE:
         apply_settings(run.optimizer, settings, run.scheduler, run.progress.epoch, run.progress.updates)
     run.progress.stopped_early &= 0 < run.config.early_stop_patience <= run.progress.stale
@@ -212,6 +283,7 @@ def resume(run: Run, checkpoint: Path) -> None:
             run.progress.batch, state['processes'], accelerator.num_processes, accelerator.gradient_accumulation_steps)
         accelerator.print(f'resuming with {accelerator.num_processes} processes instead of {state["processes"]}: '
                           'the result will not be bit-identical')
-    # rows of epochs that will be done again go
-    agree(accelerator, lambda: report.write_table(run.folder / 'summary.csv', run.progress.history))
-    accelerator.print(f'resuming from {checkpoint}: epoch {run.progress.epoch + 1}, update {run.progress.updates}')
+    elif unread := [reason for reason in gather_object([missing]) if reason]:
+        accelerator.print(f'warning: random states of {checkpoint} cannot be read ({unread[0]}): the run goes on with '
+                          'others, and the result will not be bit-identical')
+    accelerator.print(f'resuming from {checkpoint}: epoch {run.progress.epoch}, update {run.progress.updates}')

@@ -17,7 +17,7 @@ from timm_spinal.models.weight_files import WeightsError
 from . import overview, report
 from .checkpoint import EMA, STATE, damage, find_checkpoints, read_state
 from .config import ValidateConfig
-from .data import count_skipped, create_datasets, create_eval_loader
+from .data import count_skipped, create_datasets, create_eval_loader, dead_workers_named
 from .evaluate import evaluate
 from .export import CONFIG, WEIGHTS
 from .metrics import accuracies
@@ -159,8 +159,9 @@ def validate_one(accelerator: Accelerator, candidate: Candidate, told: set[str])
     if config.torchcompile:
         model.compile(backend=config.torchcompile, mode=config.torchcompile_mode)
     multi_label = datasets.multi_label
-    metrics = evaluate(
-        accelerator, model, accelerator.prepare(loader), config.channels_last, candidate.name, multi_label)
+    with dead_workers_named(lambda: 'run it again'):
+        metrics = evaluate(
+            accelerator, model, accelerator.prepare(loader), config.channels_last, candidate.name, multi_label)
     measured = {}
     for name in accuracies(multi_label):
         measured.update({name: metrics[name], f'{name}_err': 100 - metrics[name]})
