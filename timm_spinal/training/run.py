@@ -15,12 +15,13 @@ from .config import TrainConfig
 from .data import Datasets, TrainData, create_data, create_datasets
 from .distill import check_distillation, prepare_teacher
 from .evaluate import evaluate
-from .freeze import apply_freeze
+from .freeze import apply_freeze, head_first
 from .loop import Run
 from .metrics import accuracies, choosing_metric
-from .model import check_batch_of_one, check_model_name, create_model
+from .model import check_batch_of_one, check_model_name, count_statistics_once, create_model
 from .objective import build_penalties, build_task
 from .outcome import export_best, finish, write_reports
+from .plan import fit_momentum, updates_per_epoch
 from .predictions import Predictions
 from .signs import signs_of
 from .start import assemble, begin, carry_out, folder_and_checkpoint, make_accelerator
@@ -64,6 +65,7 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
     return make_accelerator(config, [
         (bool(config.kd_model_name) and config.kd_distill_type == 'feature', '--kd-distill-type feature'),
         (bool(config.sb_ortho), '--sb-ortho'),
+        (bool(config.freeze_epochs), '--freeze-epochs'),
     ], **kwargs)
 
 
@@ -80,8 +82,11 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
     with accelerator.main_process_first():
         model = create_model(config, datasets.num_classes)
     signs = signs_of(model)
-    data = create_data(config, model, datasets, num_processes=accelerator.num_processes)
+    data = create_data(
+        config, model, datasets, num_processes=accelerator.num_processes,
+        accum=accelerator.gradient_accumulation_steps)
     kept_in_eval = apply_freeze(model, config.freeze, config.freeze_modules)
+    waiting = head_first(model, config.freeze_epochs)
     if config.batch_size == 1:
         check_batch_of_one(model, data.data_config['input_size'], kept_in_eval)
     name = f'{safe_model_name(config.model)}-{data.data_config["input_size"][-1]}'
@@ -89,6 +94,8 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
 
     if config.sync_bn and accelerator.num_processes > 1:
         model = convert_sync_batchnorm(model)
+    if config.grad_checkpointing:
+        count_statistics_once(model)
     model.to(accelerator.device)
     if config.ic_warm_start is not None and checkpoint is None:
         warm_start(config, model, data, accelerator)
@@ -109,8 +116,12 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
     run = assemble(
         config, accelerator, folder, task, data, metric=metric,
         measured=('loss', *accuracies(datasets.multi_label)), measure=measure, penalties=penalties,
-        kept_in_eval=kept_in_eval, signs=signs, description=describe(config, datasets, data), on_best=export_best,
-        on_epoch=write_reports)
+        kept_in_eval=kept_in_eval, head_first=waiting, signs=signs, description=describe(config, datasets, data),
+        on_best=export_best, on_epoch=write_reports)
+    if config.bn_momentum is None:
+        updates = updates_per_epoch(run) * run.epochs
+        for line in fit_momentum(model, updates, config.model_kwargs, kept_in_eval):
+            accelerator.print(line)
     prepare_teacher(run, datasets, checkpoint)
     begin(run, checkpoint)
     return run

@@ -21,6 +21,7 @@ from .identity import SCHEDULE, SILENT, check_same_run
 from .loop import ConfigT, Run, fit, trainable
 from .optim import apply_settings, create_optimizer, create_scheduler, load_scheduler_state, resolve_lr
 from .outcome import SHARDED
+from .plan import plan_lines
 from .progress import Progress, batches_done
 
 Refused = list[tuple[bool, str]]  # whether an option was asked for, and its flag
@@ -130,7 +131,9 @@ def assemble(
 
 
 def begin(run: Run, checkpoint: Path | None) -> None:
-    """Create the run folder, seed each process, and put a checkpoint back. The loop comes right after it."""
+    """Tell the plan, create the run folder, seed each process, put a checkpoint back. The loop comes right after it."""
+    for line in plan_lines(run):
+        run.accelerator.print(line)
     _open_folder(run)
     set_seed(run.config.seed, device_specific=True)
     if checkpoint is not None:
