@@ -158,7 +158,7 @@ def test_batch_sizes_that_cannot_work(root, options, kwargs, words):
 
 
 def test_epoch_repeats_lengthen_the_epoch(root):
-    assert len(make_data(quick_config(data_dir=root, batch_size=40, epoch_repeats=2.)).train_loader) == 1
+    assert len(make_data(quick_config(data_dir=root, batch_size=44, epoch_repeats=2.)).train_loader) == 1
 
 
 def test_small_data_lose_no_image_in_any_number_of_processes(root):

@@ -103,7 +103,7 @@ def head_first(model: nn.Module, epochs: int) -> HeadFirst:
     """What waits while the head of a model trains alone for some epochs.
 
     Args:
-        model: A timm model, after `apply_freeze`.
+        model: A timm model; weights that do not train at all need no gradients already.
         epochs: Epochs in which the head trains alone, 0 for none.
 
     Raises:

@@ -86,7 +86,6 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
         config, model, datasets, num_processes=accelerator.num_processes,
         accum=accelerator.gradient_accumulation_steps)
     kept_in_eval = apply_freeze(model, config.freeze, config.freeze_modules)
-    waiting = head_first(model, config.freeze_epochs)
     if config.batch_size == 1:
         check_batch_of_one(model, data.data_config['input_size'], kept_in_eval)
     name = f'{safe_model_name(config.model)}-{data.data_config["input_size"][-1]}'
@@ -116,8 +115,9 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
     run = assemble(
         config, accelerator, folder, task, data, metric=metric,
         measured=('loss', *accuracies(datasets.multi_label)), measure=measure, penalties=penalties,
-        kept_in_eval=kept_in_eval, head_first=waiting, signs=signs, description=describe(config, datasets, data),
+        kept_in_eval=kept_in_eval, signs=signs, description=describe(config, datasets, data),
         on_best=export_best, on_epoch=write_reports)
+    run.head_first = head_first(model, config.freeze_epochs)  # the optimizer has decided by now what trains at all
     if config.bn_momentum is None:
         updates = updates_per_epoch(run) * run.epochs
         for line in fit_momentum(model, updates, config.model_kwargs, kept_in_eval):
