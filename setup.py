@@ -1,11 +1,11 @@
-"""The kernels in C, an optional extension; everything else stands in pyproject.toml.
+"""The kernels in C, an optional extension, and the folder of configs; everything else stands in pyproject.toml.
 
-It is no Python module but a library that ``timm_spinal.layers.c_library`` loads. Where it cannot be built, the
-package installs without it and the same results come from torch.
+The extension is no Python module but a library that ``timm_spinal.layers.c_library`` loads. Where it cannot be built,
+the package installs without it and the same results come from torch.
 """
 import sys
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_namespace_packages, setup
 
 kernels = Extension(
     'timm_spinal.layers._kernels',
@@ -16,4 +16,13 @@ kernels = Extension(
     optional=True,
 )
 
-setup(ext_modules=[] if sys.platform == 'win32' else [kernels])  # GCC or Clang
+setup(
+    ext_modules=[] if sys.platform == 'win32' else [kernels],  # GCC or Clang
+    # configs/ travels in the package too, for `--config NAME`
+    packages=[
+        *find_namespace_packages(include=['timm_spinal', 'timm_spinal.*']),
+        'timm_spinal.configs',
+        *(f'timm_spinal.configs.{name}' for name in find_namespace_packages('configs')),
+    ],
+    package_dir={'timm_spinal.configs': 'configs'},
+)

@@ -7,6 +7,7 @@ import yaml
 
 import timm_spinal
 from timm_spinal.compare.sweep_file import read_sweep, size_control
+from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig, parse_config
 from timm_spinal.training.data import create_datasets
 from timm_spinal.training.torch_sources import NAMES, torch_split
@@ -14,6 +15,7 @@ from timm_spinal.training.transforms import resolve_data, train_transform
 
 CONFIGS = sorted((Path(__file__).parents[1] / 'configs').glob('*.yaml'))
 SWEEPS = sorted((Path(__file__).parents[1] / 'configs' / 'sweeps').glob('*.yaml'))
+GENERAL = ('quickstart', 'finetune')  # no paper's recipe, and not of one model
 # data sets that the papers report on, and models of theirs
 COVERED = (
     'quickstart', 'mnist_', 'fashion_mnist_', 'kmnist_', 'qmnist_', 'emnist_letters_', 'emnist_digits_',
@@ -33,7 +35,7 @@ def test_every_data_set_has_a_config():
 def test_config_is_sound(path):
     config = parse_config(['--config', str(path)])
     timm_spinal.ensure_registered(config.model)
-    assert timm.is_model(config.model) and (path.stem == 'quickstart' or path.stem.endswith('_' + config.model))
+    assert timm.is_model(config.model) and (path.stem in GENERAL or path.stem.endswith('_' + config.model))
     defaults = TrainConfig()
     given = yaml.safe_load(path.read_text())
     assert not [key for key, value in given.items() if value == getattr(defaults, key)], 'only what differs'
@@ -45,7 +47,7 @@ def test_config_is_sound(path):
     # no run chooses its epoch on the test split
     assert config.val_split_fraction or config.val_split != 'test'
     header = path.read_text().split('\n', 12)
-    if path.stem != 'quickstart':
+    if path.stem not in GENERAL:
         assert all(any(line.startswith(f'# {word}:') for line in header) for word in ('Source', 'Reported', 'Differs'))
 
 
@@ -56,8 +58,8 @@ def test_model_and_transform_can_be_made(path):
     kwargs = dict(config.model_kwargs, **({'in_chans': config.in_chans} if config.in_chans else {}))
     model = timm.create_model(config.model, num_classes=7, device='meta', **kwargs)
     data = resolve_data(config, model)
-    assert data['input_size'][0] == model.in_chans and data['crop_pct'] == 1.
-    assert data['input_size'][1] in (28, 32) or config.img_size == data['input_size'][1]
+    assert data['input_size'][0] == model.in_chans and (data['crop_pct'] == 1. or path.stem == 'finetune')
+    assert data['input_size'][1] in (28, 32) or config.img_size == data['input_size'][1] or path.stem == 'finetune'
     train_transform(config, data)
 
 
@@ -80,3 +82,26 @@ def test_quickstart_has_data_without_a_network():
     pytest.importorskip('sklearn')
     datasets = create_datasets(parse_config(['--config', str(CONFIGS[0].parent / 'quickstart.yaml')]))
     assert len(datasets.train) + len(datasets.eval) == 1797 and datasets.num_classes == 10
+
+
+def test_a_config_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named = parse_config(['--config', 'finetune', '--data-dir', 'mine'])
+    assert named == parse_config(['--config', str(CONFIGS[0].parent / 'finetune.yaml'), '--data-dir', 'mine'])
+    assert parse_config(['--config', 'quickstart']).dataset == 'digits'
+    (tmp_path / 'finetune').write_text('epochs: 77\n')
+    assert parse_config(['--config', 'finetune']).epochs == 77  # a file of one's own comes first
+
+
+@pytest.mark.parametrize('name, near', [
+    ('finetun', 'finetune'),
+    ('nosuch/quickstart.yaml', 'quickstart'),
+    ('..', ''),
+    ('../configs/quickstart', 'quickstart'),
+    ('sweeps/cifar10_heads', ''),
+])
+def test_a_config_that_is_nowhere(name, near, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f'config {name}: .*; give an existing YAML file to --config, or the name of a '
+                                        f'config of ours, such as {near}'):
+        parse_config(['--config', name])

@@ -1,7 +1,8 @@
-"""What an installation needs: no compiler, no torch to build, and the dependencies that pyproject.toml declares."""
+"""What an installation needs and holds: no compiler, no torch to build, declared dependencies, the configs."""
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
@@ -62,3 +63,48 @@ def test_what_is_imported_is_declared():
     needed = {canonicalize_name(packages.get(name, [name])[0]) for name in imported}
     assert {'numpy', 'pillow', 'torch', 'timm'} <= needed
     assert needed <= {canonicalize_name(row.name) for row in declared()}
+
+
+READ = '''
+import sys
+sys.path += {more!r}  # what is installed otherwise, without the files there that add further folders
+import site
+site.addsitedir({where!r})
+from timm_spinal.training.config import find_config, parse_config
+print(find_config('finetune'))
+print(parse_config(['--config', 'finetune', '--data-dir', 'images']).min_updates)
+'''
+
+
+@pytest.mark.parametrize('kind', ['wheel', 'sdist', 'editable'])
+def test_configs_are_found_by_name_where_only_the_package_is(tmp_path, kind):
+    pytest.importorskip('setuptools', minversion='77')
+    source = tmp_path / 'source'
+    for name in ('timm_spinal', 'configs'):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns('__pycache__', '*.so'))
+    for name in ('setup.py', 'pyproject.toml', 'README.md', 'LICENSE'):
+        shutil.copy(ROOT / name, source)
+    made = build(source, tmp_path / 'made', kind)
+    if kind == 'sdist':
+        shutil.unpack_archive(made, tmp_path / 'unpacked')
+        made = build(next((tmp_path / 'unpacked').iterdir()), tmp_path / 'made', 'wheel')
+    if kind != 'editable':
+        shutil.rmtree(source)
+    shutil.unpack_archive(made, tmp_path / 'site', 'zip')
+    code = READ.format(more=[path for path in sys.path if 'site-packages' in path], where=str(tmp_path / 'site'))
+    done = subprocess.run([sys.executable, '-S', '-c', code], cwd=tmp_path, capture_output=True, text=True, timeout=100,
+                          env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'})
+    assert done.returncode == 0, done.stderr
+    where, updates = done.stdout.split()
+    inside = source if kind == 'editable' else tmp_path / 'site' / 'timm_spinal'
+    assert where == str(inside / 'configs' / 'finetune.yaml') and int(updates) > 100
+
+
+def build(source, folder, kind):
+    code = f'import setuptools.build_meta as backend; backend.build_{kind}({str(folder)!r})'
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run([sys.executable, '-c', code], cwd=source, env=dict(os.environ, CC='/nonexistent/cc'),
+                          capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return next(path for path in folder.iterdir() if path.suffix in ('.whl', '.gz') and
+                (kind == 'sdist') == (path.suffix == '.gz'))

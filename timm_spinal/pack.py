@@ -36,12 +36,15 @@ def run(argv: list[str]) -> int:
         raise UserError(f'--output {output} exists already; name a new folder')
     model = _load(args.model)
     packed = _pack(model, args.model)
-    same, difference = compare(model, packed)
+    same, difference, constant = compare(model, packed)
     _write(output, packed)
     for name, part in (('model', lambda m: m), ('capsule layer', lambda m: m.get_classifier())):
         before, after = tensor_bytes(part(model)), tensor_bytes(part(packed))
         print(f'{name}: {before:,} bytes float, {after:,} packed: {before / after:.2f} times smaller')
     print(f'{same} of {IMAGES} predictions on noise are the same, scores differ by {difference:.1e} at most')
+    if constant:
+        print(f'warning: {args.model} gives the same answer for all {IMAGES} noise images, so equal ones say little; '
+              f'timm-spinal validate --checkpoint {output} says whether it does so for real images too')
     print(f'written to {output}; load it with timm.create_model("local-dir:{output}", pretrained=True)')
     return int(same != IMAGES)
 
@@ -52,12 +55,15 @@ def tensor_bytes(module: nn.Module) -> int:
 
 
 @torch.inference_mode()
-def compare(model: nn.Module, packed: nn.Module) -> tuple[int, float]:
-    """Equal predictions of ``IMAGES`` noise images, and the largest difference of a score."""
+def compare(model: nn.Module, packed: nn.Module) -> tuple[int, float, bool]:
+    """Equal predictions of ``IMAGES`` noise images, the largest difference of a score, and whether all are the same."""
+    from timm_spinal.training.metrics import SameAnswer
     size = resolve_data_config({}, model=model)['input_size']
     images = torch.randn(IMAGES, *size, generator=torch.Generator().manual_seed(0))
     a, b = model.eval()(images), packed.eval()(images)
-    return int((a.argmax(1) == b.argmax(1)).sum()), float((a - b).abs().max())
+    answers = SameAnswer()
+    answers.update(a, torch.arange(IMAGES))
+    return int((a.argmax(1) == b.argmax(1)).sum()), float((a - b).abs().max()), answers.compute() is not None
 
 
 def _load(name: str) -> Any:

@@ -1,7 +1,7 @@
 """Train an image classifier on any number of devices.
 
     accelerate launch -m timm_spinal.train --config configs/quickstart.yaml
-    accelerate launch -m timm_spinal.train --model resnet50_pspinal --pretrained --data-dir my/images
+    accelerate launch -m timm_spinal.train --config finetune --model resnet50_pspinal --data-dir my/images
     accelerate launch --num_processes 8 --mixed_precision bf16 -m timm_spinal.train --config my.yaml --experiment first
     accelerate launch -m timm_spinal.train --config my.yaml --experiment first --resume auto
     accelerate launch -m timm_spinal.train --config my.yaml --push-to-hub me/my_model --hub-license apache-2.0

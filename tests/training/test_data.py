@@ -1,6 +1,7 @@
 """The loaders: exactness of batches, sizes, mixing, and what they say to settings that cannot work."""
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,9 +68,8 @@ def test_two_processes_share_the_batches_of_one(root):
         data = make_data(config, num_processes=2)
         loader = prepare_data_loader(data.train_loader, num_processes=2, process_index=index, put_on_device=False)
         shares.append(batches(data, 1, loader))
-    # the fifth batch has no partner and is dropped, as the incomplete one is
-    assert len(alone) == 5 and [len(s) for s in shares] == [2, 2]
-    assert same([shares[0][0], shares[1][0], shares[0][1], shares[1][1]], alone[:4])
+    assert len(alone) == 6 and [len(s) for s in shares] == [3, 3]
+    assert same([share[i] for i in range(3) for share in shares], alone)
 
 
 def test_another_process_sees_the_same_batches(root):
@@ -104,10 +104,10 @@ def test_repeats_of_an_image_are_augmented_differently(root):
     assert len(data.train_loader) == 11
 
 
-def test_sizes_classes_and_dropped_rest(root):
+def test_sizes_classes_and_full_batches(root):
     data = make_data(quick_config(data_dir=root, batch_size=5, validation_batch_size=8))
     assert (data.train_size, data.eval_size, data.test_size, data.test_loader) == (22, 22, 0, None)
-    assert [len(y) for _, y in data.train_loader] == [5] * 4  # the rest of two is dropped, as in timm
+    assert [len(y) for _, y in data.train_loader] == [5] * 5  # the rest of two is filled up with three seen before
     assert [len(y) for _, y in data.eval_loader] == [8, 8, 6]
     assert torch.cat([y for _, y in data.eval_loader]).tolist() == [0] * 11 + [1] * 11
     assert (data.num_classes, data.class_names, data.mixup, data.streamed) == (2, ['ant', 'bee'], None, False)
@@ -158,7 +158,21 @@ def test_batch_sizes_that_cannot_work(root, options, kwargs, words):
 
 
 def test_epoch_repeats_lengthen_the_epoch(root):
-    assert len(make_data(quick_config(data_dir=root, batch_size=40, epoch_repeats=2.)).train_loader) == 1
+    assert len(make_data(quick_config(data_dir=root, batch_size=44, epoch_repeats=2.)).train_loader) == 1
+
+
+def test_small_data_lose_no_image_in_any_number_of_processes(root):
+    for processes in (1, 2, 3):
+        data = make_data(quick_config(data_dir=root, batch_size=4), num_processes=processes)
+        seen = [index for _ in range(2) for index, _ in data.train_loader.sampler]
+        assert set(seen) == set(range(22)) and len(seen) // 2 % (4 * processes) == 0
+
+
+def test_few_images_are_seen_as_often_as_the_least_updates_take(root):
+    config = quick_config(data_dir=root, batch_size=4, epochs=3, min_updates=25)
+    assert len(make_data(config).train_loader) == 9  # 9 updates an epoch are 27 in all
+    assert len(make_data(config, accum=2).train_loader) == 18
+    assert len(make_data(replace(config, min_updates=18)).train_loader) == 6  # as without it
 
 
 def test_eval_loader_for_validation(root, tmp_path):

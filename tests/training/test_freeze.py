@@ -1,10 +1,17 @@
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 
 import timm_spinal
 from timm_spinal.errors import UserError
-from timm_spinal.training.freeze import FREEZES, apply_freeze
+from timm_spinal.training.checkpoint import find_checkpoints
+from timm_spinal.training.freeze import FREEZES, apply_freeze, head_first
+from timm_spinal.training.run import train
+
+from .runs import RANDOM, assert_same_state, command, resumed, small_config, train_until
 
 
 def trained_names(model):
@@ -114,3 +121,64 @@ def test_modules_by_name_add_to_the_rest():
 def test_modules_by_name_that_cannot_be(modules, message):
     with pytest.raises(UserError, match=message):
         apply_freeze(plain(), 'none', modules)
+
+
+# the head of test_efficientnet_spinal, weights and statistics, is the only part with this name
+HEAD = 'attached_head.'
+HEAD_FIRST = dict(model='test_efficientnet_spinal', model_kwargs=dict(head_width=8), freeze_epochs=1)
+
+
+def changed(config, first, second):
+    """Tensors of the model that differ between two checkpoints, by whether they are of the head."""
+    one, two = (load_file(f'{config.output}/{config.experiment}/last/step-{n:08}/model.safetensors')
+                for n in (first, second))
+    names = {k for k in one if not torch.equal(one[k], two[k])}
+    return {k for k in names if HEAD in k}, {k for k in names if HEAD not in k}
+
+
+@pytest.mark.parametrize('options', [
+    dict(opt='adamw', weight_decay=0.1), dict(opt='momentum', weight_decay=0.1, grad_accum_steps=2, clip_grad=1.)])
+def test_head_trains_alone_at_first(tmp_path, options):
+    """No weight, and no statistic of a BatchNorm layer, of the backbone changes before its time."""
+    config = small_config(tmp_path, checkpoint_steps=1, checkpoint_hist=99, **HEAD_FIRST, **options)
+    updates = train(config)['updates'] // 3
+    head, backbone = changed(config, 1, updates)
+    assert head and not backbone
+    head, backbone = changed(config, updates, updates + 1)
+    trained = {n for n, p in timm.create_model('test_efficientnet').named_parameters() if 'classifier' not in n}
+    assert head and backbone >= trained and any('running_var' in k for k in backbone)
+
+
+def test_head_first_goes_on_to_the_bit(tmp_path, monkeypatch):
+    whole = small_config(tmp_path, experiment='whole', **{**RANDOM, **HEAD_FIRST})
+    train(whole)
+    for update in (2, 3, 4):  # within the first epoch, at its last update, after it
+        broken = replace(whole, experiment=f'broken{update}')
+        train_until(monkeypatch, broken, update, RuntimeError('killed'))
+        train(resumed(broken))
+        assert_same_state(whole, broken)
+
+
+def test_head_first_in_two_processes(tmp_path, launch):
+    """Its second process takes the other half of the images; the backbone waits there too."""
+    config = small_config(tmp_path, batch_size=2, checkpoint_steps=1, checkpoint_hist=99, epochs=2, **HEAD_FIRST)
+    launch(2, *command(config)[1:])
+    assert len(find_checkpoints(tmp_path / 'run' / 'last')) == 10
+    head, backbone = changed(config, 1, 5)
+    assert head and not backbone
+    head, backbone = changed(config, 5, 6)
+    assert head and 'conv_stem.weight' in backbone
+
+
+def test_weights_that_never_train_stay_so_after_the_head(tmp_path):
+    config = small_config(
+        tmp_path, checkpoint_steps=1, checkpoint_hist=99, epochs=2, **HEAD_FIRST, freeze_modules=['conv_stem', 'bn1'])
+    train(config)
+    head, backbone = changed(config, 1, 10)
+    assert head and backbone and not {k for k in backbone if k.startswith(('conv_stem', 'bn1'))}
+
+
+def test_head_first_needs_a_head():
+    with pytest.raises(UserError, match='--freeze-epochs: the model has no classifier that trains; leave it out'):
+        head_first(timm.create_model('test_efficientnet', num_classes=0), 1)
+    assert head_first(timm.create_model('test_efficientnet', num_classes=0), 0).weights == []

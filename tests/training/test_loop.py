@@ -36,9 +36,9 @@ def difference(one, two):
 
 
 def test_accumulation_equals_a_large_batch(tmp_path):
-    """22 images: 5 batches of 4, or 11 of 2 in 5 windows and a last one of a single batch."""
+    """5 batches of 4 of 22 images, or all of them: 11 of 2 in 5 windows and a last one of a single batch."""
     large = small_config(tmp_path, experiment='large', batch_size=4, checkpoint_steps=1, checkpoint_hist=9, **EXACT)
-    small = replace(large, experiment='small', batch_size=2, grad_accum_steps=2)
+    small = replace(large, experiment='small', batch_size=2, grad_accum_steps=2, epoch_repeats=1.)
     other = replace(large, experiment='other', lr=0.051)
     assert [train(config)['updates'] for config in (large, small, other)] == [5, 6, 5]
     after_four = [load_file(tmp_path / name / 'last' / 'step-00000004' / 'model.safetensors')

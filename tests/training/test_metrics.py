@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.metrics import PairEvaluator, accuracies, choosing_metric, main_accuracy
+from timm_spinal.training.metrics import (
+    PairEvaluator,
+    SameAnswer,
+    accuracies,
+    choosing_metric,
+    main_accuracy,
+    same_answer_warning,
+)
 
 
 def two_hot(*pairs, classes=5):
@@ -54,3 +61,36 @@ def test_which_metric_chooses():
 def test_main_accuracy():
     assert main_accuracy(['epoch', 'eval_digit', 'eval_exact'], 'eval_') == 'exact'
     assert main_accuracy(['top1', 'top5']) == main_accuracy([]) == 'top1'
+
+
+@pytest.mark.parametrize('scores, targets, expected', [
+    ([[1., 3., 2.], [0., 9., 8.], [-1., 0., -2.]], [0, 1, 2], [1]),
+    ([[1., 3., 2.], [0., 9., 8.], [1., 0., -2.]], [0, 1, 2], None),
+    ([[1., 3., 2.], [0., 9., 8.]], [1, 1], None),  # they may all be right
+    ([[0., 0., 0.], [0., 0., 0.]], [0, 2], [0]),  # no score at all, as of capsules that are all switched off
+])
+def test_same_answer(scores, targets, expected):
+    found = SameAnswer()
+    for start in (0, 1):  # in two batches
+        part = slice(start, None) if start else slice(0, 1)
+        found.update(torch.tensor(scores)[part], torch.tensor(targets)[part])
+        found.update(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
+    answer = found.compute()
+    assert answer is None if expected is None else len(answer) == 1
+    if expected == [1]:
+        assert answer == [1]
+
+
+def test_same_answer_of_pairs():
+    found = SameAnswer(classes=2)
+    found.update(torch.tensor([[9., 1., 8.], [3., 0., 5.]]), two_hot((0, 1), (1, 2), classes=3))
+    assert found.compute() == [0, 2]
+    found.update(torch.tensor([[9., 8., 1.]]), two_hot((0, 1), classes=3))
+    assert found.compute() is None
+
+
+def test_same_answer_is_named():
+    assert same_answer_warning('it', None, ['a', 'b']) == []
+    (line,) = same_answer_warning('it', [1], ['a', 'b'])
+    assert line.startswith('warning: it answers b for every image, so it tells no classes apart; ')
+    assert 'answers class 0 and class 2 for' in same_answer_warning('it', [0, 2], None)[0]

@@ -3,7 +3,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from timm_spinal.training.sampling import EvalSampler, TrainSampler, stratified_split
+from timm_spinal.training.sampling import (
+    EvalSampler,
+    TrainSampler,
+    epoch_length,
+    images_of_passes,
+    stratified_split,
+)
 
 
 def pairs(sampler, epoch=0):
@@ -42,10 +48,23 @@ def test_repeats_need_not_be_whole():
 
 @pytest.mark.parametrize('repeats, length, most', [(2., 20, 2), (0.5, 5, 1), (1.25, 12, 2)])
 def test_epoch_repeats_set_the_length_in_passes(repeats, length, most):
-    sampler = TrainSampler(10, seed=0, epoch_repeats=repeats)
+    sampler = TrainSampler(10, seed=0, length=images_of_passes(10, repeats))
     order = [i for i, _ in pairs(sampler)]
     assert len(order) == len(sampler) == length
     assert max(Counter(order).values()) == most
+
+
+@pytest.mark.parametrize('images, batch, update, least, length', [
+    (200, 128, 128, 0, 256),
+    (22, 4, 8, 0, 24),  # whole batches; the last update may have fewer of them
+    (12_799, 128, 128, 0, 12_800),
+    (12_801, 128, 128, 0, 12_801),  # the loader drops the last image, as in timm
+    (200, 32, 32, 40, 1280),
+    (2000, 32, 64, 40, 2560),
+    (2000, 32, 32, 40, 2016),
+])
+def test_length_of_an_epoch(images, batch, update, least, length):
+    assert epoch_length(images, batch, update, least) == length
 
 
 def test_evaluation_takes_each_image_once_in_order():

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, Sequence
 
 import torch.nn.functional as F
+from torch import nn
 
+from timm_spinal.training.plan import fit_momentum
 from timm_spinal.training.predictions import PREDICTIONS, Predictions
 from timm_spinal.training.report import hardware, versions, write_table, write_text
 
@@ -49,8 +51,15 @@ class HeadBench:
 
     def task(self, recipe: Recipe, seeds: list[int]) -> HeadTask:
         """The variant with some seeds."""
-        heads = partial(new_heads, self.variant, self.in_features, self.num_classes)
-        return HeadTask(heads, seeds, self.data['train'], self.data['validation'], recipe)
+        return HeadTask(
+            partial(self._new_heads, recipe), seeds, self.data['train'], self.data['validation'], recipe)
+
+    def _new_heads(self, recipe: Recipe, seeds: list[int]) -> list[nn.Module]:
+        heads = new_heads(self.variant, self.in_features, self.num_classes, seeds)
+        updates = recipe.epochs * max(1, self.data['train'].x.shape[1] // recipe.batch_size)
+        for head in heads:
+            fit_momentum(head, updates, self.variant.options)
+        return heads
 
     def tune(self, recipes: list[Recipe]) -> list[dict[str, Any]]:
         """Choose the recipe and give all points; a choice from the same grid on the same features is kept."""

@@ -13,10 +13,10 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_tensor
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.data import TrainData, create_loader
+from timm_spinal.training.data import TrainData, create_loader, create_sampler
 from timm_spinal.training.dataset import UnreadableImage
 from timm_spinal.training.pixels import UNREADABLE, Decoder, open_image
-from timm_spinal.training.sampling import EvalSampler, TrainSampler
+from timm_spinal.training.sampling import EvalSampler
 from timm_spinal.training.torch_sources import EVAL_NAMES, TRAIN_NAMES
 
 from .annotations import Annotated, DetectionSet
@@ -126,7 +126,12 @@ def _open(kind: str, root: Path, split: str, class_names: list[str] | None = Non
     raise UserError(f'data folder {root}: no split {split!r} ({layout}); check --data-dir and the name of the split')
 
 
-def create_data(config: DetectionConfig, splits: dict[str, DetectionSet], num_processes: int) -> TrainData:
+def create_data(
+        config: DetectionConfig,
+        splits: dict[str, DetectionSet],
+        num_processes: int,
+        accum: int = 1,
+) -> TrainData:
     """Loaders of the splits.
 
     Raises:
@@ -135,11 +140,7 @@ def create_data(config: DetectionConfig, splits: dict[str, DetectionSet], num_pr
     train, eval_set, test = splits['train'], splits['eval'], splits.get('test')
     decode = Decoder(exif_transpose=config.exif_transpose)
     train_data = DetectionData(train.images, config.hflip, decode)
-    sampler = TrainSampler(len(train_data), config.seed, epoch_repeats=config.epoch_repeats)
-    if len(sampler) < config.batch_size * num_processes:
-        raise UserError(f'--batch-size {config.batch_size}: an epoch has {len(sampler)} images, not one full batch for '
-                        f'each of {num_processes} processes; use --batch-size {max(1, len(sampler) // num_processes)} '
-                        'or less')
+    sampler = create_sampler(config, len(train_data), config.seed, num_processes, accum)
     return TrainData(
         train_loader=create_loader(config, train_data, sampler, config.batch_size, drop_last=True),
         eval_loader=_eval_loader(config, eval_set, decode),

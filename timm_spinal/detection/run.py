@@ -72,7 +72,7 @@ def prepare(config: DetectionConfig, accelerator: Accelerator, splits: dict[str,
         config, output=config.output or OUTPUT, mixed_precision=used_precision(config, accelerator))
     with accelerator.main_process_first():
         splits.update(open_splits(config))
-    data = create_data(config, splits, accelerator.num_processes)
+    data = create_data(config, splits, accelerator.num_processes, accelerator.gradient_accumulation_steps)
     set_seed(config.seed)
     with accelerator.main_process_first():
         model = create_with_weights(

@@ -86,7 +86,7 @@ def _measure_one(score: Score, run: TrainConfig, folder: Path, where: Where) -> 
     is_test = bool(run.test_split) and score.split == split_name(run, run.test_split)
     config, split = evaluation(run, folder, where, is_test)
     AcceleratorState._reset_state()
-    row = validate_one(Accelerator(mixed_precision='no'), Candidate(f'the weights on {split}', config))
+    row = validate_one(Accelerator(mixed_precision='no'), Candidate(f'the weights on {split}', config), set())
     if score.images and row['images'] != score.images:
         raise UserError(f'{split}: has {row["images"]} images now and had {score.images} in the run')
     return replace(score, accuracies={name: row[name] for name in score.accuracies}, images=row['images'])

@@ -12,6 +12,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from timm_spinal.errors import UserError
+from timm_spinal.models.weight_files import read_weights
 from timm_spinal.training.checkpoint import find_checkpoints, read_state
 from timm_spinal.training.config import TrainConfig, ValidateConfig, load_yaml
 from timm_spinal.training.export import CONFIG, WEIGHTS
@@ -158,9 +159,9 @@ def _last_checkpoint(
     if not found:
         raise UserError(f'{folder}: holds no checkpoint under last/; publish the best weights with --weights best')
     candidate = open_candidate(ValidateConfig(checkpoint=str(found[0]), use_ema=ema), str(found[0]))
-    assert candidate.state_dict is not None
+    assert candidate.file is not None
     progress = read_state(found[0])['progress']
     row = progress['history'][-1] if progress['history'] and not progress['batch'] else {}
     accuracies = accuracies_in(row, 'ema_' if ema else 'eval_')
     score = Score(validation_split(args), accuracies, result.get('eval_size'), chosen_on=False)
-    return candidate.state_dict, [score] if accuracies else []
+    return read_weights(candidate.file), [score] if accuracies else []

@@ -87,17 +87,37 @@ def parse_config(
     return cls(**{**(load_yaml(path, cls) if path else {}), **values})
 
 
+def find_config(name: str | Path) -> Path:
+    """The file that ``--config`` means: a path, or the name of a config of ours, such as ``finetune``."""
+    if Path(name).is_file() or Path(name).is_absolute():
+        return Path(name)
+    return next((path for path in _configs() if path == _configs_folder() / f'{name}.yaml'), Path(name))
+
+
+def _configs_folder() -> Path:
+    package = Path(__file__).parents[1]
+    inside = package / 'configs'
+    return inside if inside.is_dir() else package.with_name('configs')  # beside it in a checkout
+
+
+def _configs() -> list[Path]:
+    return sorted(_configs_folder().glob('*.yaml'))
+
+
 def load_yaml(path: str | Path, cls: type = TrainConfig) -> dict[str, Any]:
-    """Read and check a YAML file of options; returns the values that it sets.
+    """Read and check a YAML file of options, as `find_config` finds it; returns the values that it sets.
 
     Raises:
         UserError: No such file, not a mapping, unknown key, value of the wrong type or out of its bounds.
     """
     try:
-        text = Path(path).read_text(encoding='utf-8')
+        text = find_config(path).read_text(encoding='utf-8')
         raw = yaml.safe_load(text)
     except OSError as e:
-        raise UserError(f'config {path}: {e.strerror}; give an existing YAML file to --config') from e
+        known = [config.stem for config in _configs()]
+        near = difflib.get_close_matches(Path(path).stem, known, n=1) or ['finetune']
+        raise UserError(f'config {path}: {e.strerror}; give an existing YAML file to --config, or the name of a config '
+                        f'of ours, such as {near[0]}') from e
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         reason = ' '.join(str(e).split())
         raise UserError(f'config {path}: not valid YAML ({reason}); mend the file') from e
@@ -147,7 +167,8 @@ def _fields(cls: type) -> dict[str, dataclasses.Field]:
 def _build_parser(cls: type, prog: str | None) -> argparse.ArgumentParser:
     # SUPPRESS: only what was given on the command line comes out, so that it can win over the YAML
     parser = _Parser(prog=prog, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options; flags win over it')
+    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options, or the name of a config '
+                        'of ours: finetune is the one for your own images; flags win over it')
     fields = _fields(cls)
     left = set(fields)  # a field that a subclass gives another default stays in its group
     for owner in reversed(cls.__mro__):

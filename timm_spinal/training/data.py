@@ -26,14 +26,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from timm_spinal.errors import UserError
 
-from .config import TrainConfig, ValidateConfig
+from .config import LoopConfig, TrainConfig, ValidateConfig
 from .dataset import ImageData, Source, StreamData
 from .image_files import shown
 from .options import LoaderOptions
 from .overview import check_classes
 from .pixels import Decoder
 from .readers import check_names
-from .sampling import EvalSampler, TrainSampler, stratified_split
+from .sampling import EvalSampler, TrainSampler, epoch_length, images_of_passes, stratified_split
 from .sources import open_source
 from .torch_sources import torch_split
 from .transforms import create_decoder, eval_transform, resolve_data, ten_crop_transform, train_transform
@@ -62,8 +62,8 @@ class TrainData:
     """Loaders of a run and what they are made of.
 
     Attributes:
-        train_loader: Shuffled and augmented batches of (B, C, H, W) float images and (B,) classes; drops the last
-            incomplete batch, as timm does. Where images have several classes, float memberships (B, num_classes).
+        train_loader: Shuffled and augmented batches of (B, C, H, W) float images and (B,) classes, all of them full,
+            see `sampling.epoch_length`. Where images have several classes, float memberships (B, num_classes).
         eval_loader: Every image of the evaluation split once; class -1 marks an image to leave out.
         test_loader: The same for --test-split, or None.
         mixup: To call on each training batch, or None.
@@ -206,6 +206,7 @@ def create_data(
         datasets: Datasets,
         seed: int | None = None,
         num_processes: int = 1,
+        accum: int = 1,
 ) -> TrainData:
     """Loaders for a run.
 
@@ -215,6 +216,7 @@ def create_data(
         datasets: From `create_datasets`.
         seed: Of order and augmentation, the same in every process; ``config.seed`` when None.
         num_processes: Processes that `accelerator.prepare` will share the batches out to.
+        accum: Batches of an update.
 
     Raises:
         UserError: A batch size that leaves no full batch, or does not fit mixing; augmentation that timm refuses; a
@@ -223,7 +225,7 @@ def create_data(
     seed = config.seed if seed is None else seed
     train = datasets.train
     assert train is not None, 'create_datasets was called with train=False'
-    _check_batch(config, train, num_processes)
+    _check_source(config, train, num_processes)
     data_config = resolve_data(config, model)
     decode = create_decoder(config, data_config['input_size'][0])
     transform = train_transform(config, data_config)
@@ -232,7 +234,7 @@ def create_data(
         sampler = None
     else:
         dataset = ImageData(train, transform, decode, 'replace' if config.skip_unreadable else 'raise')
-        sampler = TrainSampler(len(train), seed, config.aug_repeats, config.epoch_repeats)
+        sampler = create_sampler(config, len(train), seed, num_processes, accum, config.aug_repeats)
     mixing = config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None
     return TrainData(
         train_loader=create_loader(config, dataset, sampler, config.batch_size, drop_last=True),
@@ -279,16 +281,40 @@ def create_eval_loader(
     return _eval_loader(config, datasets.eval, transform, decode), data_config
 
 
-def _check_batch(config: TrainConfig, train: Source, num_processes: int) -> None:
+def create_sampler(
+        config: LoopConfig,
+        size: int,
+        seed: int,
+        num_processes: int,
+        accum: int = 1,
+        aug_repeats: float = 0,
+) -> TrainSampler:
+    """The order of ``size`` training images, with epochs as long as the config asks for.
+
+    Raises:
+        UserError: A batch size that leaves no full batch.
+    """
+    images = images_of_passes(size, config.epoch_repeats)
+    _check_batch(config, images, num_processes)
+    batch = config.batch_size * num_processes
+    length = epoch_length(images, batch, batch * accum, -(-config.min_updates // config.epochs))
+    return TrainSampler(size, seed, aug_repeats, length=length)
+
+
+def _check_batch(config: LoopConfig, images: int, num_processes: int) -> None:
+    if images < config.batch_size * num_processes:
+        share = f' for each of {num_processes} processes' if num_processes > 1 else ''
+        raise UserError(f'--batch-size {config.batch_size}: an epoch has {images} images, not one full batch{share}; '
+                        f'use --batch-size {max(1, images // num_processes)} or less')
+
+
+def _check_source(config: TrainConfig, train: Source, num_processes: int) -> None:
     batch = config.batch_size
     if train.streamed and num_processes > 1:
         raise UserError(f'dataset {config.dataset}: streamed sources are read by one process only; use '
                         f'--num_processes 1, or the same data by hfds/ or as a folder')
-    length = round(len(train) * config.epoch_repeats) if config.epoch_repeats > 0 else len(train)
-    if length < batch * num_processes:
-        share = f' in each of {num_processes} processes' if num_processes > 1 else ''
-        raise UserError(f'--batch-size {batch}{share}: the training split has {length} images, not one full batch; '
-                        f'use --batch-size {max(1, length // num_processes)} or less')
+    if train.streamed:
+        _check_batch(config, len(train), num_processes)
     if batch % 2 and (config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None):
         raise UserError(f'--batch-size {batch}: mixup and cutmix pair the images of a batch; use an even number')
 

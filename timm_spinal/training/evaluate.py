@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from timm_spinal.errors import UserError
 
-from .metrics import evaluator_for
+from .metrics import SameAnswer, evaluator_for
 
 
 @torch.no_grad()
@@ -42,7 +42,8 @@ def evaluate(
 
     Returns:
         ``loss`` in nats, ``top1`` and ``top5`` in percent (or what `PairEvaluator` measures), ``images`` counted,
-        ``nonfinite`` (images among them with a NaN or infinite logit) and ``seconds``. The same on every process.
+        ``nonfinite`` (images among them with a NaN or infinite logit), ``same_answer`` (`SameAnswer`) and
+        ``seconds``. The same on every process.
 
     Raises:
         UserError: No readable image.
@@ -50,6 +51,7 @@ def evaluate(
     start = time.perf_counter()
     model.eval()
     evaluator = evaluator_for(multi_label)(device=accelerator.device)
+    same_answer = SameAnswer(2 if multi_label else 1)
     nonfinite = torch.zeros((), dtype=torch.int64, device=accelerator.device)
     bar = tqdm(loader, desc=description, leave=False, disable=None if accelerator.is_main_process else True)
     for images, target in bar:
@@ -66,13 +68,19 @@ def evaluate(
         readable = target >= 0 if target.ndim == 1 else (target >= 0).all(-1)
         output, target = output[readable], target[readable]
         evaluator.update(output, target)
+        same_answer.update(output, target)
         if keep is not None:
             keep(output, target)
         nonfinite += (~output.isfinite().all(dim=-1)).sum()
     if evaluator.num_samples == 0:
         raise UserError('evaluation: no readable image in the evaluation split; check --data-dir and --val-split')
-    metrics = dict(evaluator.compute(), images=evaluator.num_samples, nonfinite=int(nonfinite))
-    return dict(metrics, seconds=time.perf_counter() - start)
+    return dict(
+        evaluator.compute(),
+        images=evaluator.num_samples,
+        nonfinite=int(nonfinite),
+        same_answer=same_answer.compute(),
+        seconds=time.perf_counter() - start,
+    )
 
 
 def _mean_over_crops(output: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ The head is the submodule `attached_head` of models made by `timm_spinal.attach_
 layers as the small nets' have, else what timm's `get_classifier()` returns. Everything else is the backbone.
 """
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Iterable, Sequence
 
 import torch.nn as nn
@@ -62,6 +62,63 @@ def apply_freeze(model: nn.Module, name: str, modules: Sequence[str] = ()) -> li
             raise UserError(f'freeze-modules {" ".join(modules)}: nothing is left to train; name fewer')
         raise UserError(f'freeze {name}: the model has no classifier, so nothing is left to train; use --freeze none')
     return frozen_norms
+
+
+@dataclass
+class HeadFirst:
+    """A backbone that joins the training of its head late: weights, and BatchNorm with its statistics, wait.
+
+    Attributes:
+        epochs: Epochs in which the head trains alone.
+        weights: Weights of the backbone that train afterwards.
+        norms: Its BatchNorm layers.
+    """
+    epochs: int = 0
+    weights: list[nn.Parameter] = field(default_factory=list)
+    norms: list[nn.Module] = field(default_factory=list)
+    held: bool = False
+
+    def begin_epoch(self, epoch: int, backward: bool) -> None:
+        """Hold the backbone or let it go; call it when the model is in train mode.
+
+        Args:
+            epoch: The epoch that begins.
+            backward: Gradients of the weights that are held are computed all the same, for DistributedDataParallel,
+                which waits for them; `drop_gradients` keeps them from the optimizer.
+        """
+        self.held = epoch < self.epochs
+        for weight in self.weights:
+            weight.requires_grad_(backward or not self.held)
+        for norm in self.norms if self.held else ():
+            norm.eval()
+
+    def drop_gradients(self) -> None:
+        """Leave the optimizer no gradients of weights that are held: it then passes over them."""
+        if self.held:
+            for weight in self.weights:
+                weight.grad = None
+
+
+def head_first(model: nn.Module, epochs: int) -> HeadFirst:
+    """What waits while the head of a model trains alone for some epochs.
+
+    Args:
+        model: A timm model; weights that do not train at all need no gradients already.
+        epochs: Epochs in which the head trains alone, 0 for none.
+
+    Raises:
+        UserError: The model has no head that trains.
+    """
+    if not epochs:
+        return HeadFirst()
+    in_head = {id(part) for head in _heads(model) for part in (*head.modules(), *head.parameters())}
+    if not any(p.requires_grad for p in model.parameters() if id(p) in in_head):
+        raise UserError('--freeze-epochs: the model has no classifier that trains; leave it out')
+    return HeadFirst(
+        epochs,
+        [p for p in model.parameters() if p.requires_grad and id(p) not in in_head],
+        [m for m in model.modules() if isinstance(m, _BatchNorm) and id(m) not in in_head],
+    )
 
 
 def _named_parts(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:

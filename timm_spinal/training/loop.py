@@ -23,6 +23,7 @@ from timm_spinal.models.fill_weights import LoadedWeights
 from .checkpoint import find_checkpoints, save_checkpoint
 from .config import LoopConfig
 from .data import TrainData
+from .freeze import HeadFirst
 from .identity import FIXED
 from .meter import Meter, NotFinite
 from .objective import Penalty
@@ -58,9 +59,11 @@ class Run(Generic[ConfigT]):
     cwd: str = field(default_factory=os.getcwd)  # where relative paths of the config start
     penalties: dict[str, Penalty] = field(default_factory=dict)
     kept_in_eval: list[nn.Module] = field(default_factory=list)
+    head_first: HeadFirst = field(default_factory=HeadFirst)
     signs: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # of the binary weights at the start
     progress: Progress = field(default_factory=Progress)
     weights: LoadedWeights | None = None  # that the model started from
+    same_answer: dict[str, list[int] | None] = field(default_factory=dict)  # of the last evaluation, see `SameAnswer`
     drawn_at: float = field(default_factory=time.monotonic)  # when the curves were last drawn
     after_epoch: Callable[['Run'], None] | None = None  # what a caller of the trainer adds
 
@@ -99,6 +102,7 @@ def fit(run: Run) -> None:
                 if (progress.epoch + 1) % config.val_interval == 0 or progress.epoch + 1 == run.last_epoch:
                     row.update(_evaluate_epoch(run))
                     if weights := progress.judge(row, run.metric):
+                        progress.best['same_answer'] = run.same_answer['ema' if weights == 'ema' else 'eval']
                         run.on_best(run, weights)
                     patience = config.early_stop_patience
                     progress.stopped_early = _any(run, bool(patience) and progress.stale >= patience)
@@ -166,6 +170,7 @@ def _start_epoch(run: Run) -> Iterable:
         run.task.batches = epoch * len(loader) + run.progress.batch
     for module in run.kept_in_eval:
         module.eval()
+    run.head_first.begin_epoch(epoch, backward=run.accelerator.num_processes > 1)
     run.optimizer.zero_grad()
     if run.progress.batch:
         return run.accelerator.skip_first_batches(loader, run.progress.batch)
@@ -201,6 +206,7 @@ def _micro_step(
                 loss = loss + value * accum
         second_order = getattr(run.optimizer.optimizer, 'is_second_order', False)
         accelerator.backward(loss, **(dict(create_graph=True) if second_order else {}))
+        run.head_first.drop_gradients()
         if accelerator.sync_gradients and config.clip_grad is not None:
             clip_gradients(accelerator, task, config.clip_grad, config.clip_mode)
         run.optimizer.step()
@@ -239,6 +245,7 @@ def _evaluate_epoch(run: Run) -> dict[str, float]:
         metrics = run.measure(model, run.eval_loader, name)
         run.progress.eval_seconds += metrics['seconds']
         row.update({f'{name}_{k}': metrics[k] for k in run.measured})
+        run.same_answer[name] = metrics.get('same_answer')
         if metrics.get('nonfinite'):
             run.accelerator.print(f'warning: {title}: NaN or infinite logits for {metrics["nonfinite"]} of '
                                   f'{metrics["images"]} images')

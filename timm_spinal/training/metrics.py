@@ -1,6 +1,6 @@
 """What an evaluation counts, by the kind of target, and which of it chooses the best epoch."""
 from collections import OrderedDict
-from typing import Any, Iterable
+from typing import Any, Iterable, Sequence
 
 import torch
 import torch.nn as nn
@@ -53,6 +53,53 @@ class PairEvaluator(ClassificationEvaluator):
         return OrderedDict(
             loss=loss_sum.item() / max(images, 1), exact=percent * exact, digit=percent * digits / 2,
             top2=percent * smaller)
+
+
+class SameAnswer:
+    """Whether a model gives one and the same answer to images of different classes.
+
+    Args:
+        classes: Classes of an answer: 1, or 2 where images have two.
+    """
+
+    def __init__(self, classes: int = 1):
+        self.classes = classes
+        self.first: tuple[torch.Tensor, ...] = ()  # answer, scores and target of the first image
+        self.differ = torch.zeros(2, dtype=torch.bool)  # answers, targets
+
+    @torch.no_grad()
+    def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
+        """Look at scores (B, C) and their targets; nothing waits for the device."""
+        if not len(output):
+            return
+        answers = output.topk(self.classes, dim=-1).indices.sort().values
+        if not self.first:
+            self.first = answers[0], output[0], target[0]
+            self.differ = self.differ.to(output.device)
+        answer, scores, first_target = self.first
+        # equal scores are one answer, whichever of equal classes is taken for the highest
+        same = (answers == answer).all(-1) | (output == scores).all(-1)
+        self.differ |= torch.stack([~same.all(), (target != first_target).any()])
+
+    def compute(self) -> list[int] | None:
+        """The classes of the only answer; None where there are several, or where one answer may be right."""
+        answers_differ, targets_differ = self.differ.tolist()
+        return self.first[0].tolist() if targets_differ and not answers_differ else None
+
+
+def same_answer_warning(name: str, answer: list[int] | None, class_names: Sequence[str] | None) -> list[str]:
+    """A line that says that a model has one answer, if it has.
+
+    Args:
+        name: What to call the model.
+        answer: As `SameAnswer.compute` gives it.
+        class_names: Names of the classes, if known.
+    """
+    if answer is None:
+        return []
+    known = ' and '.join(class_names[i] if class_names and i < len(class_names) else f'class {i}' for i in answer)
+    return [f'warning: {name} answers {known} for every image, so it tells no classes apart; train it with more '
+            f'updates (--epochs, --min-updates) or another --lr']
 
 
 def evaluator_for(multi_label: bool) -> type[ClassificationEvaluator]:

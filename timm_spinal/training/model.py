@@ -193,6 +193,34 @@ def _apply_settings(model: Any, config: TrainConfig | ValidateConfig) -> None:
         model.to(memory_format=torch.channels_last)
 
 
+def count_statistics_once(model: nn.Module) -> None:
+    """Keep BatchNorm layers from counting a batch again when its activations are computed again in the backward pass.
+
+    Args:
+        model: With gradient checkpointing, which runs parts of it once more within the backward pass.
+    """
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and module.track_running_stats:
+            module.register_forward_pre_hook(_stop_counting)
+            # always: checkpointing ends the second forward pass by an exception as soon as it has what it needs
+            module.register_forward_hook(_count_again, always_call=True)
+
+
+def _stop_counting(module: Any, inputs: Any) -> None:
+    # a compiled model is left to the compiler, which keeps side effects out of what it computes twice
+    if module.training and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        # within a backward pass; to checkpointing both passes must look alike, so the statistics are still passed on
+        module.counted = module.momentum
+        module.momentum = 0.
+        module.num_batches_tracked.sub_(1)
+
+
+def _count_again(module: Any, inputs: Any, output: Any) -> None:
+    if hasattr(module, 'counted'):
+        module.momentum = module.counted
+        del module.counted
+
+
 @torch.no_grad()
 def check_batch_of_one(model: nn.Module, input_size: tuple[int, ...], kept_in_eval: list[nn.Module]) -> None:
     """Refuse to train a model on one image when a BatchNorm layer of it would see a single value per channel.

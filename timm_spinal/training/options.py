@@ -102,6 +102,9 @@ class ModelOptions:
     freeze: str = option(
         'none', 'what is not trained: backbone (all but the head), backbone-except-bn (all but the head and '
         'BatchNorm), bn (BatchNorm of the backbone)', choices=('none', 'backbone', 'backbone-except-bn', 'bn'))
+    freeze_epochs: int = option(
+        0, 'epochs at the start in which the head trains alone: the backbone keeps its weights and its BatchNorm '
+        'statistics', low=0)
     freeze_modules: list[str] = option(
         [], 'further parts that are not trained, by the names of named_modules(): weights, and BatchNorm with its '
         'statistics; for instance layer4.2')
@@ -165,6 +168,9 @@ class ScheduleOptions:
     epochs: int = option(300, 'epochs', low=1)
     stop_epoch: int | None = option(None, 'stop after this many epochs; the schedule stays that of --epochs', low=1)
     epoch_repeats: float = option(0., 'times the training set is seen per epoch, when above 0', low=0.)
+    min_updates: int = option(
+        0, 'updates that the run has at least: with few images an epoch sees them as often as it takes; not for '
+        'streamed sources', low=0)
     decay_milestones: list[int] = option([90, 180, 270], 'epochs at which multistep decays')
     decay_epochs: float | None = option(
         None, 'epochs between decays; not given: 90, for wsd and rsqrt the last fifth',

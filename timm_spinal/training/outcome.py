@@ -13,6 +13,7 @@ from .agree import agree
 from .config import TrainConfig
 from .export import WEIGHTS, export_model
 from .loop import Run, eval_model
+from .metrics import same_answer_warning
 from .model import needs_registration
 from .signs import changed_percent
 
@@ -57,7 +58,9 @@ def finish(run: Run[TrainConfig]) -> dict[str, Any]:
     if run.data.test_loader is not None and run.progress.best:
         result.update(evaluate_test(run))
     name = unwrap_model(eval_model(run.task)).pretrained_cfg['architecture']
-    write_outcome(run, result, report.final_lines(result, run.folder, name if needs_registration(name) else ''))
+    lines = report.final_lines(result, run.folder, name if needs_registration(name) else '')
+    warning = same_answer_warning('the model', result['same_answer'], run.data.class_names)
+    write_outcome(run, result, [*lines[:-1], *warning, *lines[-1:]])
     return result
 
 
@@ -77,10 +80,11 @@ def summarise(run: Run[TrainConfig]) -> dict[str, Any]:
 
     The accuracies are ``top1`` and ``top5``, or those of `metrics.PairEvaluator` where images have two classes.
     ``epochs`` is the number of epochs done, ``best_epoch`` counts from 0 as summary.csv does; ``seconds`` and
-    ``images_per_second`` are of training and evaluation, and of training alone. ``teacher_top1`` is what --kd-check
-    found. ``weights`` says what became of the weights that the model started from (source, tensors loaded, names left
-    out and new), None without any. ``sign_flips`` is the part of the binary weights (XnODR), in percent, whose sign is
-    another after the last update than before the first; None without any.
+    ``images_per_second`` are of training and evaluation, and of training alone. ``same_answer`` holds the classes of
+    the only answer that the model has for all evaluation images; None, as it should be, where it has several.
+    ``teacher_top1`` is what --kd-check found. ``weights`` says what became of the weights that the model started from
+    (source, tensors loaded, names left out and new), None without any. ``sign_flips`` is the part of the binary weights
+    (XnODR), in percent, whose sign is another after the last update than before the first; None without any.
     """
     config, module = run.config, unwrap_model(eval_model(run.task))
     teacher = {}
@@ -108,6 +112,7 @@ def counts(run: Run) -> dict[str, Any]:
         best_epoch=best.get('epoch'),
         best_metric=best.get('metric'),
         best_weights=best.get('weights'),
+        same_answer=best.get('same_answer'),
         seconds=progress.seconds,
         images_per_second=progress.images_per_second,
         updates=progress.updates,

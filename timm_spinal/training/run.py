@@ -16,13 +16,14 @@ from .config import TrainConfig
 from .data import Datasets, TrainData, create_data, create_datasets
 from .distill import check_distillation, prepare_teacher
 from .evaluate import evaluate
-from .freeze import apply_freeze
+from .freeze import apply_freeze, head_first
 from .identity import FIXED
 from .loop import Run
 from .metrics import accuracies, choosing_metric
-from .model import check_batch_of_one, check_model_name, create_model
+from .model import check_batch_of_one, check_model_name, count_statistics_once, create_model
 from .objective import build_penalties, build_task
 from .outcome import export_best, finish, write_reports
+from .plan import fit_momentum, updates_per_epoch
 from .predictions import Predictions
 from .signs import signs_of
 from .start import (
@@ -74,6 +75,7 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
     return make_accelerator(config, [
         (bool(config.kd_model_name) and config.kd_distill_type == 'feature', '--kd-distill-type feature'),
         (bool(config.sb_ortho), '--sb-ortho'),
+        (bool(config.freeze_epochs), '--freeze-epochs'),
     ], **kwargs)
 
 
@@ -94,7 +96,9 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
             lambda config: create_model(config, datasets.num_classes), config, accelerator,
             pretrained=False, pretrained_path=None, initial_checkpoint='')
     signs = signs_of(model)
-    data = create_data(config, model, datasets, num_processes=accelerator.num_processes)
+    data = create_data(
+        config, model, datasets, num_processes=accelerator.num_processes,
+        accum=accelerator.gradient_accumulation_steps)
     kept_in_eval = apply_freeze(model, config.freeze, config.freeze_modules)
     if config.batch_size == 1:
         check_batch_of_one(model, data.data_config['input_size'], kept_in_eval)
@@ -104,6 +108,8 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
 
     if config.sync_bn and accelerator.num_processes > 1:
         model = convert_sync_batchnorm(model)
+    if config.grad_checkpointing:
+        count_statistics_once(model)
     model.to(accelerator.device)
     if config.ic_warm_start is not None and checkpoint is None:
         warm_start(config, model, data, accelerator)
@@ -126,6 +132,11 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
         measured=('loss', *accuracies(datasets.multi_label)), measure=measure, penalties=penalties,
         kept_in_eval=kept_in_eval, signs=signs, weights=model.loaded_weights, description=description,
         on_best=export_best, on_epoch=write_reports)
+    run.head_first = head_first(model, config.freeze_epochs)  # the optimizer has decided by now what trains at all
+    if config.bn_momentum is None:
+        updates = updates_per_epoch(run) * run.epochs
+        for line in fit_momentum(model, updates, config.model_kwargs, kept_in_eval):
+            accelerator.print(line)
     prepare_teacher(run, datasets, checkpoint)
     begin(run, checkpoint)
     return run

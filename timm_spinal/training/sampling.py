@@ -26,14 +26,14 @@ class TrainSampler(Sampler):
         aug_repeats: Times each chosen image comes in a row, every time augmented differently (Hoffer et al.,
             "Augment your batch", 2020); the epoch keeps its length, so it chooses ``size / aug_repeats`` images.
             Need not be whole. 0 and 1 are the same.
-        epoch_repeats: Length of the epoch in passes over the data, when above 0. Need not be whole.
+        length: Images of an epoch, when not None; any number.
     """
 
-    def __init__(self, size: int, seed: int, aug_repeats: float = 0, epoch_repeats: float = 0.):
+    def __init__(self, size: int, seed: int, aug_repeats: float = 0, length: int | None = None):
         self.size = size
         self.seed = seed
         self.aug_repeats = max(1., aug_repeats)
-        self.length = max(1, round(size * epoch_repeats)) if epoch_repeats > 0 else size
+        self.length = size if length is None else length
         self.epoch = 0
 
     def begin_epoch(self, epoch: int) -> None:
@@ -56,6 +56,27 @@ class TrainSampler(Sampler):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order, seeds = self.draw()
         return zip(order.tolist(), seeds.tolist())
+
+
+def images_of_passes(size: int, epoch_repeats: float) -> int:
+    """Images of an epoch of so many passes over ``size`` images; 0 passes are the same as 1."""
+    return max(1, round(size * epoch_repeats)) if epoch_repeats > 0 else size
+
+
+def epoch_length(images: int, batch: int, update: int, least_updates: int = 0) -> int:
+    """Images that an epoch draws, so that a small data set loses none although every batch is full.
+
+    An epoch of fewer than 100 batches is filled up to a whole batch, with images that it has seen already. From 100
+    on the last incomplete batch, less than 1 % of the images, is dropped, as in timm.
+
+    Args:
+        images: Images that the epoch is to see.
+        batch: Images of a step, over all processes.
+        update: Images of an update: the same, or a multiple of it where gradients are accumulated.
+        least_updates: Updates that the epoch has at least.
+    """
+    length = images if images >= 100 * batch else -(-images // batch) * batch
+    return max(length, least_updates * update)
 
 
 class EvalSampler(Sampler):

@@ -23,6 +23,7 @@ from .identity import SCHEDULE, SILENT, changed_settings, check_same_run
 from .loop import ConfigT, Run, fit, trainable
 from .optim import apply_settings, create_optimizer, create_scheduler, load_scheduler_state, resolve_lr
 from .outcome import SHARDED
+from .plan import plan_lines
 from .progress import Progress, batches_done
 
 Refused = list[tuple[bool, str]]  # whether an option was asked for, and its flag
@@ -229,10 +230,12 @@ def assemble(
 
 
 def begin(run: Run, checkpoint: Path | None) -> None:
-    """Seed each process, put a checkpoint back, and write the first files. The loop comes right after it.
+    """Tell the plan, seed each process, put a checkpoint back, write the first files. The loop comes right after it.
 
     Nothing is written before the checkpoint has been found to be of this run.
     """
+    for line in plan_lines(run):
+        run.accelerator.print(line)
     set_seed(run.config.seed, device_specific=True)
     if checkpoint is not None:
         resume(run, checkpoint)

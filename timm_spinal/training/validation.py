@@ -20,7 +20,7 @@ from .config import ValidateConfig
 from .data import count_skipped, create_datasets, create_eval_loader, dead_workers_named
 from .evaluate import evaluate
 from .export import CONFIG, WEIGHTS
-from .metrics import accuracies
+from .metrics import accuracies, same_answer_warning
 from .model import check_classifier, create_model
 from .options import ModelOptions
 
@@ -41,7 +41,8 @@ def validate(config: ValidateConfig) -> list[dict[str, Any]]:
         One row per model: ``model``, ``top1``, ``top1_err``, ``top5``, ``top5_err`` (percent; for images with two
         classes those of `metrics.PairEvaluator`, each with its ``_err``), ``loss`` (nats), ``param_count`` (millions),
         ``img_size``, ``crop_pct``, ``crops``, ``interpolation``, ``images``, ``skipped``, ``nonfinite``,
-        ``images_per_second``; or ``model`` and ``error`` for one of several that could not be evaluated.
+        ``same_answer`` (`metrics.SameAnswer`), ``images_per_second``; or ``model`` and ``error`` for one of several
+        that could not be evaluated.
 
     Raises:
         UserError: Nothing that could be evaluated, or, with a single model, whatever is wrong with it.
@@ -178,6 +179,7 @@ def validate_one(accelerator: Accelerator, candidate: Candidate, told: set[str])
         images=metrics['images'],
         skipped=int(skipped),
         nonfinite=metrics['nonfinite'],
+        same_answer=metrics['same_answer'],
         images_per_second=metrics['images'] / metrics['seconds'],
     )
 
@@ -194,8 +196,9 @@ def _check_class_names(model: Any, found: list[str] | None, name: str) -> None:
 def _line(row: dict[str, Any]) -> str:
     skipped = f', {row["skipped"]} unreadable' if row['skipped'] else ''
     bad = f', NaN or infinite logits for {row["nonfinite"]}' if row['nonfinite'] else ''
-    return (f'{row["model"]}: {report.accuracy_text(row, 3)}, loss {row["loss"]:.4f}, '
+    line = (f'{row["model"]}: {report.accuracy_text(row, 3)}, loss {row["loss"]:.4f}, '
             f'{row["images"]} images{skipped}{bad}, {row["images_per_second"]:.0f} images/s')
+    return '\n'.join([line, *same_answer_warning(row['model'], row['same_answer'], None)])
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
