@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                         "'timm-spinal[compare]'")
     command = f'timm-spinal compare {shlex.join(argv)}'
     flags = {arg.partition('=')[0] for arg in argv}
+    if flags & {'-h', '--help'}:
+        argv = ['--help']  # not as the value of --sweep or --report
     if '--sweep' in flags:
         return _sweep(argv, command)
     if '--report' in flags:

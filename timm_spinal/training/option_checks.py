@@ -77,7 +77,7 @@ def _not_default(config: Any) -> dict[str, Any]:
     """The options that were set, to anything but their default."""
     found = {}
     for f in dataclasses.fields(config):
-        default = f.default_factory() if f.default is dataclasses.MISSING else f.default  # type: ignore[misc]
+        default = f.default_factory() if f.default is dataclasses.MISSING else f.default  # type: ignore
         if getattr(config, f.name) != default:
             found[f.name] = getattr(config, f.name)
     return found
