@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 
@@ -33,6 +34,30 @@ def test_list_marks_what_needs_no_network(capsys):
     assert 'spinalcnn_a1.mnist  (in the package, needs no network)' in lines
 
 
+def test_version(capsys):
+    assert main(['--version']) == 0
+    assert capsys.readouterr().out == f'timm-spinal {timm_spinal.__version__}\n'
+
+
+def test_bare_bench_lists_the_benchmarks(capsys):
+    assert main(['bench']) == main(['bench', '--help']) == 0
+    out = capsys.readouterr().out
+    benches = {name for name in VERBS if name.startswith('bench ')}
+    assert {line.split('  ')[1] for line in out.splitlines() if line.startswith('  ')} == benches
+
+
+@pytest.mark.parametrize('verb', VERBS)
+def test_help_of_a_verb_has_a_sentence_an_example_and_options(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*verb.split(), '--help'])
+    out = capsys.readouterr().out
+    usage, sentence, rest = re.split(r'\n\n', out, maxsplit=2)
+    assert stop.value.code == 0 and usage.startswith(f'usage: timm-spinal {verb}')
+    assert re.match(r'[A-Z].*[.:]', sentence, re.DOTALL)
+    assert re.search(rf'^ *(timm-spinal {verb}|accelerate launch -m timm_spinal)', rest, re.MULTILINE)
+    assert '--debug' in out
+
+
 def test_list(capsys):
     assert main(['list', 'resnet18_*']) == 0
     assert capsys.readouterr().out.split() == timm_spinal.list_models('resnet18_*')
@@ -41,8 +66,9 @@ def test_list(capsys):
 
 
 @pytest.mark.parametrize('argv, text', [
-    (['lsit'], "error: unknown command 'lsit'; known are train, "),
-    (['bench'], "error: unknown command 'bench'"),
+    (['lsit'], "error: unknown command 'lsit'; did you mean list?"),
+    (['x'], "error: unknown command 'x'; known are train, "),
+    (['bench', 'haeds'], "error: unknown command 'bench haeds'; did you mean bench heads?"),
     (['list', 'nothing*'], "error: no model of this package matches 'nothing*'"),
     (['train', '--modle', 'x'], 'error: unknown flag --modle; did you mean --model?'),
     (['train', 'x'], "error: unexpected argument 'x'"),

@@ -7,7 +7,6 @@
 A layer whose share is 0 % trains as a plain convolution, and gives w' no gradient; one with 100 % is linear. Models
 with weights are looked at in eval mode.
 """
-import argparse
 import sys
 from pathlib import Path
 from typing import Any, Iterator
@@ -16,6 +15,7 @@ import torch
 from timm.data import create_transform
 from torch.utils.data import DataLoader
 
+from timm_spinal.arguments import Parser, number
 from timm_spinal.cli import guard
 from timm_spinal.errors import UserError
 
@@ -25,14 +25,11 @@ def run(argv: list[str]) -> int:
     from timm_spinal.training.config import ValidateConfig, parse_config
     from timm_spinal.training.model import create_model
     from timm_spinal.training.transforms import resolve_data
-    parser = argparse.ArgumentParser(prog='timm-spinal active-share', description=__doc__.splitlines()[0])
+    parser = Parser('timm-spinal active-share', f'{__doc__}\nFurther options: those of timm-spinal validate.')
     parser.add_argument('model', help='model name, run folder, local-dir:FOLDER or hf-hub:org/name')
     parser.add_argument('--images', help='folder or tar of images, in folders by class; noise when not given')
-    parser.add_argument('--count', type=int, default=64, help='images (default: %(default)s)')
-    parser.add_argument('--debug', action='store_true', help=argparse.SUPPRESS)
+    parser.add_argument('--count', type=number(low=2), default=64, help='images (default: %(default)s)')
     args, rest = parser.parse_known_args(argv)
-    if args.count < 2:
-        raise UserError(f'--count must be at least 2, got {args.count}')
     name = f'local-dir:{args.model}' if Path(args.model).is_dir() else args.model
     if '/' in name and ':' not in name:
         raise UserError(f'{name}: no such folder; a model on the Hub is hf-hub:{name}')
@@ -73,7 +70,7 @@ def _open(config: Any, folder: str, data: dict[str, Any], count: int) -> DataLoa
     from timm_spinal.training.dataset import ImageData
     from timm_spinal.training.overview import passed_over
     from timm_spinal.training.sources import folder_source
-    from timm_spinal.training.transforms import image_mode
+    from timm_spinal.training.transforms import create_decoder
     if not Path(folder).exists():
         raise UserError(f'--images {folder}: no such folder')
     try:
@@ -82,7 +79,7 @@ def _open(config: Any, folder: str, data: dict[str, Any], count: int) -> DataLoa
         raise UserError(f'--images {folder}: {e}') from e
     if line := passed_over(dict(images=source)):
         print(line)
-    images = ImageData(source, create_transform(**data), image_mode(config, data['input_size'][0]))
+    images = ImageData(source, create_transform(**data), create_decoder(config, data['input_size'][0]))
     chosen = range(0, len(images), max(1, len(images) // count))[:count]
     return DataLoader(images, sampler=[(i, None) for i in chosen], batch_size=16, collate_fn=images.collate)
 

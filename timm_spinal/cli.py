@@ -9,14 +9,17 @@
 
 Bad input ends with one line and exit code 2; `--debug` shows the traceback.
 """
-import argparse
+import difflib
 import importlib
+import inspect
 import logging
 import os
 import sys
 from typing import Callable, NamedTuple, Sequence
 
+from timm_spinal.arguments import Parser
 from timm_spinal.errors import UserError
+from timm_spinal.version import __version__
 
 
 class Verb(NamedTuple):
@@ -60,19 +63,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ('-h', '--help'):
-        print(_help())
+        print(_help(VERBS))
         return 0
-    words = 2 if argv[0] in {name.split()[0] for name in VERBS if ' ' in name} else 1
+    if argv[0] in ('-V', '--version'):
+        print(f'timm-spinal {__version__}')
+        return 0
+    group = {name: verb for name, verb in VERBS.items() if name.startswith(f'{argv[0]} ')}
+    if group and (len(argv) == 1 or argv[1] in ('-h', '--help')):
+        print(_help(group))
+        return 0
+    words = 2 if group else 1
     name = ' '.join(argv[:words])
     if name not in VERBS:
-        raise UserError(f'unknown command {name!r}; known are {", ".join(VERBS)}')
+        near = difflib.get_close_matches(name, VERBS, n=1)
+        hint = f'did you mean {near[0]}?' if near else f'known are {", ".join(VERBS)}'
+        raise UserError(f'unknown command {name!r}; {hint}')
     verb = VERBS[name]
     return getattr(importlib.import_module(verb.module), verb.function)(argv[words:])
 
 
-def _help() -> str:
-    width = max(map(len, VERBS)) + 2
-    rows = [f'  {name:{width}}{verb.help}' for name, verb in VERBS.items()]
+def _help(verbs: dict[str, Verb]) -> str:
+    width = max(map(len, verbs)) + 2
+    rows = [f'  {name:{width}}{verb.help}' for name, verb in verbs.items()]
     return '\n'.join(['usage: timm-spinal COMMAND [options]', '', *rows, '', 'timm-spinal COMMAND --help shows more'])
 
 
@@ -115,12 +127,16 @@ def _leave_process_group() -> None:
 
 
 def list_models(argv: list[str]) -> int:
-    """Print the names of this package's models."""
-    parser = argparse.ArgumentParser(prog='timm-spinal list')
+    """Names of the models that this package adds to timm.
+
+        timm-spinal list
+        timm-spinal list '*pspinal'
+        timm-spinal list --pretrained 'spinalcnn*'
+    """
+    parser = Parser('timm-spinal list', inspect.getdoc(list_models))
     parser.add_argument('filter', nargs='?', default='', help="wildcard, for instance '*pspinal'")
     parser.add_argument('--pretrained', action='store_true',
                         help='only names with weights, with their tags; those that need no network are marked')
-    parser.add_argument('--debug', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     import timm
 

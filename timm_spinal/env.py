@@ -2,10 +2,11 @@
 
     timm-spinal env
 """
-import argparse
 import importlib.metadata
 import os
 import platform
+
+from timm_spinal.arguments import Parser
 
 PACKAGES = ('timm-spinal', 'timm', 'torch', 'torchvision', 'accelerate', 'huggingface-hub', 'safetensors', 'numpy')
 KERNELS = {
@@ -27,9 +28,7 @@ def version(package: str) -> str:
 
 def run(argv: list[str]) -> int:
     """``timm-spinal env``."""
-    parser = argparse.ArgumentParser(prog='timm-spinal env', description=__doc__.splitlines()[0])
-    parser.add_argument('--debug', action='store_true', help=argparse.SUPPRESS)
-    parser.parse_args(argv)
+    Parser('timm-spinal env', __doc__).parse_args(argv)
     import torch
 
     import timm_spinal

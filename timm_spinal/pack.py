@@ -7,7 +7,6 @@ The output folder has ``model.safetensors`` and ``config.json``; timm loads it a
 ``timm-spinal validate --checkpoint packed`` measures it. Both forms are run on the same noise images, and the
 largest difference of scores and the predictions that are the same are printed.
 """
-import argparse
 import copy
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch.nn as nn
 from timm.data import resolve_data_config
 from timm.models import parse_model_name
 
+from timm_spinal.arguments import Parser
 from timm_spinal.cli import guard
 from timm_spinal.errors import UserError
 
@@ -26,10 +26,9 @@ IMAGES = 16
 
 def run(argv: list[str]) -> int:
     """``timm-spinal pack``: returns 1 where a prediction changed."""
-    parser = argparse.ArgumentParser(prog='timm-spinal pack', description=__doc__.splitlines()[0])
+    parser = Parser('timm-spinal pack', __doc__)
     parser.add_argument('model', help='run folder, hf-hub:org/name, local-dir:FOLDER, or a model name (untrained)')
     parser.add_argument('-o', '--output', required=True, help='new folder')
-    parser.add_argument('--debug', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     output = Path(args.output)
     if output.exists():

@@ -19,7 +19,7 @@ def run(argv: list[str]) -> int:
     """Train as the arguments say; returns the exit code."""
     from timm_spinal.hub.options import TrainAndPushConfig, split_config
     from timm_spinal.training.config import parse_config
-    config, hub = split_config(parse_config(argv, TrainAndPushConfig, prog='timm-spinal train'))
+    config, hub = split_config(parse_config(argv, TrainAndPushConfig, 'timm-spinal train', __doc__))
     from timm_spinal.training.run import train
     if not hub.push_to_hub:
         train(config)

@@ -18,7 +18,7 @@ from timm_spinal.cli import guard
 def run(argv: list[str]) -> int:
     """Evaluate as the arguments say; returns the exit code."""
     from timm_spinal.training.config import ValidateConfig, parse_config
-    config = parse_config(argv, cls=ValidateConfig, prog='timm-spinal validate')
+    config = parse_config(argv, ValidateConfig, 'timm-spinal validate', __doc__)
     from timm_spinal.training.validation import validate
     rows: list[dict[str, Any]] = validate(config)
     return 0 if all('error' not in row for row in rows) else 2

@@ -18,5 +18,5 @@ def test_prints_rates_and_seconds(capsys):
 
 
 def test_sizes_are_checked():
-    with pytest.raises(UserError, match='40 images'):
+    with pytest.raises(UserError, match='--images: must be at least 40, got 5'):
         main(['--images', '5'])

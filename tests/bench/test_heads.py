@@ -39,7 +39,7 @@ def test_main_prints_ratio_params_and_macs(capsys):
 @pytest.mark.parametrize('argv, message', [
     (['resnet18'], 'no <timm backbone>_<head>'),
     (['nosuchnet_spinal'], 'nosuchnet_spinal'),
-    (['resnet10t_mlp', '--rounds', '0'], '--rounds must be at least 1'),
+    (['resnet10t_mlp', '--rounds', '0'], '--rounds: must be at least 1'),
 ])
 def test_bad_input_is_a_user_error(argv, message):
     with pytest.raises(UserError, match=message):

@@ -54,7 +54,7 @@ def test_main_says_what_was_met(monkeypatch, capsys):
 @pytest.mark.parametrize('argv, text', [
     (['resnet50'], "'resnet50' is no ic<timm model>"),
     (['icresnet5'], "'icresnet5' is no ic<timm model>"),
-    (['--rounds', '0'], '--rounds must be at least 1, got 0'),
+    (['--rounds', '0'], '--rounds: must be at least 1, got 0'),
 ])
 def test_bad_input(argv, text):
     with pytest.raises(UserError, match=text):

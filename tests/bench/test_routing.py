@@ -49,8 +49,8 @@ def test_a_network_is_trained_in_a_process_of_its_own(capsys):
 
 
 @pytest.mark.parametrize('argv, message', [
-    (['--classes', '1'], 'at least 2 classes, got 1'),
-    (['--rounds', '0'], '--rounds must be at least 1, got 0'),
+    (['--classes', '1'], '--classes: must be at least 2, got 1'),
+    (['--rounds', '0'], '--rounds: must be at least 1, got 0'),
 ])
 def test_bad_values(argv, message):
     with pytest.raises(UserError, match=message):

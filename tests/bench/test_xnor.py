@@ -54,8 +54,8 @@ def test_share_of_a_network(capsys):
 
 
 @pytest.mark.parametrize('argv, message', [
-    (['--classes', '10', '1'], '--classes must be at least 2, got 1'),
-    (['-b', '0'], '--batch-size must be at least 1, got 0'),
+    (['--classes', '10', '1'], '--classes: must be at least 2, got 1'),
+    (['-b', '0'], '--batch-size: must be at least 1, got 0'),
 ])
 def test_bad_values(argv, message):
     with pytest.raises(UserError, match=message):

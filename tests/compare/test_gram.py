@@ -56,7 +56,7 @@ def test_refusals(tmp_path, capsys):
     assert cli(['gram', str(tmp_path), '--output', str(tmp_path / 'a.png')]) == 2
     assert 'has no config.json; give the folder of a finished run' in capsys.readouterr().err
     assert cli(['gram', str(tmp_path), '--output', 'a.jpg']) == 2
-    assert 'is no .png file' in capsys.readouterr().err
+    assert 'name a .png file' in capsys.readouterr().err
     with pytest.raises(UserError, match='SmallResNet: has no shared filters'):
         shared_bases(timm.create_model('resnet32_cifar', device='meta'))
     with pytest.raises(UserError, match='has no shared filters'):

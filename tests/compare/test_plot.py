@@ -102,7 +102,7 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path):
     (['good', '--to-accuracy', '101'], '--to-accuracy 101: give percent'),
     (['good', '--to-accuracy', 'nan'], '--to-accuracy nan: give percent'),
     (['good', '--to-accuracy', 'high'], "invalid float value: 'high'"),
-    (['good', '--output', 'plot.pdf'], '--output plot.pdf: is no .png file'),
+    (['good', '--output', 'plot.pdf'], '--output plot.pdf: unknown format; name a .png file'),
     ([], 'the following arguments are required: RUN'),
 ])
 def test_errors(tmp_path, monkeypatch, capsys, argv, text):

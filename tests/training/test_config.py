@@ -35,6 +35,7 @@ crop_pct: null
 cutmix: 0.0
 cutmix_minmax: null
 data: /data/images
+data_dir: null
 dataset: ''
 dataset_download: false
 dataset_trust_remote_code: false
@@ -115,6 +116,7 @@ naflex_loss_scale: linear
 naflex_max_seq_len: 576
 naflex_patch_size_probs: null
 naflex_patch_sizes: null
+naflex_patchify_channels_first: false
 naflex_train_seq_lens: [128, 256, 576, 784, 1024]
 no_aug: false
 no_ddp_bb: false
@@ -153,15 +155,21 @@ task_loss_weight: null
 torchcompile: null
 torchcompile_mode: null
 torchscript: false
+train_batch_sizes: null
+train_batches_per_epoch: null
 train_crop_mode: null
 train_interpolation: random
 train_num_samples: null
+train_size_probs: null
+train_size_random_mix: 0.1
+train_size_schedule_spread: 0.65
 train_split: train
 tta: 0
 use_multi_epochs_loader: false
 val_interval: 1
 val_num_samples: null
 val_split: validation
+variable_batch_loss_scale: none
 validation_batch_size: null
 vflip: 0.0
 wandb_project: null
@@ -268,16 +276,114 @@ def test_bad_arguments_are_one_line(argv, words):
     ('model_ema: 1', 'true or false'),
     ('epochs: true', 'whole number'),
     ('model_kwargs: head', 'mapping'),
-    ('amp: true', 'mixed_precision'),
+    ('amp: maybe', 'mixed_precision'),
     ('jsd_loss: true', 'augmix'),
     ('task: multilabel', 'multi-label'),
     ('- a\n- b', 'no keys'),
     ('a: b: c', 'not valid YAML'),
+    ('lr: 0.1\nlr: 0.2', "the key 'lr' is there twice"),
+    ('model_kwargs: {head_width: 1, head_width: 2}', "the key 'head_width' is there twice"),
+    ('batchsize: 8\nepoch: 3\nzzzzzz: 1', "unknown key 'batchsize'; did you mean batch_size? unknown key 'epoch'; did "
+     "you mean epochs? unknown key 'zzzzzz'; see --help"),
+    ('epochs: 1:30', "'1:30' is not a whole number"),
+    ('lr: 1:30.5', "'1:30.5' is not a finite number"),
+    ('a: ' + '[' * 3000 + ']' * 3000, 'nested too deeply'),
+    ('epochs: ' + '9' * 5000, "9999... is not a whole number"),
+    ('epochs: 1' + '0' * 30, 'too large; give at most 2147483647'),
+    ('lr: 1e999', 'finite'),
+    ('lr: .nan', 'finite'),
+    ('data: a\ndata_dir: b', "data is 'a' and data_dir is 'b'; remove data"),
 ])
 def test_bad_yaml_is_one_line(yaml_file, text, words):
     with pytest.raises(UserError) as error:
         load_yaml(yaml_file(text))
     assert words in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('text, values', [
+    ('experiment: 2026-01-01', dict(experiment='2026-01-01')),
+    ('experiment: 1:30', dict(experiment='1:30')),
+    ('experiment: on', dict(experiment='on')),
+    ('pretrained: yes\nno_aug: off', dict(pretrained=True, no_aug=False)),
+    ('epochs: 010', dict(epochs=10)),
+    ('model_kwargs: {head_dropout: 1e-1}', dict(model_kwargs=dict(head_dropout=0.1))),
+    ('amp: true', dict(mixed_precision='fp16')),
+    ('amp: true\namp_dtype: bfloat16', dict(mixed_precision='bf16')),
+    ('amp: true\nmixed_precision: bf16', dict(mixed_precision='bf16')),
+    ('amp: false\namp_dtype: bfloat16', {}),
+    ('data: x\ndata_dir: null', dict(data_dir='x')),
+    ('data: null\ndata_dir: y', dict(data_dir='y')),
+    ('data: y\ndata_dir: y', dict(data_dir='y')),
+    ('\ufeffepochs: 3', dict(epochs=3)),
+])
+def test_yaml_means_what_it_says(yaml_file, text, values):
+    assert load_yaml(yaml_file(text)) == values
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / 'run.yaml').write_bytes(b'lr: \xff\xfe')
+    for path in (tmp_path / 'run.yaml', tmp_path, tmp_path / 'a\0b'):
+        with pytest.raises(UserError, match='config ') as error:
+            load_yaml(path)
+        assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('argv, words', [
+    (['--seed', '4294967296'], 'at most 4294967295'),
+    (['--epochs', '2147483648'], 'at most 2147483647'),
+    (['--scale', '-1', '2'], "--scale: '-1' is too small"), (['--scale', '0.5', '2'], "'2' is too large"),
+    (['--scale', '1', '0.5'], 'write the smaller value first'), (['--ratio', '0', '0'], 'give more than 0'),
+    (['--cutmix-minmax', '0.9', '0.1'], 'write the smaller value first'), (['--std', '0', '0', '0'], 'more than 0'),
+    (['--torchcompile', 'nosuch'], '--torchcompile nosuch: torch has no such backend'),
+    (['--torchcompile-mode', 'default'], 'add --torchcompile'),
+    (['--model-kwargs', 'num_classes=1'], '--model-kwargs num_classes: use --num-classes'),
+    (['--model-kwargs', 'features_only=True'], 'leave it out'),
+    (['--opt-kwargs', 'lr=0.1'], '--opt-kwargs lr: use --lr'), (['--opt-kwargs', 'eps=1'], 'use --opt-eps'),
+    (['--no-aug', '--aa', 'rand-m9'], '--aa and --no-aug contradict'),
+    (['--no-aug', '--vflip', '0.5'], '--vflip and --no-aug'),
+    (['--bce-loss', '--loss', 'asl'], '--bce-loss and --loss asl'),
+    (['--input-size', '3', '64', '64', '--img-size', '32'], '--img-size 32 and --input-size 3 64 64'),
+    (['--val-split', 'test', '--val-split-fraction', '0.1'], '--val-split test and --val-split-fraction'),
+    (['--pretrained-path', 'a.pth', '--initial-checkpoint', 'b.pth'], 'leave one out'),
+    (['--modle', 'x', '--batchsize', '3'], 'unknown flag --modle; did you mean --model?; unknown flag --batchsize'),
+])
+def test_values_that_would_fail_later(argv, words):
+    with pytest.raises(UserError) as error:
+        parse_config(argv)
+    assert words in str(error.value) and '\n' not in str(error.value)
+
+
+def test_a_flag_may_undo_the_file(yaml_file):
+    path = yaml_file('aa: rand-m9\nscale: [0.5, 1]\n')
+    assert parse_config(['--config', path, '--no-aug']).no_aug
+    path = yaml_file('no_aug: true\n')
+    with pytest.raises(UserError, match='--aug undoes'):
+        parse_config(['--config', path, '--aa', 'rand-m9'])
+    assert parse_config(['--config', path, '--aa', 'rand-m9', '--aug']).aa == 'rand-m9'
+
+
+@pytest.mark.parametrize('argv, field, value', [
+    (['-m', 'resnet18'], 'model', 'resnet18'), (['--split', 'test'], 'val_split', 'test'),
+    (['--num-samples', '5'], 'val_num_samples', 5),
+])
+def test_validation_takes_timms_flags(argv, field, value):
+    assert getattr(parse_config(argv, ValidateConfig), field) == value
+
+
+@pytest.mark.parametrize('flag', [
+    '--use-train-size', '--crop-border-pixels', '--log-freq', '--num-gpu', '--test-pool', '--tf-preprocessing',
+    '--results-format', '--real-labels', '--valid-labels', '--retry', '--metrics-avg', '--amp',
+    '--amp-dtype', '--device', '--fuser', '--no-prefetcher', '--model-dtype', '--aot-autograd', '--fast-norm',
+])
+def test_validation_answers_timms_other_flags(flag):
+    with pytest.raises(UserError, match=f"flag {flag} is timm's and not available here; ..."):
+        parse_config([flag], ValidateConfig)
+
+
+def test_commands_that_do_not_train_have_no_options_of_training():
+    for flag in ('--mixup', '--drop-path', '--freeze', '--epochs', '--bn-momentum'):
+        with pytest.raises(UserError, match=f'{flag}: has no effect here'):
+            parse_config([flag, '1'], ValidateConfig)
 
 
 @pytest.mark.parametrize('key', sorted(k for k, (allowed, _) in NOT_OURS.items() if allowed is not ANY))

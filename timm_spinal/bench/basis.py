@@ -7,7 +7,6 @@ Channels last, float32. Prints the median of the paired ratios with the least an
 the ratio to stay under; then what else shrinks with the parameters, and which form of each stage is the faster one.
 """
 
-import argparse
 import sys
 import tempfile
 from functools import partial
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from ..errors import UserError
+from ..arguments import Parser, number
 from ..models import fold_bases, fold_batchnorm, merge_bases
 from ..models._shared_model import SharedBasisModel
 from .fastest_bases import fastest_bases
@@ -168,17 +167,14 @@ def _tell_forms(setting: Setting) -> None:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """``timm-spinal bench basis``: returns 1 where a target is missed."""
-    parser = argparse.ArgumentParser(prog='timm-spinal bench basis', description=__doc__.splitlines()[0])
-    parser.add_argument('-b', '--batch-size', type=int, default=8)
-    parser.add_argument('--img-size', type=int, default=224, help='pixels (default: %(default)s)')
-    parser.add_argument('--rounds', type=int, default=20, help='pairs of batches (default: %(default)s)')
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads(),
+    parser = Parser('timm-spinal bench basis', __doc__)
+    parser.add_argument('-b', '--batch-size', type=number(), default=8)
+    parser.add_argument('--img-size', type=number(), default=224, help='pixels (default: %(default)s)')
+    parser.add_argument('--rounds', type=number(), default=20, help='pairs of batches (default: %(default)s)')
+    parser.add_argument('--threads', type=number(), default=torch.get_num_threads(),
                         help="CPU threads; 1 is steadier on a busy machine (default: torch's, %(default)s)")
     parser.add_argument('--skip', nargs='*', default=[], choices=PARTS, help='parts that are not measured')
     args = parser.parse_args(argv)
-    for name in ('batch_size', 'img_size', 'rounds', 'threads'):
-        if getattr(args, name) < 1:
-            raise UserError(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}.')
     torch.set_num_threads(args.threads)
     setting = Setting(args.batch_size, args.img_size, args.rounds)
     print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, cpu, channels last, batch {args.batch_size}, '

@@ -7,7 +7,6 @@ kept backbone keys, the classifier last, resets, pooling changes, train mode, dt
 (``attach_head`` says why) or *broken* (accepted, but a check fails, which is a bug; the exit code is then 1).
 """
 
-import argparse
 import csv
 import logging
 import multiprocessing
@@ -28,6 +27,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
+from ..arguments import Parser, number
 from ..errors import UserError
 from ..layers import HEADS
 from ..models import attach_head, list_models
@@ -247,11 +247,11 @@ def write_csv(rows: List[Coverage], path: str) -> None:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """``timm-spinal coverage``: returns 1 where a model breaks."""
-    parser = argparse.ArgumentParser(prog='timm-spinal coverage', description='Which of timm\'s models take a head.')
+    parser = Parser('timm-spinal coverage', __doc__)
     parser.add_argument('filter', nargs='?', default='', help='wildcard of timm names, all if left out')
     parser.add_argument('--head', default='pspinal', choices=list(HEADS))
     parser.add_argument('--csv', default='', metavar='FILE', help='also write one row per model here')
-    parser.add_argument('--jobs', type=int, default=os.cpu_count(), help='processes (default: %(default)s)')
+    parser.add_argument('--jobs', type=number(), default=os.cpu_count(), help='processes (default: %(default)s)')
     args = parser.parse_args(argv)
     names = timm_names(args.filter)
     if not names:

@@ -7,7 +7,6 @@ Features: reading JPEGs, transforming, the backbone without its BatchNorms and w
 as timm makes it, on batches of the size it is fastest with, that lie in memory, in turns in one run; 1 = as fast.
 Heads: seconds of training ``linear``, ``mlp``, ``spinal`` and ``pspinal`` with their defaults on random features.
 """
-import argparse
 import shutil
 import statistics
 import sys
@@ -19,13 +18,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from timm_spinal.arguments import Parser, number
 from timm_spinal.compare.controls import new_heads, parse_variants, size_controls
 from timm_spinal.compare.features import backbone_batch, extract
 from timm_spinal.compare.options import FrozenConfig, as_train_config
 from timm_spinal.compare.splits import open_splits
 from timm_spinal.compare.train_group import Features
 from timm_spinal.compare.train_heads import HeadTask, train_heads
-from timm_spinal.errors import UserError
 from timm_spinal.training.model import create_model
 
 from .timing import Ratio, machine_load, paired_ratio, paired_times
@@ -97,20 +96,17 @@ def measure_heads(size: int, seeds: int, epochs: int) -> tuple[float, dict[str, 
 
 def main(argv: list[str] | None = None) -> int:
     """`timm-spinal bench features`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog='timm-spinal bench features', description=__doc__.splitlines()[0])
+    parser = Parser('timm-spinal bench features', __doc__)
     parser.add_argument('--backbone', default='tf_efficientnet_lite0')
-    parser.add_argument('--img-size', type=int, default=128)
-    parser.add_argument('-b', '--batch-size', type=int, default=128)
-    parser.add_argument('-j', '--workers', type=int, default=2)
-    parser.add_argument('--images', type=int, default=2000, help='images whose features are made in a round')
-    parser.add_argument('--rounds', type=int, default=3)
-    parser.add_argument('--features', type=int, default=10000, help='features that the heads are trained on')
-    parser.add_argument('--seeds', type=int, default=5)
-    parser.add_argument('--epochs', type=int, default=30)
-    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    parser.add_argument('--img-size', type=number(), default=128)
+    parser.add_argument('-b', '--batch-size', type=number(), default=128)
+    parser.add_argument('-j', '--workers', type=number(low=0), default=2)
+    parser.add_argument('--images', type=number(low=40), default=2000, help='images of a round')
+    parser.add_argument('--rounds', type=number(), default=3)
+    parser.add_argument('--features', type=number(low=300), default=10000, help='features that heads are trained on')
+    parser.add_argument('--seeds', type=number(), default=5)
+    parser.add_argument('--epochs', type=number(), default=30)
     args = parser.parse_args(argv)
-    if min(args.rounds, args.seeds, args.epochs) < 1 or args.images < 40 or args.features < 300:
-        raise UserError('bench features: needs at least one round, seed and epoch, 40 images and 300 features')
     config = FrozenConfig(backbone=args.backbone, img_size=args.img_size, batch_size=args.batch_size,
                           workers=args.workers, channels_last=True, model='')
     ratio, ours, bare = measure_features(config, args.img_size, args.images, args.rounds)

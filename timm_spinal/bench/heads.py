@@ -8,7 +8,6 @@ parameters and multiply-accumulates of both. MACs are those that torch.utils.flo
 matrix products; its FLOPs halved), for one image.
 """
 
-import argparse
 import statistics
 import sys
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from timm.models import is_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..arguments import Parser, number
 from ..errors import UserError
 from ..layers import HEADS
 from ..models import ensure_registered
@@ -101,18 +101,15 @@ def print_cost(cost: HeadCost) -> None:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """``timm-spinal bench heads``: returns 1 where a target is missed."""
-    parser = argparse.ArgumentParser(prog='timm-spinal bench heads', description='Inference cost of a head.')
+    parser = Parser('timm-spinal bench heads', __doc__)
     parser.add_argument('models', nargs='*', default=list(MODELS), help='<timm backbone>_<head> (default: %(default)s)')
-    parser.add_argument('-b', '--batch-size', type=int, default=8)
-    parser.add_argument('--img-size', type=int, default=224, help='pixels (default: %(default)s)')
-    parser.add_argument('--rounds', type=int, default=40, help='pairs of batches (default: %(default)s)')
+    parser.add_argument('-b', '--batch-size', type=number(), default=8)
+    parser.add_argument('--img-size', type=number(), default=224, help='pixels (default: %(default)s)')
+    parser.add_argument('--rounds', type=number(), default=40, help='pairs of batches (default: %(default)s)')
     parser.add_argument('--device', default='cpu')
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads(),
+    parser.add_argument('--threads', type=number(), default=torch.get_num_threads(),
                         help="CPU threads; 1 is steadier on a busy machine (default: torch's, %(default)s)")
     args = parser.parse_args(argv)
-    for name in ('batch_size', 'img_size', 'rounds', 'threads'):
-        if getattr(args, name) < 1:
-            raise UserError(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}.')
 
     torch.set_num_threads(args.threads)
     print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, {args.device}, batch {args.batch_size}, '

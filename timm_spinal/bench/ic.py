@@ -10,7 +10,6 @@ momentum). Then the memory of a training step, each side in a process of its own
 rest, and the bytes that autograd keeps between forward and backward.
 """
 
-import argparse
 import statistics
 import sys
 from functools import partial
@@ -22,6 +21,7 @@ from timm.models import is_model
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..arguments import Parser, number
 from ..errors import UserError
 from ..models import ensure_registered, fold_batchnorm
 from .basis import Setting, create, images, training_step
@@ -159,19 +159,16 @@ def measure(name: str, setting: Setting, skip: List[str], compiled: bool) -> boo
 
 def main(argv: Optional[List[str]] = None) -> int:
     """``timm-spinal bench ic``: returns 1 where a target is missed."""
-    parser = argparse.ArgumentParser(prog='timm-spinal bench ic', description=__doc__.splitlines()[0])
+    parser = Parser('timm-spinal bench ic', __doc__)
     parser.add_argument('models', nargs='*', default=[MODEL], help='ic<timm model> (default: %(default)s)')
-    parser.add_argument('-b', '--batch-size', type=int, default=8)
-    parser.add_argument('--img-size', type=int, default=224, help='pixels (default: %(default)s)')
-    parser.add_argument('--rounds', type=int, default=20, help='pairs of batches (default: %(default)s)')
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads(),
+    parser.add_argument('-b', '--batch-size', type=number(), default=8)
+    parser.add_argument('--img-size', type=number(), default=224, help='pixels (default: %(default)s)')
+    parser.add_argument('--rounds', type=number(), default=20, help='pairs of batches (default: %(default)s)')
+    parser.add_argument('--threads', type=number(), default=torch.get_num_threads(),
                         help="CPU threads; 1 is steadier on a busy machine (default: torch's, %(default)s)")
     parser.add_argument('--compile', action='store_true', help='torch.compile on both sides, in the times')
     parser.add_argument('--skip', nargs='*', default=[], choices=PARTS, help='parts that are not measured')
     args = parser.parse_args(argv)
-    for name in ('batch_size', 'img_size', 'rounds', 'threads'):
-        if getattr(args, name) < 1:
-            raise UserError(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}.')
     for name in args.models:
         plain_name(name)
     torch.set_num_threads(args.threads)

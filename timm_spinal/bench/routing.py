@@ -10,7 +10,6 @@ of values and gradients, relative to the largest value. --network gives the peak
 network and takes two training steps (SGD with momentum, images of --img-size) instead.
 """
 
-import argparse
 import statistics
 import sys
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import List, Optional, Tuple
 import timm
 import torch
 
-from ..errors import UserError
+from ..arguments import Parser, number
 from ..layers import dynamic_routing
 from ..models import ensure_registered
 from .basis import training_step
@@ -124,20 +123,15 @@ def measure(case: Case, rounds: int) -> None:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """``timm-spinal bench routing``."""
-    parser = argparse.ArgumentParser(prog='timm-spinal bench routing', description=__doc__.splitlines()[0])
-    parser.add_argument('--classes', type=int, nargs='+', default=[10, 100, 1000, 10_000], metavar='J')
+    parser = Parser('timm-spinal bench routing', __doc__)
+    parser.add_argument('--classes', type=number(low=2), nargs='+', default=[10, 100, 1000, 10_000], metavar='J')
     parser.add_argument('--layer', default='xnodr', choices=list(LAYERS))
-    parser.add_argument('-b', '--batch-size', type=int, default=16)
-    parser.add_argument('--capsules', type=int, default=128, help='input capsules (default: %(default)s)')
-    parser.add_argument('--rounds', type=int, default=2, help='pairs of calls (default: %(default)s)')
+    parser.add_argument('-b', '--batch-size', type=number(), default=16)
+    parser.add_argument('--capsules', type=number(), default=128, help='input capsules (default: %(default)s)')
+    parser.add_argument('--rounds', type=number(), default=2, help='pairs of calls (default: %(default)s)')
     parser.add_argument('--network', metavar='MODEL', help='a network of timm instead of a layer')
-    parser.add_argument('--img-size', type=int, default=64, help='pixels, of --network (default: %(default)s)')
+    parser.add_argument('--img-size', type=number(), default=64, help='pixels, of --network (default: %(default)s)')
     args = parser.parse_args(argv)
-    for name in ('batch_size', 'capsules', 'rounds', 'img_size'):
-        if getattr(args, name) < 1:
-            raise UserError(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}')
-    if min(args.classes) < 2:
-        raise UserError(f'--classes: routing needs at least 2 classes, got {min(args.classes)}')
 
     if args.network:
         for classes in args.classes:

@@ -8,7 +8,6 @@ forward, ``loss.item()``, backward, optimizer, schedule per update. Ours is `tra
 JPEG folder, batch, workers, augmentation and optimizer; one call is one epoch. Printed is the median of the paired
 ratios (our images per second / timm's; 1 = as fast).
 """
-import argparse
 import logging
 import statistics
 import sys
@@ -28,6 +27,7 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.task import ClassificationTask
 from timm.utils import AverageMeter
 
+from timm_spinal.arguments import Parser, number
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig
 from timm_spinal.training.loop import train_epoch
@@ -133,17 +133,16 @@ def measure(
 
 def main(argv: list[str] | None = None) -> int:
     """`timm-spinal bench train`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog='timm-spinal bench train', description=__doc__.splitlines()[0])
+    parser = Parser('timm-spinal bench train', __doc__)
     parser.add_argument('--model', help='this model instead of the two cases')
-    parser.add_argument('--img-size', type=int, default=224)
-    parser.add_argument('-b', '--batch-size', type=int, default=16)
-    parser.add_argument('--images', type=int, default=128, help='images of an epoch')
-    parser.add_argument('-j', '--workers', type=int, default=1)
-    parser.add_argument('--rounds', type=int, default=9, help='pairs of epochs')
-    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    parser.add_argument('--img-size', type=number(), default=224)
+    parser.add_argument('-b', '--batch-size', type=number(), default=16)
+    parser.add_argument('--images', type=number(), default=128, help='images of an epoch')
+    parser.add_argument('-j', '--workers', type=number(low=0), default=1)
+    parser.add_argument('--rounds', type=number(), default=9, help='pairs of epochs')
     args = parser.parse_args(argv)
-    if args.rounds < 1 or args.images < args.batch_size:
-        raise UserError('bench train: give at least one round and one batch of images')
+    if args.images < args.batch_size:
+        raise UserError(f'--images {args.images}: give at least one batch of {args.batch_size}')
     logging.getLogger('timm').setLevel(logging.ERROR)
     cases = [(args.model, args.img_size, args.batch_size, args.images)] if args.model else CASES
     for model, img_size, batch_size, images in cases:

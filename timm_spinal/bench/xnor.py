@@ -13,7 +13,6 @@ which the float head does in every call. Milliseconds are medians, ratios median
 end, what share the capsule layer has of whole networks.
 """
 
-import argparse
 import copy
 import statistics
 import sys
@@ -24,7 +23,7 @@ import timm
 import torch
 from torch import nn
 
-from ..errors import UserError
+from ..arguments import Parser, number
 from ..layers import create_head, xnor_backend, xnorize
 from ..layers.xnor_kernel import run
 from ..layers.xnor_ops import pack_signs
@@ -179,19 +178,15 @@ def print_share(name: str, classes: int, batch: int, seconds: float) -> None:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """``timm-spinal bench xnor``: returns 1 where a target is missed."""
-    parser = argparse.ArgumentParser(prog='timm-spinal bench xnor', description=__doc__.splitlines()[0])
+    parser = Parser('timm-spinal bench xnor', __doc__)
     parser.add_argument('--layer', default='xnodr', choices=LAYERS)
-    parser.add_argument('--capsules', type=int, nargs='+', default=[128, 256], metavar='N')
-    parser.add_argument('--classes', type=int, nargs='+', default=[10, 100, 1000], metavar='J')
-    parser.add_argument('-b', '--batch-size', type=int, nargs='+', default=[1, 32, 256], metavar='B')
-    parser.add_argument('--threads', type=int, nargs='+', default=sorted({1, torch.get_num_threads()}))
+    parser.add_argument('--capsules', type=number(), nargs='+', default=[128, 256], metavar='N')
+    parser.add_argument('--classes', type=number(low=2), nargs='+', default=[10, 100, 1000], metavar='J')
+    parser.add_argument('-b', '--batch-size', type=number(), nargs='+', default=[1, 32, 256], metavar='B')
+    parser.add_argument('--threads', type=number(), nargs='+', default=sorted({1, torch.get_num_threads()}))
     parser.add_argument('--models', nargs='*', default=list(SHARED_MODELS), help='whole networks')
-    parser.add_argument('--seconds', type=float, default=1., help='of each measurement (default: %(default)s)')
+    parser.add_argument('--seconds', type=number(float, 0), default=1., help='of a measurement (default: %(default)s)')
     args = parser.parse_args(argv)
-    for name in ('capsules', 'classes', 'batch_size', 'threads'):
-        least = 2 if name == 'classes' else 1
-        if min(getattr(args, name)) < least:
-            raise UserError(f'--{name.replace("_", "-")} must be at least {least}, got {min(getattr(args, name))}')
     kept = True
     with torch.inference_mode():
         for threads in args.threads:

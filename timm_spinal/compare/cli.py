@@ -8,19 +8,14 @@ The first trains heads on features of a frozen backbone, which is run once over 
 networks, each in a run folder of the trainer. The third makes the reports of either anew from what lies on the disk.
 Each writes results.csv, table.md, table.html, accuracy.png, curves.png and report.md into its folder.
 """
-import argparse
 import importlib.util
 import shlex
 import sys
 from pathlib import Path
-from typing import NoReturn, Sequence
+from typing import Sequence
 
+from timm_spinal.arguments import Parser, number
 from timm_spinal.errors import UserError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f'{message}; see timm-spinal compare --help')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,32 +30,30 @@ def main(argv: Sequence[str] | None = None) -> int:
                         "'timm-spinal[compare]'")
     command = f'timm-spinal compare {shlex.join(argv)}'
     flags = {arg.partition('=')[0] for arg in argv}
+    if flags & {'-h', '--help'}:
+        argv = ['--help']  # not as the value of --sweep or --report
     if '--sweep' in flags:
         return _sweep(argv, command)
     if '--report' in flags:
         return _report(argv, command)
-    if flags & {'-h', '--help'}:
-        print(f'{__doc__}\nOptions beside --sweep and --report:\n')
     from timm_spinal.training.config import parse_config
 
     from .frozen import compare_frozen
     from .options import FrozenConfig
-    output = compare_frozen(parse_config(argv, FrozenConfig, prog='timm-spinal compare'), command)  # type: ignore
+    output = compare_frozen(parse_config(argv, FrozenConfig, 'timm-spinal compare', __doc__), command)  # type: ignore
     if output is not None:
         show(output)
     return 0
 
 
 def _sweep(argv: list[str], command: str) -> int:
-    parser = _Parser(prog='timm-spinal compare --sweep', description='Whole trainings, from a file of variants.')
+    parser = Parser('timm-spinal compare --sweep', __doc__)
     parser.add_argument('--sweep', required=True, metavar='FILE', help='YAML of shared options, variants and seeds')
-    parser.add_argument('--jobs', type=int, default=1, help='trainings at a time')
+    parser.add_argument('--jobs', type=number(), default=1, help='trainings at a time')
     parser.add_argument('--data-dir', default='', help='folder of the data, over that of the file')
     parser.add_argument('--output', default='', help='folder of the comparison, over that of the file')
     _add_extras(parser)
     args = parser.parse_args(argv)
-    if args.jobs < 1:
-        raise UserError(f'--jobs {args.jobs}: give at least 1')
     from .sweep import run_sweep
     from .sweep_file import read_sweep
     sweep = read_sweep(Path(args.sweep), args.output, args.data_dir)
@@ -69,14 +62,13 @@ def _sweep(argv: list[str], command: str) -> int:
     return 1 if failed else 0
 
 
-def _add_extras(parser: _Parser) -> None:
+def _add_extras(parser: Parser) -> None:
     parser.add_argument('--per-class', action='store_true', help='write per_class.csv, the test accuracy of each class')
     parser.add_argument('--calibration', action='store_true', help='draw calibration.png, with calibration errors')
-    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
 
 
 def _report(argv: list[str], command: str) -> int:
-    parser = _Parser(prog='timm-spinal compare --report', description='Make reports anew.')
+    parser = Parser('timm-spinal compare --report', __doc__)
     parser.add_argument('--report', required=True, nargs='+', metavar='DIR',
                         help='folders of comparisons, or run folders of the trainer to compare with each other')
     parser.add_argument('--output', default='output/compare/report', help='folder for a report on run folders')

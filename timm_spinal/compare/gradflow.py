@@ -91,9 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: A model without shared filters, and anything else that a user can mend; one line.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if {'-h', '--help'} & set(argv):
-        print(f'{__doc__}\n')
-    output = gradflow(parse_config(argv, GradflowConfig, prog='timm-spinal gradflow'))
+    output = gradflow(parse_config(argv, GradflowConfig, 'timm-spinal gradflow', __doc__))
     if PartialState().is_main_process:
         print(f'\n{(output / "report.md").read_text(encoding="utf-8")}\npictures: {output / "gradients.png"}, '
               f'{output / "gram.png"}')

@@ -6,17 +6,18 @@ A row for each run, a column for each stage: M M^T of the stage's shared filters
 bases one matrix, as the penalty counts them. Orthonormal filters give the identity. Prints the norm of the filters and
 the size of the cosines between them.
 """
-import argparse
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Sequence
+from typing import Any, NamedTuple, Sequence
 
 import torch
 from torch import nn
 
+from timm_spinal.arguments import Parser
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import ValidateConfig
 from timm_spinal.training.export import CONFIG, WEIGHTS
 from timm_spinal.training.model import create_model
+from timm_spinal.training.option_checks import check_output_file
 from timm_spinal.training.report import new_figure, save_figure
 
 
@@ -105,24 +106,17 @@ def read_model(folder: Path) -> nn.Module:
     return create_model(ValidateConfig(model=f'local-dir:{folder}', pretrained=True), None)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f'{message}; see timm-spinal gram --help')
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """``timm-spinal gram``; returns the exit code.
 
     Raises:
         UserError: A folder without a model, or a model without shared filters.
     """
-    parser = _Parser(prog='timm-spinal gram', description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser('timm-spinal gram', __doc__)
     parser.add_argument('runs', nargs='+', metavar='RUN', help='folder of a run of a model with shared filters')
     parser.add_argument('--output', default='gram.png', metavar='PNG', help='the picture (default: gram.png)')
-    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     args = parser.parse_args(argv)
-    if not args.output.endswith('.png'):
-        raise UserError(f'--output {args.output}: is no .png file; name one')
+    check_output_file(args.output, '--output', ('.png',))
     models = {_title(Path(run), args.runs): read_model(Path(run)) for run in args.runs}
     draw_gram(Path(args.output), models)
     print('| run | stage | filters | norm | cosine, rms | cosine, greatest |\n| --- | --- | --- | --- | --- | --- |')

@@ -1,7 +1,7 @@
 """Options of a comparison on frozen features. Data, backbone and augmentation are the trainer's own options."""
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig
@@ -67,6 +67,7 @@ NO_EFFECT = {
 @dataclass
 class FrozenConfig(CompareOptions, LoaderOptions, AugmentOptions, ModelOptions, DataOptions):
     """Everything that a comparison on frozen features depends on."""
+    no_effect: ClassVar[dict[str, str]] = NO_EFFECT
 
     def recipe(self, train_size: int) -> Recipe:
         """How each head is trained on so many images, before tuning."""

@@ -8,16 +8,17 @@ or the folder of a comparison of whole trainings, a curve for each variant. Accu
 percent (exact pairs where images have two classes), of the better one of model and moving average; time is that of
 training and evaluation.
 """
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, Sequence
+from typing import Sequence
 
 import numpy as np
 
+from timm_spinal.arguments import Parser
 from timm_spinal.errors import UserError
 from timm_spinal.training.files import read_json
 from timm_spinal.training.metrics import MAIN, TITLES, main_accuracy
+from timm_spinal.training.option_checks import check_output_file
 from timm_spinal.training.report import new_figure, save_figure
 
 from .runs import RESULT, SUMMARY, read_comparison, read_history, run_folder
@@ -40,26 +41,19 @@ class Course:
         return (float(self.epochs[found[0]] + 1), float(self.seconds[found[0]])) if len(found) else None
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f'{message}; see timm-spinal plot --help')
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """``timm-spinal plot``; returns the exit code.
 
     Raises:
         UserError: A folder that holds no run, or an accuracy that is none.
     """
-    parser = _Parser(prog='timm-spinal plot', description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser('timm-spinal plot', __doc__)
     parser.add_argument('runs', nargs='+', metavar='RUN', help='folder of a run, of seed-* runs or of a comparison')
     parser.add_argument('--to-accuracy', type=float, action='append', metavar='A',
                         help='accuracy in percent, can be repeated; not given: the mean best of the first curve')
     parser.add_argument('--output', default='plot.png', metavar='PNG', help='the picture (default: plot.png)')
-    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     args = parser.parse_args(argv)
-    if not args.output.endswith('.png'):
-        raise UserError(f'--output {args.output}: is no .png file; name one')
+    check_output_file(args.output, '--output', ('.png',))
     for accuracy in args.to_accuracy or []:
         if not 1 < accuracy <= 100:
             raise UserError(f'--to-accuracy {accuracy:g}: give percent, above 1 and up to 100')

@@ -17,7 +17,6 @@
       weight_decay: [0.0001]
 """
 import dataclasses
-import difflib
 import itertools
 import tempfile
 from dataclasses import dataclass, field, replace
@@ -31,7 +30,8 @@ import yaml
 import timm_spinal
 from timm_spinal.errors import UserError
 from timm_spinal.layers import HEADS, equal_size_mlp_width
-from timm_spinal.training.config import TrainConfig, load_yaml
+from timm_spinal.training.config import TrainConfig, load_yaml, unknown_keys
+from timm_spinal.training.files import read_yaml
 from timm_spinal.training.folder import check_name
 from timm_spinal.training.model import check_model_name
 from timm_spinal.training.report import write_text
@@ -73,12 +73,10 @@ def read_sweep(path: Path, output: str = '', data_dir: str = '') -> Sweep:
     Raises:
         UserError: No such file, an unknown key or option (all variants are checked first), an empty list of seeds.
     """
-    raw = _load(path)
-    unknown = [key for key in raw if key not in _KEYS]
-    if unknown:
-        near = difflib.get_close_matches(str(unknown[0]), _KEYS, n=1)
-        hint = f'did you mean {near[0]}?' if near else f'it has {", ".join(_KEYS)}'
-        raise UserError(f'sweep {path}: unknown key {unknown[0]!r}; {hint}')
+    raw = read_yaml(path, 'sweep', 'write the keys shared, variants and seeds into a YAML file and give it to --sweep')
+    if unknown := [key for key in raw if key not in _KEYS]:
+        other = f'it has {", ".join(_KEYS)}'
+        raise UserError(f'sweep {path}: {unknown_keys(unknown, _KEYS, other)}')
     variants = raw.get('variants')
     if not isinstance(variants, dict) or not variants:
         raise UserError(f'sweep {path}: no variants; write at least one name with its options under "variants"')
@@ -125,18 +123,6 @@ def size_control(sweep: Sweep, name: str, num_classes: int) -> TrainConfig:
         raise UserError(f'variant {name}: {like.model} cannot be sized ({" ".join(str(e).split())})') from e
     width = equal_size_mlp_width(count_params(head), head.in_features, num_classes)
     return replace(config, model_kwargs={**config.model_kwargs, 'head_width': width})
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        raw = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except OSError as e:
-        raise UserError(f'sweep {path}: {e.strerror}; give an existing YAML file to --sweep') from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f'sweep {path}: not valid YAML ({" ".join(str(e).split())}); mend the file') from e
-    if not isinstance(raw, dict):
-        raise UserError(f'sweep {path}: holds no keys; write shared, variants and seeds')
-    return raw
 
 
 def _options(path: Path, where: str, options: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def run(argv: list[str]) -> int:
     from timm_spinal.training.config import parse_config
 
     from .options import DetectionConfig
-    config = parse_config(argv, DetectionConfig, prog='timm-spinal train-detection')
+    config = parse_config(argv, DetectionConfig, 'timm-spinal train-detection', __doc__)
     from .run import train_detector
     train_detector(config)
     return 0

@@ -15,18 +15,12 @@ into an empty cache and compared to the bit. Publishing the same run again chang
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn, Sequence
+from typing import Sequence
 
+from timm_spinal.arguments import Parser
 from timm_spinal.errors import UserError
 
 from .options import DTYPES, WEIGHTS, PublishOptions, check_repo_name
-
-
-class Parser(argparse.ArgumentParser):
-    """Bad arguments are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f'{message}; see {self.prog} --help')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog='timm-spinal publish', description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser('timm-spinal publish', __doc__)
     parser.add_argument('run', type=Path, metavar='RUN',
                         help='run folder of the trainer, or weights without their run, as timm-spinal pack or timm '
                         'writes them')
@@ -97,7 +90,6 @@ def _parser() -> Parser:
     parser.add_argument('--beside', nargs='+', default=[], metavar='RUN',
                         help='other runs on the same data for the table of results: seeds, controls; or wildcards, or '
                         'the folder of timm-spinal compare that holds this run')
-    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return parser
 
 

@@ -8,7 +8,6 @@ The batch is free. mean, std, image size and the names of the classes are in the
 JSON), or as `preprocessing.json` in a torch.export file. --table keeps no files; it writes a row after each model and
 goes on where it was.
 """
-import argparse
 import csv
 import glob
 import sys
@@ -19,12 +18,12 @@ from typing import Any, Sequence
 import torch
 
 import timm_spinal
+from timm_spinal.arguments import Parser
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import ValidateConfig
 from timm_spinal.training.model import create_model
 from timm_spinal.training.report import write_table
 
-from .cli import Parser
 from .export import FORMATS, ExportFailed, export_model
 
 
@@ -50,15 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog='timm-spinal export', description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser('timm-spinal export', __doc__)
     parser.add_argument('models', nargs='+', metavar='MODEL',
                         help='names, local-dir:RUN, hf-hub:OWNER/NAME, or wildcards of the names of this package')
     parser.add_argument('--format', nargs='+', choices=list(FORMATS), help='not given: onnx; for a table all')
     parser.add_argument('--output', type=Path, default=Path('.'), metavar='DIR', help='folder of the files')
     parser.add_argument('--pretrained', action='store_true', help='with pretrained weights; saved models have theirs')
     parser.add_argument('--table', type=Path, metavar='FILE', help='write which of them export to this .csv file')
-    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return parser
 
 

@@ -16,6 +16,7 @@ from typing import Sequence
 
 from huggingface_hub import HfApi
 
+from timm_spinal.arguments import Parser, number
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig, load_yaml
 from timm_spinal.training.damage import is_damaged
@@ -23,7 +24,6 @@ from timm_spinal.training.metrics import TITLES
 from timm_spinal.training.validation import validate
 
 from .card_check import check_card
-from .cli import Parser
 from .download import download
 from .measure import evaluation, tolerance
 from .options import check_repo_name
@@ -49,15 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog='timm-spinal verify', description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser('timm-spinal verify', __doc__)
     parser.add_argument('name', metavar='OWNER/NAME[@REVISION]', help='repository on the Hub, or folder of a dry run')
     parser.add_argument('--data-dir', default='', help='folder with the data of the recipe')
     parser.add_argument('--dataset', default='', help="source of the data, where it is not the recipe's")
     parser.add_argument('--dataset-download', action='store_true', help='allow the source to download')
-    parser.add_argument('--batch-size', type=int, default=128, help='images per step')
-    parser.add_argument('--workers', type=int, default=4, help='loader processes')
-    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    parser.add_argument('--batch-size', type=number(), default=128, help='images per step')
+    parser.add_argument('--workers', type=number(low=0), default=4, help='loader processes')
     return parser
 
 

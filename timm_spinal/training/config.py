@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -18,9 +19,12 @@ from typing import Any, Sequence, TypeVar
 
 import yaml
 
+from timm_spinal.arguments import Parser
 from timm_spinal.errors import UserError
 
 from .distill_options import DistillOptions
+from .files import read_yaml
+from .option_checks import check_options
 from .options import (
     AugmentOptions,
     AverageOptions,
@@ -33,7 +37,7 @@ from .options import (
     ScheduleOptions,
     option,
 )
-from .timm_keys import ANY, NOT_OURS, RENAMED
+from .timm_keys import ANY, NOT_OURS, NOT_OURS_IN_VALIDATION, RENAMED, from_timm
 
 
 # the last base is the first group of fields
@@ -50,6 +54,9 @@ class TrainConfig(LoopConfig, DistillOptions, ObjectiveOptions, AugmentOptions, 
 @dataclass
 class ValidateConfig(LoaderOptions, ModelOptions, DataOptions):
     """Validation"""
+    val_split: str = option('validation', 'name of the split to evaluate', flags=('--split',))
+    val_num_samples: int | None = option(
+        None, 'images in the split, for streamed sources; pairs of multimnist', low=1, flags=('--num-samples',))
     checkpoint: str = option('', 'run folder, checkpoint folder or weights file to evaluate')
     use_ema: bool = option(False, 'evaluate the moving average of the weights')
     crops: int = option(
@@ -65,6 +72,7 @@ def parse_config(
         argv: Sequence[str] | None = None,
         cls: type[ConfigT] = TrainConfig,  # type: ignore[assignment]
         prog: str | None = None,
+        doc: str | None = None,
 ) -> ConfigT:
     """Read a config from command line arguments.
 
@@ -72,19 +80,24 @@ def parse_config(
         argv: Arguments without the program's name; ``sys.argv[1:]`` when None.
         cls: `TrainConfig`, another `LoopConfig` or `ValidateConfig`.
         prog: Name of the program in the help text.
+        doc: What the help text says before the options.
 
     Raises:
-        UserError: Unknown flag or key, value of the wrong type or out of its bounds, unreadable YAML.
+        UserError: Unknown flag or key, value of the wrong type or out of its bounds, unreadable YAML, options that
+            contradict each other.
     """
     import sys
     argv = [_dashes(arg) for arg in (sys.argv[1:] if argv is None else argv)]
-    parser = _build_parser(cls, prog)
+    parser = _build_parser(cls, prog, doc)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise UserError(_unknown_flag(unknown[0], cls))
+        flags = [arg for arg in unknown if arg.startswith('--')] or unknown[:1]
+        raise UserError('; '.join(_unknown_flag(flag, cls) for flag in flags))
     values = vars(given)
     path = values.pop('config', '')
-    return cls(**{**(load_yaml(path, cls) if path else {}), **values})
+    config = cls(**{**(load_yaml(path, cls) if path else {}), **values})
+    check_options(config, given=values)
+    return config
 
 
 def find_config(name: str | Path) -> Path:
@@ -110,35 +123,24 @@ def load_yaml(path: str | Path, cls: type = TrainConfig) -> dict[str, Any]:
     Raises:
         UserError: No such file, not a mapping, unknown key, value of the wrong type or out of its bounds.
     """
-    try:
-        text = find_config(path).read_text(encoding='utf-8')
-        raw = yaml.safe_load(text)
-    except OSError as e:
-        known = [config.stem for config in _configs()]
-        near = difflib.get_close_matches(Path(path).stem, known, n=1) or ['finetune']
-        raise UserError(f'config {path}: {e.strerror}; give an existing YAML file to --config, or the name of a config '
-                        f'of ours, such as {near[0]}') from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        reason = ' '.join(str(e).split())
-        raise UserError(f'config {path}: not valid YAML ({reason}); mend the file') from e
-    if raw is None:
-        return {}
-    if not isinstance(raw, dict):
-        raise UserError(f'config {path}: holds a {type(raw).__name__}, no keys; write lines like "epochs: 3"')
-    fields, values = _fields(cls), {}
-    for key, value in raw.items():
-        name = RENAMED.get(key, key)
-        if name in fields:
+    near = difflib.get_close_matches(Path(path).stem, [config.stem for config in _configs()], n=1) or ['finetune']
+    raw = read_yaml(find_config(path), 'config', 'give an existing YAML file of lines like "epochs: 3" to --config, or '
+                    f'the name of a config of ours, such as {near[0]}')
+    fields, values, unknown = _fields(cls), {}, []
+    for key, value in from_timm(raw, str(path)).items():
+        if key in fields:
             try:
-                values[name] = _convert(value, fields[name])
+                values[key] = _convert(value, fields[key])
             except ValueError as e:
                 raise UserError(f'config {path}: {key}: {e}') from e
-        elif name in NOT_OURS:
-            allowed, advice = NOT_OURS[name]
+        elif key in NOT_OURS:
+            allowed, advice = NOT_OURS[key]
             if allowed is not ANY and value not in allowed:
                 raise UserError(f"config {path}: {key}: {value!r} is timm's and not available here; {advice}")
-        elif issubclass(cls, LoopConfig) or name not in _fields(TrainConfig):
-            raise UserError(f'config {path}: unknown key {key!r}; {_nearest(str(key), fields)}')
+        elif issubclass(cls, LoopConfig) or key not in _fields(TrainConfig):
+            unknown.append(key)
+    if unknown:
+        raise UserError(f'config {path}: {unknown_keys(unknown, fields)}')
     return values
 
 
@@ -150,11 +152,6 @@ def to_yaml(config: LoopConfig | ValidateConfig) -> str:
 # ---- fields to parser -------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
 def _fields(cls: type) -> dict[str, dataclasses.Field]:
     hints = typing.get_type_hints(cls)
     fields = {}
@@ -164,13 +161,14 @@ def _fields(cls: type) -> dict[str, dataclasses.Field]:
     return fields
 
 
-def _build_parser(cls: type, prog: str | None) -> argparse.ArgumentParser:
+def _build_parser(cls: type, prog: str | None, doc: str | None) -> argparse.ArgumentParser:
     # SUPPRESS: only what was given on the command line comes out, so that it can win over the YAML
-    parser = _Parser(prog=prog, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(prog=prog, doc=doc, argument_default=argparse.SUPPRESS)
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options, or the name of a config '
                         'of ours: finetune is the one for your own images; flags win over it')
     fields = _fields(cls)
-    left = set(fields)  # a field that a subclass gives another default stays in its group
+    left = {name for name in fields if _offers(cls, fields[name])}
+    # a field that a subclass gives another default stays in its group
     for owner in reversed(cls.__mro__):
         names = [n for n in owner.__dict__.get('__annotations__', {}) if n in left]
         left -= set(names)
@@ -179,6 +177,12 @@ def _build_parser(cls: type, prog: str | None) -> argparse.ArgumentParser:
             for name in names:
                 _add_flag(group, fields[name])
     return parser
+
+
+def _offers(cls: type, field: dataclasses.Field) -> bool:
+    """Whether a command has a flag for a field; fields without one are read from a YAML all the same."""
+    trains = issubclass(cls, LoopConfig)
+    return field.name not in getattr(cls, 'no_effect', ()) and (trains or not field.metadata['training_only'])
 
 
 def _add_flag(group: Any, field: dataclasses.Field) -> None:
@@ -240,7 +244,7 @@ class _KeyValues(_Converted):
                 raise UserError(f'{option_string}: {item!r} is not of the form key=value; write {item}=VALUE')
             try:
                 pairs[key] = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
                 pairs[key] = {'true': True, 'false': False, 'none': None}.get(text.lower(), text)
         super().__call__(parser, namespace, pairs, option_string)
 
@@ -269,13 +273,16 @@ def _convert(value: Any, field: dataclasses.Field) -> Any:
             return {}
         if not isinstance(value, dict):
             raise ValueError(f'{value!r} is not a mapping; write key: value pairs')
-        return {str(k): v for k, v in value.items()}
+        return {str(k): _literal(v) for k, v in value.items()}
     if typing.get_origin(kind) is list:
         items = [] if value is None else value if isinstance(value, (list, tuple)) else [value]
         if meta['nargs'] and len(items) != meta['nargs']:
             raise ValueError(f'has {len(items)} values; give {meta["nargs"]}')
         item_type = typing.get_args(kind)[0]
-        return [_convert_one(v, item_type, meta) for v in items]
+        converted = [_convert_one(v, item_type, meta) for v in items]
+        if meta['ordered'] and converted != sorted(converted):
+            raise ValueError(f'{converted} falls; write the smaller value first')
+        return converted
     return _convert_one(value, kind, meta)
 
 
@@ -283,16 +290,25 @@ def _convert_one(value: Any, kind: Any, meta: Any) -> Any:
     try:
         converted = _CONVERTERS[kind](value)
     except (TypeError, ValueError, OverflowError) as e:
-        raise ValueError(f'{value!r} is not {_TYPE_NAMES[kind]}') from e
+        raise ValueError(f'{_short(value)} is not {_TYPE_NAMES[kind]}') from e
     if meta['choices'] and converted not in meta['choices']:
         known = ', '.join(repr(c) if c == '' else str(c) for c in meta['choices'])
-        raise ValueError(f'{value!r} is not one of {known}')
-    low, high = meta['low'], meta['high']
+        raise ValueError(f'{_short(value)} is not one of {known}')
+    low, high, above = meta['low'], meta['high'], meta['above']
+    if kind is int:  # what C code below takes
+        low, high = -2 ** 31 if low is None else low, 2 ** 31 - 1 if high is None else high
     if low is not None and converted < low:
-        raise ValueError(f'{value!r} is too small; give at least {low:g}')
+        raise ValueError(f'{value!r} is too small; give at least {low:.10g}')
+    if above is not None and converted <= above:
+        raise ValueError(f'{value!r} is too small; give more than {above:g}')
     if high is not None and converted > high:
-        raise ValueError(f'{value!r} is too large; give at most {high:g}')
+        raise ValueError(f'{_short(value)} is too large; give at most {high:.10g}')
     return converted
+
+
+def _short(value: Any, most: int = 40) -> str:
+    text = repr(value)
+    return text if len(text) <= most else f'{text[:most]}...'
 
 
 def _to_int(value: Any) -> int:
@@ -308,8 +324,8 @@ def _to_float(value: Any) -> float:
 
 
 def _to_bool(value: Any) -> bool:
-    if isinstance(value, str):  # YAML 1.1 leaves a quoted 'true' a string
-        value = {'true': True, 'false': False}[value.lower()] if value.lower() in ('true', 'false') else value
+    if isinstance(value, str):
+        value = _TRUTH.get(value.lower(), value)
     if not isinstance(value, bool):
         raise ValueError
     return value
@@ -323,6 +339,14 @@ def _to_str(value: Any) -> str:
     return str(value)
 
 
+def _literal(value: Any) -> Any:
+    """A value of ``key: value`` pairs, which have no type of their own: 1e-3, a text in YAML, is a number."""
+    if isinstance(value, str) and re.fullmatch(r'[-+]?[0-9.]+[eE][-+]?[0-9]+', value):
+        return float(value)
+    return value
+
+
+_TRUTH = {'true': True, 'false': False, 'yes': True, 'no': False, 'on': True, 'off': False}
 _CONVERTERS: dict[Any, Any] = {int: _to_int, float: _to_float, bool: _to_bool, str: _to_str}
 _TYPE_NAMES = {int: 'a whole number', float: 'a finite number', bool: 'true or false', str: 'a text'}
 
@@ -343,14 +367,30 @@ def _unknown_flag(arg: str, cls: type) -> str:
         return f'unexpected argument {arg!r}; options are flags, data goes to --data-dir'
     flag = arg.partition('=')[0]
     key = flag.lstrip('-').replace('-', '_')
+    no_effect = getattr(cls, 'no_effect', {})
+    if key in no_effect or key in _fields(TrainConfig) and not issubclass(cls, LoopConfig):
+        return f'{flag}: has no effect here ({no_effect.get(key, "it belongs to training")}); leave it out'
+    if not issubclass(cls, LoopConfig) and key in NOT_OURS_IN_VALIDATION:
+        return f"flag {flag} is timm's and not available here; {NOT_OURS_IN_VALIDATION[key]}"
     if key in RENAMED:
         return f'unknown flag {flag}; use --{RENAMED[key].replace("_", "-")}'
     if key in NOT_OURS:
         return f"flag {flag} is timm's and not available here; {NOT_OURS[key][1]}"
-    names = {n.replace('_', '-'): None for n in _fields(cls)}
+    names = [name.replace('_', '-') for name, field in _fields(cls).items() if _offers(cls, field)]
     return f'unknown flag {flag}; {_nearest(flag.lstrip("-"), names, "--")}'
 
 
-def _nearest(name: str, known: typing.Iterable[str], prefix: str = '') -> str:
+def unknown_keys(unknown: Sequence[Any], known: typing.Iterable[str], other: str = 'see --help for all of them') -> str:
+    """One message about all unknown keys of a file: each with the nearest known one, or with ``other``."""
+    known = list(known)
+    return ' '.join(f'unknown key {key!r}; {_nearest(str(key), known, other=other)}' for key in unknown)
+
+
+def _nearest(
+        name: str,
+        known: typing.Iterable[str],
+        prefix: str = '',
+        other: str = 'see --help for all of them',
+) -> str:
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f'did you mean {prefix}{close[0]}?' if close else 'see --help for all of them'
+    return f'did you mean {prefix}{close[0]}?' if close else other

@@ -2,8 +2,11 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Callable
+
+import yaml
 
 from timm_spinal.errors import UserError
 
@@ -59,6 +62,60 @@ def read_json(path: Path) -> Any:
         return None
     except (OSError, ValueError) as e:
         raise UserError(f'{path}: cannot be read ({" ".join(str(e).split())}); remove it and run again') from e
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML without the surprises of its version 1.1: a key twice is an error; 1:30, 010, yes, no and dates are texts.
+
+    Texts that mean a number or a truth value are converted where an option wants one.
+    """
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f'the key {key.value!r} is there twice', key.start_mark)
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
+_YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag.rpartition(':')[2] in ('null', 'merge')]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind, _pattern, _first in (  # each a part of what YAML 1.1 takes, so that what PyYAML writes reads back equal
+    ('bool', r'true|True|TRUE|false|False|FALSE', 'tTfF'),
+    ('int', r'[-+]?(0|[1-9][0-9]{0,17})', '-+0123456789'),
+    ('float', r'[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)', '-+.0123456789'),
+):
+    _YamlLoader.add_implicit_resolver(f'tag:yaml.org,2002:{_kind}', re.compile(f'({_pattern})$'), list(_first))
+
+
+def read_yaml(path: str | Path, what: str, fix: str) -> dict[Any, Any]:
+    """The keys of a YAML file; an empty file has none.
+
+    Args:
+        path: The file.
+        what: What it is, for messages: ``config`` or ``sweep``.
+        fix: What to do where it does not exist or holds no keys.
+
+    Raises:
+        UserError: No such file, no YAML, a key that is there twice, or no keys.
+    """
+    try:
+        raw = yaml.load(Path(path).read_text(encoding='utf-8-sig'), _YamlLoader)
+    except (OSError, ValueError) as e:  # ValueError: no UTF-8, or a null byte in the name
+        reason = getattr(e, 'strerror', None) or ' '.join(str(e).split())
+        raise UserError(f'{what} {path}: {reason}; {fix}') from e
+    except yaml.YAMLError as e:
+        raise UserError(f'{what} {path}: not valid YAML ({" ".join(str(e).split())}); mend the file') from e
+    except RecursionError as e:
+        raise UserError(f'{what} {path}: is nested too deeply; write plain lines like "epochs: 3"') from e
+    if raw is not None and not isinstance(raw, dict):
+        raise UserError(f'{what} {path}: holds a {type(raw).__name__}, no keys; {fix}')
+    return raw or {}
 
 
 def fsync(path: str | os.PathLike) -> None:

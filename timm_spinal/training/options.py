@@ -18,18 +18,33 @@ def option(
         choices: tuple = (),
         low: float | None = None,
         high: float | None = None,
+        above: float | None = None,
+        ordered: bool = False,
         flags: tuple = (),
         const: Any = None,
         nargs: int | None = None,
         changes_result: bool = True,
+        training_only: bool = False,
 ) -> Any:
     """A dataclass field with what the parser needs.
 
-    ``low`` and ``high`` are inclusive bounds. ``changes_result`` is False for what says where and how a run is made,
-    and not what is trained and which weights of it are chosen.
+    Args:
+        default: Value where none is given.
+        help: Text for ``--help``.
+        choices: The values that there are.
+        low: Least value, of a list that of each item.
+        high: Greatest value.
+        above: Bound that the value must exceed.
+        ordered: The items of a list must not fall.
+        flags: Further spellings of the flag.
+        const: Value of the flag without a value.
+        nargs: Number of items of a list.
+        changes_result: False for what says where and how a run is made, and not what is trained and which weights of
+            it are chosen.
+        training_only: The option changes training and nothing else: commands that do not train do not offer it.
     """
-    metadata = dict(help=help, choices=choices, low=low, high=high, flags=flags, const=const, nargs=nargs,
-                    changes_result=changes_result)
+    metadata = dict(help=help, choices=choices, low=low, high=high, above=above, ordered=ordered, flags=flags,
+                    const=const, nargs=nargs, changes_result=changes_result, training_only=training_only)
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -49,7 +64,8 @@ class DataOptions:
         '--val-split: for data sets whose only other split is the test set', low=0., high=0.9)
     test_split: str = option('', 'split that is evaluated once, at the end, with the best weights; never for choosing')
     train_num_samples: int | None = option(
-        None, 'images in the training split, for streamed sources; pairs of multimnist, any number', low=1)
+        None, 'images in the training split, for streamed sources; pairs of multimnist, any number', low=1,
+        training_only=True)
     val_num_samples: int | None = option(
         None, 'images in the evaluation split, for streamed sources; pairs of multimnist, in the test split too', low=1)
     dataset_download: bool = option(
@@ -71,7 +87,7 @@ class DataOptions:
 @dataclass
 class ModelOptions:
     """Model"""
-    model: str = option('resnet50', 'name of the model: any of timm or timm_spinal')
+    model: str = option('resnet50', 'name of the model: any of timm or timm_spinal', flags=('-m',))
     pretrained: bool = option(False, 'start from the pretrained weights of this name')
     pretrained_path: str | None = option(
         None, 'start from the weights in this file; a classifier that does not fit is new')
@@ -85,29 +101,31 @@ class ModelOptions:
     crop_pct: float | None = option(None, 'centre crop of the evaluation images, part of the side', low=0.01)
     crop_mode: str | None = option(None, 'crop of the evaluation images', choices=('squash', 'border', 'center'))
     mean: list[float] | None = option(None, 'mean of the pixels, one per channel or one for all')
-    std: list[float] | None = option(None, 'standard deviation of the pixels')
+    std: list[float] | None = option(None, 'standard deviation of the pixels', above=0.)
     interpolation: str = option('', 'interpolation of the evaluation images')
     channels_last: bool = option(False, 'channels-last memory layout')
-    grad_checkpointing: bool = option(False, 'compute activations again in the backward pass to save memory')
+    grad_checkpointing: bool = option(
+        False, 'compute activations again in the backward pass to save memory', training_only=True)
     model_kwargs: dict[str, Any] = option({}, 'further model arguments as key=value, for instance head_width=256')
-    head_init_scale: float | None = option(None, 'multiply the initial weights of the classifier')
-    head_init_bias: float | None = option(None, 'initial bias of the classifier')
+    head_init_scale: float | None = option(None, 'multiply the initial weights of the classifier', training_only=True)
+    head_init_bias: float | None = option(None, 'initial bias of the classifier', training_only=True)
     torchcompile: str | None = option(None, 'compile with this backend', const='inductor')
     torchcompile_mode: str | None = option(None, 'mode of torch.compile')
-    drop: float = option(0., 'dropout of the backbone', low=0., high=1.)
-    drop_path: float | None = option(None, 'stochastic depth', low=0., high=1.)
-    drop_block: float | None = option(None, 'drop block', low=0., high=1.)
-    bn_momentum: float | None = option(None, 'BatchNorm momentum')
-    bn_eps: float | None = option(None, 'BatchNorm epsilon')
+    drop: float = option(0., 'dropout of the backbone', low=0., high=1., training_only=True)
+    drop_path: float | None = option(None, 'stochastic depth', low=0., high=1., training_only=True)
+    drop_block: float | None = option(None, 'drop block', low=0., high=1., training_only=True)
+    bn_momentum: float | None = option(None, 'BatchNorm momentum', low=0., high=1., training_only=True)
+    bn_eps: float | None = option(None, 'BatchNorm epsilon', low=0.)
     freeze: str = option(
         'none', 'what is not trained: backbone (all but the head), backbone-except-bn (all but the head and '
-        'BatchNorm), bn (BatchNorm of the backbone)', choices=('none', 'backbone', 'backbone-except-bn', 'bn'))
+        'BatchNorm), bn (BatchNorm of the backbone)', choices=('none', 'backbone', 'backbone-except-bn', 'bn'),
+        training_only=True)
     freeze_epochs: int = option(
         0, 'epochs at the start in which the head trains alone: the backbone keeps its weights and its BatchNorm '
-        'statistics', low=0)
+        'statistics', low=0, training_only=True)
     freeze_modules: list[str] = option(
         [], 'further parts that are not trained, by the names of named_modules(): weights, and BatchNorm with its '
-        'statistics; for instance layer4.2')
+        'statistics; for instance layer4.2', training_only=True)
 
 
 @dataclass
@@ -119,7 +137,7 @@ class LoaderOptions:
     workers: int = option(
         4, 'loader processes per process; 0 loads in the process itself', low=0, flags=('-j',), changes_result=False)
     pin_mem: bool = option(False, 'pin memory of the batches', changes_result=False)
-    seed: int = option(42, 'random seed', low=0)
+    seed: int = option(42, 'random seed', low=0, high=2 ** 32 - 1)
     mixed_precision: str | None = option(
         None, "as 'accelerate launch --mixed_precision'; not given: what accelerate is "
         'configured to', choices=('no', 'fp16', 'bf16', 'fp8'))
@@ -130,8 +148,8 @@ class LoaderOptions:
 class OptimizerOptions:
     """Optimizer"""
     opt: str = option('sgd', 'optimizer, any of timm')
-    opt_eps: float | None = option(None, 'epsilon of the optimizer')
-    opt_betas: list[float] | None = option(None, 'betas of the optimizer')
+    opt_eps: float | None = option(None, 'epsilon of the optimizer', low=0.)
+    opt_betas: list[float] | None = option(None, 'betas of the optimizer', low=0., high=1.)
     momentum: float = option(0.9, 'momentum', low=0.)
     weight_decay: float = option(2e-5, 'weight decay', low=0.)
     opt_kwargs: dict[str, Any] = option({}, 'further optimizer arguments as key=value')
@@ -154,13 +172,14 @@ class ScheduleOptions:
     lr_base_scale: str = option(
         '', 'scaling of lr_base with the batch; empty: by the optimizer',
         choices=('', 'linear', 'sqrt'))
-    lr_noise: list[float] | None = option(None, 'start (and end) of learning rate noise, part of all epochs')
+    lr_noise: list[float] | None = option(
+        None, 'start (and end) of learning rate noise, part of all epochs', low=0., high=1., ordered=True)
     lr_noise_pct: float = option(0.67, 'limit of the noise', low=0.)
     lr_noise_std: float = option(1., 'standard deviation of the noise', low=0.)
-    lr_cycle_mul: float = option(1., 'length factor from cycle to cycle')
-    lr_cycle_decay: float = option(0.5, 'learning rate factor from cycle to cycle')
+    lr_cycle_mul: float = option(1., 'length factor from cycle to cycle', above=0.)
+    lr_cycle_decay: float = option(0.5, 'learning rate factor from cycle to cycle', low=0.)
     lr_cycle_limit: int = option(1, 'number of cycles', low=1)
-    lr_k_decay: float = option(1., 'k-decay of cosine and poly')
+    lr_k_decay: float = option(1., 'k-decay of cosine and poly', above=0.)
     lr_decay_fn: str | None = option(None, 'shape of the decay of wsd and rsqrt')
     lr_stable_timescale: float | None = option(None, 'time scale of rsqrt in epochs')
     warmup_lr: float = option(1e-5, 'learning rate at the start of the warm-up', low=0.)
@@ -171,7 +190,7 @@ class ScheduleOptions:
     min_updates: int = option(
         0, 'updates that the run has at least: with few images an epoch sees them as often as it takes; not for '
         'streamed sources', low=0)
-    decay_milestones: list[int] = option([90, 180, 270], 'epochs at which multistep decays')
+    decay_milestones: list[int] = option([90, 180, 270], 'epochs at which multistep decays', low=0, ordered=True)
     decay_epochs: float | None = option(
         None, 'epochs between decays; not given: 90, for wsd and rsqrt the last fifth',
         low=0.)
@@ -179,7 +198,7 @@ class ScheduleOptions:
     warmup_prefix: bool = option(False, 'warm-up comes before the schedule, not out of it')
     cooldown_epochs: int = option(0, 'epochs at the lowest learning rate at the end', low=0)
     patience_epochs: int = option(10, 'patience of plateau', low=0)
-    decay_rate: float = option(0.1, 'factor of a decay', flags=('--dr',))
+    decay_rate: float = option(0.1, 'factor of a decay', low=0., flags=('--dr',))
 
 
 @dataclass
@@ -189,8 +208,10 @@ class AugmentOptions:
     train_crop_mode: str | None = option(
         None, 'random crop: rrc (random resized), rkrc or rkrr (keep the ratio)',
         choices=('rrc', 'rkrc', 'rkrr'))
-    scale: list[float] = option([0.08, 1.0], 'area of the random crop, smallest and largest', nargs=2)
-    ratio: list[float] = option([3. / 4., 4. / 3.], 'aspect ratio of the random crop', nargs=2)
+    scale: list[float] = option(
+        [0.08, 1.0], 'area of the random crop, smallest and largest', nargs=2, above=0., high=1., ordered=True)
+    ratio: list[float] = option(
+        [3. / 4., 4. / 3.], 'aspect ratio of the random crop, least and greatest', nargs=2, above=0., ordered=True)
     hflip: float = option(0.5, 'probability of a horizontal flip', low=0., high=1.)
     vflip: float = option(0., 'probability of a vertical flip', low=0., high=1.)
     rotation: float = option(
@@ -209,7 +230,8 @@ class AugmentOptions:
     recount: int = option(1, 'rectangles of random erasing', low=1)
     mixup: float = option(0., 'mixup alpha', low=0.)
     cutmix: float = option(0., 'cutmix alpha', low=0.)
-    cutmix_minmax: list[float] | None = option(None, 'smallest and largest cutmix ratio, overrides alpha', nargs=2)
+    cutmix_minmax: list[float] | None = option(
+        None, 'smallest and largest cutmix ratio, overrides alpha', nargs=2, low=0., high=1., ordered=True)
     mixup_prob: float = option(1., 'probability of mixing a batch', low=0., high=1.)
     mixup_switch_prob: float = option(0.5, 'probability of cutmix when both are on', low=0., high=1.)
     mixup_mode: str = option('batch', 'mix per batch, pair or element', choices=('batch', 'pair', 'elem'))

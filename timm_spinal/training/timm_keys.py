@@ -5,11 +5,14 @@ unless it asks for something that would not happen.
 """
 from typing import Any
 
+from timm_spinal.errors import UserError
+
 ANY = object()  # every value has the same outcome here
 
 RENAMED = {'data': 'data_dir', 'recovery_interval': 'checkpoint_steps'}
 
 _LAUNCH = "this belongs to accelerate: use 'accelerate launch' or 'accelerate config'"
+_PRECISION = 'mixed_precision: bf16 or fp16 (or accelerate launch --mixed_precision bf16)'
 _SINGLE = 'multi-label training is not supported: remove it'
 _LOSS = 'remove it: it belongs to a loss that is not supported here'
 _SIZES = 'scheduled image sizes are not supported: remove it'
@@ -24,10 +27,10 @@ NOT_OURS: dict[str, tuple[Any, str]] = {
     'device': (ANY, _LAUNCH),
     'device_modules': ((None, [], ['timm_spinal']), 'import the module before timm_spinal.train instead'),
     'local_rank': (ANY, _LAUNCH),
-    'amp': ((False,), 'use mixed_precision: bf16 (or accelerate launch --mixed_precision bf16)'),
-    'amp_dtype': (ANY, 'use mixed_precision'),
-    'amp_impl': (ANY, 'use mixed_precision'),
-    'model_dtype': ((None, 'float32'), 'use mixed_precision'),
+    'amp': ((None, False), f'use {_PRECISION}'),
+    'amp_dtype': (ANY, f'use {_PRECISION}'),
+    'amp_impl': (ANY, f'use {_PRECISION}'),
+    'model_dtype': ((None, 'float32'), f'use {_PRECISION}'),
     'no_ddp_bb': ((False,), _LAUNCH),
     'synchronize_step': ((False,), _LAUNCH),
     'torchscript': ((False,), 'use torchcompile'),
@@ -41,6 +44,12 @@ NOT_OURS: dict[str, tuple[Any, str]] = {
     'input_chans': ((None,), 'use in_chans'),
     'train_img_sizes': ((None, []), _SIZES),
     'train_img_size_probs': ((None, []), _SIZES),
+    'train_batch_sizes': ((None, []), _SIZES),
+    'train_size_probs': ((None, []), _SIZES),
+    'train_size_schedule_spread': (ANY, _SIZES),
+    'train_size_random_mix': (ANY, _SIZES),
+    'train_batches_per_epoch': ((None,), 'use epoch_repeats for longer or shorter epochs'),
+    'variable_batch_loss_scale': ((None, 'none'), _SIZES),
     'train_size_schedule': ((None, '', 'constant', 'random'), _SIZES),
     'aug_splits': ((0,), _SPLITS),
     'jsd_loss': ((False,), _SPLITS),
@@ -53,6 +62,7 @@ NOT_OURS: dict[str, tuple[Any, str]] = {
     'naflex_patch_sizes': (ANY, _NAFLEX),
     'naflex_patch_size_probs': (ANY, _NAFLEX),
     'naflex_loss_scale': (ANY, _NAFLEX),
+    'naflex_patchify_channels_first': (ANY, _NAFLEX),
     'save_images': ((False,), 'remove it'),
     'tta': ((0,), 'test-time augmentation is not supported: remove it'),
     # targets and losses
@@ -85,3 +95,45 @@ NOT_OURS: dict[str, tuple[Any, str]] = {
     'wandb_tags': (ANY, _WANDB),
     'wandb_resume_id': ((None, ''), _WANDB),
 }
+
+# flags of timm's validate.py
+NOT_OURS_IN_VALIDATION: dict[str, str] = {
+    'use_train_size': 'give the size with --img-size',
+    'crop_border_pixels': 'use --crop-pct, or --crop-mode border',
+    'log_freq': 'one line comes for each model: leave it out',
+    'num_gpu': _LAUNCH,
+    'test_pool': 'not supported: leave it out',
+    'tf_preprocessing': 'not supported: leave it out, or use --interpolation bicubic and --crop-pct 0.875',
+    'results_format': 'name the --results-file .csv or .json',
+    'real_labels': 'not supported: leave it out, and evaluate on a folder whose classes are the labels you want',
+    'valid_labels': 'not supported: give a folder with these classes and their numbers by --class-map',
+    'retry': 'give a smaller --batch-size',
+    'metrics_avg': 'not supported: leave it out',
+}
+
+
+def from_timm(raw: dict[Any, Any], path: str) -> dict[Any, Any]:
+    """The keys of a YAML file, those that timm calls otherwise under their names here.
+
+    ``amp: true`` with its ``amp_dtype`` becomes ``mixed_precision``. Where timm writes an old and a new name of one
+    option, as ``data`` and ``data_dir``, the one with a value counts.
+
+    Args:
+        raw: Keys and values of the file.
+        path: The file, for messages.
+
+    Raises:
+        UserError: Both names have values, and they differ.
+    """
+    values = {key: value for key, value in raw.items() if key not in RENAMED}
+    for old, new in RENAMED.items():
+        if old in raw and values.get(new) in (None, '', 0):
+            values[new] = raw[old]
+        elif raw.get(old) not in (None, '', 0, values.get(new)):
+            raise UserError(f'config {path}: {old} is {raw[old]!r} and {new} is {values[new]!r}; remove {old}')
+    if values.get('amp') is True and values.get('mixed_precision') is None:
+        values['amp'] = False
+        values['mixed_precision'] = {'bfloat16': 'bf16'}.get(str(raw.get('amp_dtype')), 'fp16')
+    elif values.get('amp') is True:
+        values['amp'] = False
+    return values
