@@ -12,6 +12,7 @@ from timm_spinal.errors import UserError
 from timm_spinal.training.config import ValidateConfig
 from timm_spinal.training.model import create_model
 
+from . import storage
 from .conftest import REPO, new_cache
 from .store import Blob
 
@@ -121,7 +122,7 @@ def test_download_cut_for_good_is_no_half_file(published, hub, quick, tmp_path, 
 
 @pytest.mark.parametrize('path, status, text', [
     ('xet-read-token', 401, 'the token is not valid (on demand); log in'),
-    ('xet-read-token', 403, 'the token may not do this (on demand); make one'),
+    ('xet-read-token', 403, 'the token may not do this (on demand); make one with read permission'),
     ('xet-read-token', 404, 'the Hub does not hold it (status 404: on demand)'),
     ('xet-read-token', 429, 'the Hub has had too many requests from you (status 429: on demand)'),
     ('xet-read-token', 503, 'the Hub has a fault (status 503: on demand)'),
@@ -141,6 +142,22 @@ def test_status_of_xet_is_told_as_such(published, hub, quick, path, status, text
     assert message().startswith(text)
     hub.faults.clear()
     load()
+
+
+@pytest.mark.parametrize('status, text', [
+    (401, 'the token is not valid (status 401); log in'),
+    (403, 'the token may not do this (status 403); make one with read permission'),
+    (503, 'the Hub has a fault (status 503)'),
+])
+def test_token_of_the_storage_that_has_expired(published, hub, quick, monkeypatch, status, text):
+    """hf_xet asks for another one by itself, and says what it gets."""
+    monkeypatch.setattr(storage, 'LIFETIME', -100)
+    load()
+    new_cache(monkeypatch, Path(constants.HF_HUB_CACHE).with_name('again'))
+    asked = hub.count('GET', 'xet-read-token')
+    hub.fail('slow', 'GET', 'xet-read-token')  # no fault: the first one, for huggingface_hub, is answered
+    hub.fail('status', 'GET', 'xet-read-token', times=1000, status=status)
+    assert message().startswith(text) and hub.count('GET', 'xet-read-token') > asked + 1
 
 
 @pytest.mark.parametrize('path, text', [

@@ -138,12 +138,13 @@ def test_cut_connections_to_the_storage(hub, run, capsys):
     assert one_line(run, capsys).startswith(f'error: {REPO}: the Hub cannot be reached (')
 
 
-@pytest.mark.parametrize('method, path, body', [
-    ('GET', 'whoami', b'[]'), ('GET', 'whoami', b'{}'), ('GET', '/api/models/me/digits$', b'[1]'),
-    ('POST', 'preupload', b'{"files": 1}'), ('POST', '/commit/', b'{}')])
-def test_json_of_another_form(hub, run, method, path, body, capsys):
+@pytest.mark.parametrize('method, path, body, text', [
+    ('GET', 'whoami', b'[]', 'TypeError: '), ('GET', 'whoami', b'{}', "KeyError: 'name'"),
+    ('GET', 'whoami', b'{"name": "me", "auth": null}', 'AttributeError: '),
+    ('GET', '/api/models/me/digits$', b'[1]', 'TypeError: '), ('POST', '/commit/', b'{}', "KeyError: 'commitUrl'")])
+def test_json_of_another_form(hub, run, method, path, body, text, capsys):
     hub.fail('status', method, path, status=200, times=1000, body=body)
-    one_line(run, capsys)
+    assert f'{REPO}: the Hub gave an answer that its client cannot read ({text}' in one_line(run, capsys)
 
 
 @pytest.mark.parametrize('body', [b'{"error": "on demand"}', b'', b'[]', PAGE])

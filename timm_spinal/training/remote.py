@@ -25,6 +25,7 @@ _TRANSPORT = {'TransportError', 'RequestException', 'ConnectionError'}
 _XET_STATUS = re.compile(r'HTTP status \w+ error \((\d{3}) ([^)]*)\)')
 _XET_NO_ANSWER = 'error sending request'
 _XET_UNREADABLE = ('error decoding response body', 'Malformed data', 'Format error', 'Invalid response')
+_XET_WHERE = re.compile(r'^(?:[A-Z][\w/ ]*: )+')  # which of its parts say that
 _XET_SYSTEM = re.compile(r'\(os error (\d+)\)')
 
 
@@ -63,6 +64,10 @@ def xet_text(error: BaseException) -> str:
     return str(error) if isinstance(error, (RuntimeError, OSError)) else ''
 
 
+def _detail(error: BaseException) -> str:
+    return one_line(_XET_WHERE.sub('', xet_text(error)) or error)
+
+
 def chain(error: BaseException | None) -> Iterator[BaseException]:
     """An error and what caused it."""
     while error is not None:
@@ -91,7 +96,7 @@ def explain(error: BaseException) -> str | None:
         if full := _disk_full(cause):
             return f'cannot be written ({full}); make room, or set HF_HOME to another disk'
         if any(mark in xet_text(cause) for mark in _XET_UNREADABLE):
-            return (f"what came from Xet's storage cannot be read ({one_line(cause)}); the transfer was cut, or a "
+            return (f"what came from Xet's storage cannot be read ({_detail(cause)}); the transfer was cut, or a "
                     'proxy answered in its place: try again, or set HF_HUB_DISABLE_XET=1')
         if isinstance(cause, OSError) and 'Consistency check failed' in str(cause):
             return 'came incomplete; try again'
@@ -100,7 +105,7 @@ def explain(error: BaseException) -> str | None:
         if isinstance(cause, HFValidationError):
             return "is no valid repository name; write it as owner/name, with letters, digits, '-', '_' and '.'"
         if is_transport(cause):
-            return f'the Hub cannot be reached ({one_line(cause)}); check the network'
+            return f'the Hub cannot be reached ({_detail(cause)}); check the network'
         if isinstance(cause, FileMetadataError) or 'Xet headers' in str(cause):
             return f'HF_ENDPOINT does not answer as a Hub does ({one_line(cause)})'
     if isinstance(error, LocalEntryNotFoundError):
@@ -134,7 +139,8 @@ def _of_answer(error: BaseException, answer: Answer) -> str:
     if status == 401 and not answer.of_storage:
         return f'the token is not valid ({said}); {LOG_IN}'
     if status == 403 and not answer.of_storage:
-        return f'the token may not do this ({said}); make one with write permission on hf.co/settings/tokens'
+        right = 'read' if re.search('/resolve/|/xet-read-token/', answer.url) else 'write'
+        return f'the token may not do this ({said}); make one with {right} permission on hf.co/settings/tokens'
     if status == 412:
         return 'somebody else has changed it in the meantime; try again'
     where = 'the storage of large files' if answer.of_storage else 'the Hub'
