@@ -101,8 +101,10 @@ def check_loads_by_name(file: Path, config: dict[str, Any], golden: dict[str, to
     base = get_pretrained_cfg(config['architecture'])
     assert base is not None
     try:
-        model = timm.create_model(
+        model: Any = timm.create_model(
             config['architecture'], pretrained=True, pretrained_cfg=packaged_cfg(base, config, file))
+        if model.loaded_weights.new:  # of a head with other options
+            raise RuntimeError(str(model.loaded_weights))
     except RuntimeError as e:
         raise UserError(f'{name}: was trained with options ({config.get("model_args")}) that its name does not say, so '
                         'the name alone would not load it; train it without them, or publish it with --repo') from e
