@@ -8,7 +8,7 @@
 
 Options are timm's (`--help` shows all), devices and processes are `accelerate`'s. A run leaves in its folder
 ``args.yaml``, ``summary.csv``, ``curves.png``, ``result.json``, ``last/`` (to go on exactly from where it was) and the
-best weights as timm reads them; the last line that is printed loads them.
+best weights as timm reads them; the last line that is printed loads them. Epochs count from 0 everywhere, as in timm.
 """
 import sys
 

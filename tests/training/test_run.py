@@ -10,12 +10,8 @@ from timm.layers import BatchNormAct2d
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.checkpoint import find_checkpoints
-from timm_spinal.training.model import (
-    check_batch_of_one,
-    count_statistics_once,
-    create_model,
-    needs_registration,
-)
+from timm_spinal.training.config import load_yaml
+from timm_spinal.training.model import check_batch_of_one, count_statistics_once, create_model, needs_registration
 from timm_spinal.training.run import create_accelerator, train
 
 from .images import make_split
@@ -35,6 +31,9 @@ from .runs import last_state, small_config
     (dict(model='test_efficientnet_gn', pretrained=True), 'model test_efficientnet_gn: '),
     (dict(resume='auto', experiment=''), '--resume auto: which run is not known'),
     (dict(resume='/nowhere'), 'resume /nowhere: no checkpoint there'),
+    (dict(experiment='../elsewhere'), "--experiment '../elsewhere': is a path, not a name"),
+    (dict(experiment='..', resume='auto'), "--experiment '..': is a path, not a name"),
+    (dict(experiment='run '), "--experiment 'run ': begins or ends with a space"),
     (dict(opt='sdg'), "unknown optimizer 'sdg'; the nearest are .*sgd"),
     (dict(log_with=['papyrus']), 'accelerate: .*papyrus'),
     (dict(log_with=['dvclive']), '--log-with dvclive: its package is not installed'),
@@ -224,6 +223,17 @@ def test_accelerate_setting_of_accumulation_holds_unless_given(tmp_path, monkeyp
     monkeypatch.setenv('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', '3')
     assert create_accelerator(small_config(tmp_path)).gradient_accumulation_steps == 3
     assert create_accelerator(small_config(tmp_path, grad_accum_steps=2)).gradient_accumulation_steps == 2
+
+
+def test_precision_of_the_launch_is_kept_with_the_run(tmp_path, monkeypatch, capsys):
+    """What was used, not what was asked for."""
+    config = small_config(tmp_path, epochs=1)
+    monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', 'bf16')
+    assert train(config)['mixed_precision'] == 'bf16'
+    assert load_yaml(tmp_path / 'run' / 'args.yaml')['mixed_precision'] == 'bf16'
+    monkeypatch.delenv('ACCELERATE_MIXED_PRECISION')
+    assert train(replace(config, epochs=2, resume='auto'))['mixed_precision'] == 'no'
+    assert "resuming with another mixed_precision: 'bf16' -> None" in capsys.readouterr().out
 
 
 def test_distillation_run(tmp_path):

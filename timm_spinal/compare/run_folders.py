@@ -4,6 +4,7 @@ from typing import Any
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import load_yaml
+from timm_spinal.training.folder import FolderLock
 from timm_spinal.training.variants import complete, differing, label
 
 from .runs import RESULT, Comparison, read_comparison, read_json, write_comparison
@@ -40,8 +41,8 @@ def comparisons_in(
         if not (folder / 'args.yaml').exists():
             raise UserError(f'{folder}: holds neither a comparison (compare.json) nor a run of the trainer (args.yaml)')
     comparison = _from_runs(runs, control, command)
-    output.mkdir(parents=True, exist_ok=True)
-    write_comparison(output, comparison)
+    with FolderLock(output):
+        write_comparison(output, comparison)
     return [(output, comparison)]
 
 

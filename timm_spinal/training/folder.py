@@ -79,11 +79,11 @@ def check_free(config: RunOptions, folder: Path) -> None:
     Raises:
         Occupied: It does.
     """
-    if config.resume == 'auto' or config.resume and resumed_folder(config.resume) == folder:
+    resumed = resumed_folder(config.resume) if config.resume not in ('', 'auto') else folder
+    if config.resume and os.path.realpath(resumed) == os.path.realpath(folder):
         return
     if find_checkpoints(folder / 'last') or (folder / 'result.json').exists():
-        advice = f'to go on in {resumed_folder(config.resume)} leave out --experiment' if config.resume else \
-            'go on with --resume auto'
+        advice = f'to go on in {resumed} leave out --experiment' if config.resume else 'go on with --resume auto'
         raise Occupied(f'run folder {folder}: holds a run already; {advice}, or choose another --experiment')
 
 
@@ -104,7 +104,7 @@ class FolderLock:
     the folders that `acquire` made where nothing was written into them. A second lock of the same process on the folder
     does nothing.
     """
-    held: ClassVar[set[Path]] = set()
+    held: ClassVar[set[tuple[int, str]]] = set()  # with the process, since a forked one holds nothing
 
     def __init__(self, folder: Path):
         self.folder = Path(folder).absolute()
@@ -118,7 +118,7 @@ class FolderLock:
             Occupied: Another process holds it.
             UserError: The folder cannot be made or written.
         """
-        if self.folder in self.held:
+        if self._key() in self.held:
             return
         self._made = []
         try:
@@ -127,7 +127,7 @@ class FolderLock:
                 with contextlib.suppress(FileNotFoundError):
                     self._file = self._try()
                 if self._file is not None:
-                    self.held.add(self.folder)
+                    self.held.add(self._key())
                     return
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
         except OSError as e:
@@ -150,7 +150,7 @@ class FolderLock:
                 path.unlink(missing_ok=True)
             os.close(self._file)
         self._file = None
-        self.held.discard(self.folder)
+        self.held.discard(self._key())
         self._remove_made()
 
     def __enter__(self) -> 'FolderLock':
@@ -159,6 +159,9 @@ class FolderLock:
 
     def __exit__(self, *exc: Any) -> None:
         self.release()
+
+    def _key(self) -> tuple[int, str]:
+        return os.getpid(), os.path.realpath(self.folder)
 
     def _make_folder(self) -> None:
         missing = [p for p in (self.folder, *self.folder.parents) if not p.exists()]

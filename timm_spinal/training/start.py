@@ -45,20 +45,20 @@ def carry_out(
         UserError: A loader worker was killed, and what the parts raise.
     """
     run: Run | None = None
-    try:
-        with dead_workers_named(lambda: _how_to_go_on(run)):
-            run = prepare()
-            run.after_epoch = after_epoch
-            fit(run)
-            result = finish(run)
-        if after_run is not None:
-            after_run(run, result)
-        return result
-    finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
-        accelerator.free_memory()
-        _claimed.close()
+    with _claimed:
+        try:
+            with dead_workers_named(lambda: _how_to_go_on(run)):
+                run = prepare()
+                run.after_epoch = after_epoch
+                fit(run)
+                result = finish(run)
+            if after_run is not None:
+                after_run(run, result)
+            return result
+        finally:
+            for tracker in accelerator.trackers:
+                tracker.finish()
+            accelerator.free_memory()
 
 
 def _how_to_go_on(run: Run | None) -> str:
