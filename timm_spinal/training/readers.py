@@ -20,6 +20,7 @@ from .image_files import (
     LINKED_AGAIN,
     NO_TARGET,
     NOT_MAPPED,
+    OTHER,
     OUTSIDE,
     SPECIAL,
     PassedOver,
@@ -30,6 +31,8 @@ from .image_files import (
     shown,
     suffix_of,
 )
+
+FOLDER, IMAGE = 'folder', 'image'  # kinds of what is not passed over
 
 
 class ClassReader(Reader):
@@ -162,29 +165,32 @@ def _scan_folder(root: str, suffixes: set[str], passed_over: PassedOver) -> tupl
                 folders.append(path)
             with os.scandir(place) as entries:
                 for entry in sorted(entries, key=lambda e: e.name):
-                    name = os.path.join(path, entry.name)
-                    if kind := ignored(entry.name):
-                        passed_over.add(kind, entry.name)
-                    elif _follow(entry, 'is_dir'):
+                    name, kind = os.path.join(path, entry.name), _kind(entry, suffixes)
+                    if kind == FOLDER:
                         (links if entry.is_symlink() else pending).append(name)
-                    elif suffix_of(entry.name) not in suffixes:
-                        if _is_broken(entry):
-                            passed_over.add(NO_TARGET, entry.name)
-                        else:
-                            passed_over.add_file(entry.name)
-                    elif _follow(entry, 'is_file') or _is_broken(entry):
+                    elif kind == IMAGE:
                         images.append(name)
+                    elif kind == OTHER:
+                        passed_over.add_file(entry.name)
                     else:
-                        passed_over.add(SPECIAL, entry.name)
+                        passed_over.add(kind, entry.name)
         except OSError as e:
             raise UserError(f'data folder {shown(place)}: cannot be read ({e.strerror}); check its permissions, or '
                             f'remove it') from e
     return images, folders
 
 
-def _identity(path: str | Path) -> tuple[int, int]:
-    stat = os.stat(path)
-    return stat.st_dev, stat.st_ino
+def _kind(entry: os.DirEntry, suffixes: set[str]) -> str:
+    """`FOLDER`, `IMAGE` or the kind of what is passed over."""
+    if kind := ignored(entry.name):
+        return kind
+    if _follow(entry, 'is_dir'):
+        return FOLDER
+    broken = entry.is_symlink() and not os.path.exists(entry.path)
+    if suffix_of(entry.name) not in suffixes:
+        return NO_TARGET if broken else OTHER
+    # a link to nothing counts as an image that cannot be read, so that it is not lost without a word
+    return IMAGE if broken or _follow(entry, 'is_file') else SPECIAL
 
 
 def _follow(entry: os.DirEntry, method: str) -> bool:
@@ -194,9 +200,9 @@ def _follow(entry: os.DirEntry, method: str) -> bool:
         return False
 
 
-def _is_broken(entry: os.DirEntry) -> bool:
-    """A link to nothing counts as an image that cannot be read, so that it is not lost without a word."""
-    return entry.is_symlink() and not os.path.exists(entry.path)
+def _identity(path: str | Path) -> tuple[int, int]:
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino
 
 
 def count_empty(classes: Iterable[str], images: list[tuple[str, Any]], passed_over: PassedOver) -> None:
