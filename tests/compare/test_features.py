@@ -216,3 +216,9 @@ def test_run_backbone_without_pooling_is_refused(root, tmp_path):
         run(make_config(root, model_kwargs=dict(global_pool='')), tmp_path / 'f')
     model = make_model(make_config(root)).eval()
     assert run_backbone(model, torch.zeros(2, 3, 16, 16))['pooled'].shape == (2, model.num_features)
+
+
+def test_upright_images_have_features_of_their_own(root, tmp_path):
+    run(make_config(root), tmp_path / 'f')
+    with pytest.raises(UserError, match='--rebuild'):
+        run(make_config(root, exif_transpose=True), tmp_path / 'f')

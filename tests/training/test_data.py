@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
+from PIL import Image
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import ValidateConfig
@@ -200,3 +201,19 @@ def test_streams_are_for_one_process(root):
     datasets.train.streamed = True
     with pytest.raises(UserError, match='one process only'):
         create_data(quick_config(data_dir=root), TinyModel, datasets, num_processes=2)
+
+
+def test_turned_images_are_upright_when_asked_for(tmp_path):
+    root = make_folder(tmp_path, per_class=2, size=8)
+    tags = Image.Exif()
+    tags[0x112] = 6
+    for file in root.rglob('*.png'):
+        Image.open(file).save(file, exif=tags)
+    batches = {}
+    for upright in (False, True):
+        data = make_data(quick_config(
+            data_dir=str(root), exif_transpose=upright, no_aug=True, batch_size=2, mean=[0.], std=[1.]))
+        data.set_epoch(0)
+        batches[upright] = next(iter(data.train_loader))[0], next(iter(data.eval_loader))[0]
+    for stored, shown in zip(batches[False], batches[True]):
+        assert torch.equal(shown, stored.rot90(-1, (2, 3))) and not torch.equal(shown, stored)

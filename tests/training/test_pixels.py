@@ -122,12 +122,14 @@ def test_lab_and_inverted_cmyk_have_the_colours_of_the_picture():
 
 ALPHA = Image.fromarray(np.linspace(0, 255, 9 * 14).reshape(9, 14).astype(np.uint8))
 INDEXED = RGB.convert('P', palette=Image.Palette.ADAPTIVE, colors=16)
+INDEXED_ALPHA = INDEXED.convert('PA')
+INDEXED_ALPHA.putalpha(ALPHA)
 
 
 @pytest.mark.parametrize('image', [
     stored(Image.merge('RGBA', (*RGB.split(), ALPHA)), 'PNG'),
     stored(Image.merge('LA', (GREY, ALPHA)), 'PNG'),
-    Image.merge('RGBA', (*RGB.split(), ALPHA)).convert('PA'),
+    INDEXED_ALPHA,
     stored(INDEXED, 'PNG', transparency=bytes(range(0, 256, 16))),
     stored(INDEXED, 'PNG', transparency=INDEXED.getpixel((0, 0))),
     stored(INDEXED, 'GIF', transparency=INDEXED.getpixel((0, 0))),
@@ -172,8 +174,10 @@ def test_modes_that_a_model_can_take():
             assert (image.mode, np.asarray(image).size) == (mode, 6 * channels)
 
 
-@pytest.mark.parametrize('kind, mode', [('AVIF', 'RGB'), ('ICNS', 'RGB'), ('BLP', 'P'), ('TIFF', 'F'), ('PNG', 'RGB')])
-def test_damaged_files_of_any_format_fail_in_one_way(kind, mode):
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('kind, mode', [('AVIF', 'RGB'), ('ICNS', 'RGB'), ('ICNS', 'P'), ('BLP', 'P'), ('PNG', 'RGB')])
+def test_damaged_files_of_any_format_fail_in_one_way(kind, mode, monkeypatch):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 10_000)
     file = io.BytesIO()
     try:
         RGB.convert(mode).save(file, kind)

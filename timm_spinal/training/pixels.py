@@ -162,7 +162,7 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
     keeps = mode[-1] in 'Aa'
     if image.mode in _STRAIGHT and image.mode != mode:
         image = image.convert(_STRAIGHT[image.mode])
-    if image.has_transparency_data and not keeps:
+    if not keeps and _is_transparent(image):
         image = image.convert('RGBA')
         behind = Image.new('RGB', image.size, BACKGROUND)
         behind.paste(image, mask=image)
@@ -173,6 +173,12 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
         return image.convert(mode)
     except ValueError:  # for instance LAB to L, which Pillow does not do in one step
         return image.convert('RGB').convert(mode)
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    # not Image.has_transparency_data, which fails on the palettes that damaged files lack
+    palette = image.palette.mode if image.mode == 'P' and image.palette else ''
+    return 'transparency' in image.info or (image.mode + palette)[-1] in 'Aa'
 
 
 def _orientation(image: Image.Image) -> int:
