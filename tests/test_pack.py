@@ -49,6 +49,19 @@ def test_pack_a_folder(run, packed, tmp_path, capsys):
     assert all(torch.equal(again[k], v) for k, v in load_file(packed / 'model.safetensors').items())
 
 
+def test_one_answer_for_all_images_is_said(run, tmp_path, capsys):
+    """Scores that no image changes, in place of those of the folder that is packed elsewhere without the warning."""
+    model = timm.create_model(f'local-dir:{run}', pretrained=True)
+    torch.nn.init.zeros_(model.head.scores.norm.weight)
+    torch.nn.init.ones_(model.head.scores.norm.bias)
+    save_for_hf(model, str(tmp_path / 'same'), safe_serialization=True)
+    for folder, count in ((tmp_path / 'same', 1), (run, 0)):
+        assert main(['pack', str(folder), '-o', str(tmp_path / f'packed{count}')]) == 0
+        out = capsys.readouterr().out
+        assert out.count(f'warning: {folder} gives the same answer for all 16 noise images') == count == \
+            out.count('warning')
+
+
 def test_a_name_without_weights_is_said_to_be_untrained(tmp_path, capsys):
     assert main(['pack', 'test_resnet_xnodr', '-o', str(tmp_path / 'new')]) == 0
     assert capsys.readouterr().err == 'test_resnet_xnodr: a model name without weights; its head is untrained\n'

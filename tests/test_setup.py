@@ -69,7 +69,7 @@ def test_what_is_imported_is_declared():
 
 READ = '''
 import sys
-sys.path += {more!r}  # what is installed otherwise, without the files there that add further folders
+sys.path += [{where!r}, *{more!r}]  # and what else is installed, without the files there that add further folders
 import site
 site.addsitedir({where!r})
 from timm_spinal.training.config import find_config, parse_config

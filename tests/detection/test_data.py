@@ -68,6 +68,12 @@ def test_epochs_differ_and_repeat(folder):
     assert len(batches(folder, 0, epoch_repeats=2.)) == 8
 
 
+def test_small_data_lose_no_image(folder):
+    assert {i for _, ids in batches(folder, 0, batch_size=3) for i in ids} == set(range(8))
+    made = config(folder, epochs=4, min_updates=30)
+    assert len(create_data(made, open_splits(made), num_processes=2).train_loader.sampler) == 8 * 2 * made.batch_size
+
+
 def test_batch_that_is_never_full(folder):
     made = config(folder, batch_size=5)
     with pytest.raises(UserError, match='--batch-size 5: an epoch has 8 images, .* of 2 processes; use .* 4 or less'):

@@ -53,7 +53,8 @@ NO_EFFECT = {
     **dict.fromkeys(('num_classes',), 'the classes come from the data'),
     **dict.fromkeys(('head_init_scale', 'head_init_bias'), 'the heads keep their own initial weights'),
     **dict.fromkeys(
-        ('grad_checkpointing', 'drop', 'drop_path', 'drop_block', 'bn_momentum', 'freeze'),
+        ('grad_checkpointing', 'drop', 'drop_path', 'drop_block', 'bn_momentum', 'freeze', 'freeze_epochs',
+         'freeze_modules'),
         'the backbone is not trained'),
     **dict.fromkeys(
         ('mixup', 'cutmix', 'cutmix_minmax', 'mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch',
