@@ -143,7 +143,10 @@ def load_exactly(model: Any, path: str, use_ema: Optional[bool] = None) -> Loade
         WeightsError: A file that cannot be read, or any weight that is missing, too many or of another shape.
     """
     if os.path.splitext(path)[1] in ('.npz', '.npy'):  # of JAX, for the models of timm that convert it
-        load_checkpoint(model, path)
+        try:
+            load_checkpoint(model, path)
+        except Exception as e:  # whatever the model's own converter does with other arrays
+            raise WeightsError(f'{path}: {" ".join(str(e).split()) or "no such file"}') from e
         return LoadedWeights(path, len(model.state_dict()))
     state_dict: Any = OrderedDict(read_weights(path, use_ema))
     if isinstance(model, ResNet):

@@ -174,12 +174,13 @@ def _plain_data() -> Any:
     """Classes beside tensors that hold data only and are often saved with weights: options, paths, NumPy's numbers."""
     if not hasattr(torch.serialization, 'safe_globals'):
         return contextlib.nullcontext()
-    core = getattr(np, '_core', None) or np.core
     numpy: List[Any] = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in '?bBhHiIlLqQefd')]
-    functions: List[Any] = [core.multiarray.scalar, core.multiarray._reconstruct]
-    # NumPy 1 and 2 call the module differently
-    named = [(function, f'numpy.{where}.multiarray.{function.__name__}')
-             for function in functions for where in ('core', '_core')]
+    functions: List[Any] = [np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]]
+    named = functions
+    if tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 6):
+        # NumPy 1 and 2 call their module differently
+        named = [(function, f'numpy.{where}.multiarray.{function.__name__}')
+                 for function in functions for where in ('core', '_core')]
     paths: List[Any] = [pathlib.PosixPath, pathlib.PurePosixPath]
     return torch.serialization.safe_globals([argparse.Namespace, *paths, *numpy, *named])
 
