@@ -22,7 +22,8 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # huggingface_hub's HTTP client is another one from version to version; these names are in all of them
 _TRANSPORT = {'TransportError', 'RequestException', 'ConnectionError'}
 # hf_xet raises RuntimeError and ConnectionError for whatever happens, and says in words what it was
-_XET_STATUS = re.compile(r'HTTP status \w+ error \((\d{3}) ([^)]*)\)')
+# (the last two forms: with huggingface_hub 1.0, which gets a new token for it, of an error of huggingface_hub's own)
+_XET_STATUS = re.compile(r"""(?:HTTP status \w+ error \(|(?:Client|Server) error '|HTTPError\(["'])(\d{3}) """)
 _XET_NO_ANSWER = 'error sending request'
 _XET_UNREADABLE = ('error decoding response body', 'Malformed data', 'Format error', 'Invalid response')
 _XET_WHERE = re.compile(r'^(?:[A-Z][\w/ ]*: )+')  # which of its parts say that
@@ -54,7 +55,7 @@ def answer_of(error: BaseException) -> Answer | None:
         return Answer(response.status_code, one_line(said), str(response.url), by_xet=False)
     text = xet_text(error)
     if found := _XET_STATUS.search(text):
-        url = re.search(r'https?://[^\s)]+', text)
+        url = re.search(r'''https?://[^\s)'"]+''', text)
         return Answer(int(found[1]), '', url[0] if url else '', by_xet=True)
     return None
 
