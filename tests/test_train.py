@@ -23,7 +23,7 @@ def flags(config):
 
 
 def test_command_line_is_the_function(tmp_path, capsys):
-    config = small_config(tmp_path, drop=0.)
+    config = small_config(tmp_path, drop=0., epoch_repeats=0.)
     assert main(['train', *flags(config), '--seed', '3']) == 0
     out = capsys.readouterr().out
     assert 'load it: ' in out.splitlines()[-1]
