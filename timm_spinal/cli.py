@@ -95,8 +95,10 @@ def guard(function: Callable[[list[str]], int], argv: list[str]) -> int:
     """
     from timm_spinal.training.signals import StopRequested
     first = os.environ.get('RANK', '0') == '0'
+    logger = logging.getLogger('timm_spinal')
+    level = logger.level
     if not first:  # all processes would warn of the same
-        logging.getLogger('timm_spinal').setLevel(logging.ERROR)
+        logger.setLevel(logging.ERROR)
     try:
         return function(argv)
     except UserError as e:
@@ -115,6 +117,7 @@ def guard(function: Callable[[list[str]], int], argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     finally:
+        logger.setLevel(level)
         _leave_process_group()
 
 

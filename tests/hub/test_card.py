@@ -75,13 +75,14 @@ def test_command_and_options_repeat_the_run(card, trained):
 def test_command_with_every_kind_of_option():
     config = TrainConfig(
         model='vgg5', data_dir='/home/somebody/pets', model_kwargs=dict(head_width=7, a='x y'), scale=[0.5, 1.0],
-        no_aug=True, mean=[0.5], smoothing=0.0, output='/elsewhere', mixed_precision='bf16', class_map='../map.txt')
+        mean=[0.5], smoothing=0.0, output='/elsewhere', mixed_precision='bf16', class_map='../map.txt')
     text = command(config, 4)
     assert text.startswith('accelerate launch --num_processes 4 -m timm_spinal.train --data-dir pets')
     assert '/home' not in text and '/elsewhere' not in text and "'a=x y'" in text
     import shlex
     again = parse_config(shlex.split(text.replace('\\\n', ''))[6:])
     assert shared_options(again) == shared_options(config)
+    assert '--scale' not in command(replace(config, no_aug=True), 1), 'has no effect, and would be refused'
 
 
 def test_first_code_block_runs(trained, tmp_path, monkeypatch):

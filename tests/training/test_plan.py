@@ -108,4 +108,5 @@ def test_an_answer_that_is_always_the_same_is_named(tmp_path, capsys):
     assert main(['validate', '--checkpoint', str(tmp_path / 'run'), '--data-dir', str(tmp_path / 'images'),
                  '-j', '0', '-vb', '8']) == 0
     out = capsys.readouterr().out.splitlines()
-    assert len(out) == 2 and out[1].startswith(f'warning: {tmp_path / "run"} answers class 1 for every image')
+    assert len(out) == 3 and out[0].startswith('weights ')
+    assert out[2].startswith(f'warning: {tmp_path / "run"} answers class 1 for every image')

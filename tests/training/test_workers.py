@@ -55,7 +55,7 @@ def test_killed_worker_is_one_line(tmp_path, monkeypatch, capfd, kind):
 
     with monkeypatch.context() as patch:
         patch.setattr(Source, 'read', die)
-        patch.setattr(detection_data, '_read', die)
+        patch.setattr(detection_data, 'read_image', die)
         assert guard(lambda argv: start(kind, tmp_path, 2), []) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith('error: ')]
     assert len(lines) == 1 and lines[0].startswith('error: loader worker ') and 'Traceback' not in lines[0]

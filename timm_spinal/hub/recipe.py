@@ -10,6 +10,7 @@ from timm.models import get_pretrained_cfg, parse_model_name
 
 from timm_spinal.training.config import TrainConfig
 from timm_spinal.training.identity import PATHS
+from timm_spinal.training.option_checks import AUGMENTATION
 
 # of this machine or this start, not of the recipe
 LEFT_OUT = {
@@ -55,7 +56,7 @@ def command(args: TrainConfig, processes: int) -> str:
     words = [*launch, '-m', 'timm_spinal.train']
     for f in fields(TrainConfig):
         value = values.get(f.name)
-        if f.name in values and value != getattr(defaults, f.name):
+        if f.name in values and value != getattr(defaults, f.name) and not (args.no_aug and f.name in AUGMENTATION):
             words += _flag('--' + f.name.replace('_', '-'), value)
     lines, line = [], ''
     for word in map(shlex.quote, words):

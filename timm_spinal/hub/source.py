@@ -99,7 +99,7 @@ def open_run(folder: Path, weights: str = 'best', result: dict[str, Any] | None 
             raise UserError(f'{folder}: the run has not ended (no result.json); go on with --resume')
         result = read_json(folder / 'result.json')
         if 'train_size' not in result:
-            raise UserError(f'{folder / "result.json"}: does not say what the run trained on; restore it, or train again')
+            raise UserError(f'{folder / "result.json"}: says nothing of the training; restore it, or train again')
     files = {name: folder / name for name in ('summary.csv', 'curves.png') if (folder / name).is_file()}
     if weights == 'best':
         return Source(_read_weights(folder / WEIGHTS), config, args, result, scores_of(args, result), files, folder)

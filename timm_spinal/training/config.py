@@ -124,8 +124,8 @@ def load_yaml(path: str | Path, cls: type = TrainConfig) -> dict[str, Any]:
         UserError: No such file, not a mapping, unknown key, value of the wrong type or out of its bounds.
     """
     near = difflib.get_close_matches(Path(path).stem, [config.stem for config in _configs()], n=1) or ['finetune']
-    raw = read_yaml(find_config(path), 'config', 'give an existing YAML file of lines like "epochs: 3" to --config, or '
-                    f'the name of a config of ours, such as {near[0]}')
+    raw = read_yaml(path, 'config', 'give an existing YAML file to --config, or the name of a config of ours, such as '
+                    f'{near[0]}', find_config(path))
     fields, values, unknown = _fields(cls), {}, []
     for key, value in from_timm(raw, str(path)).items():
         if key in fields:

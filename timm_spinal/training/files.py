@@ -96,19 +96,20 @@ for _kind, _pattern, _first in (  # each a part of what YAML 1.1 takes, so that 
     _YamlLoader.add_implicit_resolver(f'tag:yaml.org,2002:{_kind}', re.compile(f'({_pattern})$'), list(_first))
 
 
-def read_yaml(path: str | Path, what: str, fix: str) -> dict[Any, Any]:
+def read_yaml(path: str | Path, what: str, fix: str, place: Path | None = None) -> dict[Any, Any]:
     """The keys of a YAML file; an empty file has none.
 
     Args:
-        path: The file.
+        path: The file, by the name that the user gave it.
         what: What it is, for messages: ``config`` or ``sweep``.
         fix: What to do where it does not exist or holds no keys.
+        place: Where it lies, if that is not ``path``.
 
     Raises:
         UserError: No such file, no YAML, a key that is there twice, or no keys.
     """
     try:
-        raw = yaml.load(Path(path).read_text(encoding='utf-8-sig'), _YamlLoader)
+        raw = yaml.load(Path(place or path).read_text(encoding='utf-8-sig'), _YamlLoader)
     except (OSError, ValueError) as e:  # ValueError: no UTF-8, or a null byte in the name
         reason = getattr(e, 'strerror', None) or ' '.join(str(e).split())
         raise UserError(f'{what} {path}: {reason}; {fix}') from e

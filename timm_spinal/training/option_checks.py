@@ -14,7 +14,7 @@ _MODEL_ARGUMENTS = {
 }
 _NOT_FOR_RUNS = ('features_only', 'out_indices', 'scriptable', 'exportable', 'device', 'cache_dir')
 # what --no-aug switches off
-_AUGMENTATION = (
+AUGMENTATION = (
     'aa', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'rotation', 'perspective', 'color_jitter',
     'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'aug_repeats',
 )
@@ -31,8 +31,9 @@ def check_options(config: Any, given: Collection[str] = ()) -> None:
         UserError: Names the options and the way out.
     """
     set_ = _not_default(config)
-    augment = [name for name in _AUGMENTATION if set_.get(name)]
-    if set_.get('no_aug') and not ('no_aug' in given and not set(augment) & set(given)) and augment:
+    # of a file --no-aug may undo these, and args.yaml of such a run has both
+    augment = [name for name in AUGMENTATION if set_.get(name) and name in given]
+    if set_.get('no_aug') and augment:
         raise UserError(f'{_flag(augment[0])} and --no-aug contradict each other; leave one out (--aug undoes a no_aug '
                         'of the config file)')
     if set_.get('bce_loss') and set_.get('loss', 'bce') != 'bce':

@@ -144,8 +144,8 @@ def create_with_weights(
 ) -> Any:
     """The model of a run, with the weights that it starts from; the main process says what became of them.
 
-    A run that goes on from a checkpoint has all weights in it: it does not end for a file that has gone, or that an
-    older version took although it does not fit.
+    A run that goes on from a checkpoint has all weights in it: it does not end for a file that has gone since, or that
+    an older version took although it does not fit.
 
     Args:
         create: Makes the model of a config, with an attribute ``loaded_weights``.
@@ -159,13 +159,19 @@ def create_with_weights(
     try:
         model = create(config)
     except UserError as e:
-        if not config.resume or not find_checkpoints(run_folder(config, '') / 'last'):
+        checkpoints = find_checkpoints(run_folder(config, '') / 'last') if config.resume else []
+        if not checkpoints or _changed(config, checkpoints[0]).keys() & without.keys():
             raise
         model = create(replace(config, **without))
         accelerator.print(f'resuming: the weights of the start are not looked at again ({e})')
     if model.loaded_weights is not None:
         accelerator.print(f'weights {model.loaded_weights}', flush=True)
     return model
+
+
+def _changed(config: LoopConfig, checkpoint: Path) -> dict[str, str]:
+    saved = read_state(checkpoint)
+    return changed_settings(saved['config'], vars(config), saved.get('cwd', ''))
 
 
 def _claim(config: LoopConfig, name: str) -> Path:
