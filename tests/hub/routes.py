@@ -32,7 +32,9 @@ def create_repo(hub: TestHub, request: Request) -> Reply:
     url = dict(url=f'{hub.url}/{name}')
     if name in hub.store.repos:
         return json_reply(dict(url, error='You already created this model repo'), 409)
-    hub.store.repos[name] = Repo(name, private=wanted.get('visibility') == 'private')
+    # clients before 1.4 say private, later ones visibility
+    private = wanted.get('visibility') == 'private' or bool(wanted.get('private'))
+    hub.store.repos[name] = Repo(name, private=private)
     return json_reply(url)
 
 
