@@ -32,9 +32,7 @@ def create_repo(hub: TestHub, request: Request) -> Reply:
     url = dict(url=f'{hub.url}/{name}')
     if name in hub.store.repos:
         return json_reply(dict(url, error='You already created this model repo'), 409)
-    # clients before 1.4 say private, later ones visibility
-    private = wanted.get('visibility') == 'private' or bool(wanted.get('private'))
-    hub.store.repos[name] = Repo(name, private=private)
+    hub.store.repos[name] = Repo(name, private=wanted.get('visibility') == 'private')
     return json_reply(url)
 
 
