@@ -165,13 +165,13 @@ def test_no_tag_claims_weights_that_are_not_there():
 @pytest.mark.parametrize('name', sorted({name.partition('.')[0] for name in packaged_names()}))
 def test_bare_name_loads_whole_weights(name, caplog):
     """Not the backbone's alone beside a new head, where the package has both."""
-    tag = timm.get_pretrained_cfg(name).tag
-    if tag is None:  # packaged weights want another preprocessing than a new model of the name
-        assert not timm.get_pretrained_cfg(name).has_weights
-        return
-    assert f'{name}.{tag}' in timm_spinal.list_models(pretrained='whole')
+    new = timm.get_pretrained_cfg(name)
     with caplog.at_level('WARNING'):
-        found = timm.create_model(name, pretrained=True).state_dict()
+        model = timm.create_model(name, pretrained=True)
+    found, tag = model.state_dict(), model.pretrained_cfg['tag']
+    assert f'{name}.{tag}' in timm_spinal.list_models(pretrained='whole')
+    if new.tag is None:  # packaged weights want another preprocessing than a new model of the name, and bring theirs
+        assert not new.has_weights and model.pretrained_cfg['mean'] != new.mean
     expected = load_file(FOLDER / f'{name}.{tag}.safetensors')
     assert caplog.text == '' and found.keys() == expected.keys()
     assert all(torch.equal(value, expected[key].to(value.dtype)) for key, value in found.items())

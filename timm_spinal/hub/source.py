@@ -98,6 +98,8 @@ def open_run(folder: Path, weights: str = 'best', result: dict[str, Any] | None 
         if not (folder / 'result.json').is_file():
             raise UserError(f'{folder}: the run has not ended (no result.json); go on with --resume')
         result = read_json(folder / 'result.json')
+        if 'train_size' not in result:
+            raise UserError(f'{folder / "result.json"}: does not say what the run trained on; restore it, or train again')
     files = {name: folder / name for name in ('summary.csv', 'curves.png') if (folder / name).is_file()}
     if weights == 'best':
         return Source(_read_weights(folder / WEIGHTS), config, args, result, scores_of(args, result), files, folder)
@@ -136,7 +138,10 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: It cannot be read, or is something else.
     """
     try:
-        return dict(json.loads(path.read_text(encoding='utf-8')))
+        value = json.loads(path.read_text(encoding='utf-8'))
+        if not isinstance(value, dict):
+            raise TypeError
+        return value
     except (OSError, ValueError, TypeError) as e:
         raise UserError(f'{path}: cannot be read ({type(e).__name__}); restore it, or train again') from e
 

@@ -14,9 +14,11 @@ from timm.models import (
     model_entrypoint,
     resolve_model_input_args,
     resolve_pretrained_cfg,
+    split_model_name_tag,
 )
 from timm.models._builder import pretrained_cfg_for_features
 
+from ._packaged import packaged_names
 from .fill_weights import (
     COUNTER,
     LoadedWeights,
@@ -70,9 +72,12 @@ def build_model(
 ) -> Any:
     """timm's ``build_model_with_cfg``, with files of weights read and loaded by the rules of this package.
 
-    The model renames the weights of foreign code in ``load_state_dict`` too, so that ``checkpoint_path`` takes them.
+    A name whose own cfg has no weights, as its images are prepared otherwise, means those inside the package. The model
+    renames the weights of foreign code in ``load_state_dict`` too, so that ``checkpoint_path`` takes them.
     """
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict()
+    if pretrained and not _has_weights(cfg):
+        cfg = _packaged(variant) or cfg
     cfg['classifier'] = cfg.get('classifier') or get_pretrained_cfg_value(variant, 'classifier')
 
     def create(cfg: Dict[str, Any]) -> Any:
@@ -83,6 +88,16 @@ def build_model(
     if not kwargs.get('features_only'):
         rename_on_load(model, pretrained_filter_fn)
     return model
+
+
+def _has_weights(cfg: Dict[str, Any]) -> bool:
+    return any(cfg.get(key) for key in ('url', 'file', 'hf_hub_id', 'source', 'state_dict'))
+
+
+def _packaged(variant: str) -> Dict[str, Any]:
+    """The cfg of the first of an architecture's packaged weights; empty without any."""
+    name = next((name for name in packaged_names() if split_model_name_tag(name)[0] == variant), None)
+    return resolve_pretrained_cfg(name).to_dict() if name else {}
 
 
 def is_from_file(cfg: Dict[str, Any]) -> bool:

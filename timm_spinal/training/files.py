@@ -51,17 +51,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file, or None where there is none.
+    """The keys and values of a JSON file, or None where there is none.
 
     Raises:
-        UserError: The file is damaged.
+        UserError: The file is damaged, or holds something else.
     """
     try:
-        return json.loads(path.read_text(encoding='utf-8'))
+        value = json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as e:
         raise UserError(f'{path}: cannot be read ({" ".join(str(e).split())}); remove it and run again') from e
+    if not isinstance(value, dict):
+        raise UserError(f'{path}: holds {value!r:.20} and no keys; remove it and run again')
+    return value
 
 
 class _YamlLoader(yaml.SafeLoader):

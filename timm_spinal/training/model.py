@@ -166,6 +166,8 @@ def _check_source(source: str, name: str) -> None:
         reason = explain(e) or (one_line(e) if isinstance(e, (OSError, ValueError, RuntimeError)) else None)
         if isinstance(e, (json.JSONDecodeError, UnicodeDecodeError)):
             reason = f'its config.json is no JSON ({one_line(e)})'
+        if isinstance(e, (TypeError, AttributeError)):
+            reason = 'its config.json holds other things than timm writes; restore it'
         if isinstance(e, KeyError):
             reason = (f'its config.json has no {e}, so it is no classifier of timm; a detector opens with '
                       'timm_spinal.detection.load_detector')
