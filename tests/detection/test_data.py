@@ -1,15 +1,19 @@
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from timm_spinal.detection.data import DetectionData, create_data, open_splits
+from timm_spinal.detection.data import DetectionData, create_data, open_splits, read_image
+from timm_spinal.detection.image_files import image_size
 from timm_spinal.detection.options import DetectionConfig
+from timm_spinal.detection.plot import draw_boxes
 from timm_spinal.errors import UserError
+from timm_spinal.training.pixels import Decoder, open_image
 
-from .shapes import draw, write_coco
+from .shapes import draw, read_json, write_coco, write_json, write_voc
 
 
 @pytest.fixture(scope='module')
@@ -134,3 +138,119 @@ def test_images_of_other_modes_keep_their_levels(tmp_path, convert):
     grey = torch.from_numpy(np.array(draw(0)[0].convert('L'))) / 255
     found = DetectionData(open_splits(config(root))['train'].images)[0, None][0]
     assert torch.equal(found, grey.expand(3, -1, -1))
+
+
+def forget_sizes(root, kind):
+    """Take the sizes out of the training split's annotations."""
+    if kind == 'coco':
+        content = read_json(root, 'train')
+        write_json(root, 'train', dict(content, images=[
+            {k: v for k, v in row.items() if k not in ('width', 'height')} for row in content['images']]))
+        return
+    for file in (root / 'Annotations').glob('train_*.xml'):
+        file.write_text(re.sub('<size>.*</size>', '', file.read_text()))
+
+
+@pytest.mark.parametrize('upright', [False, True])
+@pytest.mark.parametrize('orientation', [3, 5, 6, 8, 9])
+@pytest.mark.parametrize('kind', ['coco', 'voc'])
+def test_size_that_annotations_do_not_say_is_that_of_the_decoded_image(tmp_path, kind, orientation, upright):
+    root = dict(coco=write_coco, voc=write_voc)[kind](tmp_path, train=1, val=1)
+    forget_sizes(root, kind)
+    made = config(root, exif_transpose=upright)
+    file = open_splits(made)['train'].images[0].file
+    tags = Image.Exif()
+    tags[0x112] = orientation
+    draw(0)[0].save(file, exif=tags)
+    record = open_splits(made)['train'].images[0]
+    assert (record.width, record.height) == ((80, 96) if upright and 5 <= orientation <= 8 else (96, 80))
+    expected = Image.open(file).convert('RGB')
+    if upright:
+        expected = ImageOps.exif_transpose(expected)
+    assert np.array_equal(read_image(record, Decoder(exif_transpose=upright)), expected)
+
+
+@pytest.mark.parametrize('suffix, kind', [('.jpg', 'JPEG'), ('.tif', 'TIFF'), ('.jp2', 'JPEG2000')])
+def test_unknown_size_of_other_formats(tmp_path, suffix, kind):
+    """Pillow turns TIFF files by itself, the size it says before decoding too."""
+    tags = Image.Exif()
+    tags[0x112] = 6
+    file = tmp_path / f'image{suffix}'
+    draw(0)[0].save(file, kind, **({} if kind == 'JPEG2000' else dict(exif=tags)))
+    for upright in (False, True):
+        decoded = Decoder(exif_transpose=upright)(open_image(file), lambda: '')
+        assert image_size(file, upright) == decoded.size
+
+
+def rename(root, index, name):
+    content = read_json(root, 'train')
+    content['images'][index]['file_name'] = name
+    write_json(root, 'train', content)
+
+
+def missing(root):
+    rename(root, 0, 'new\nline.png')
+
+
+def twice(root):
+    (root / 'train' / 'new\nline.png').write_bytes((root / 'train' / '0.png').read_bytes())
+    rename(root, 0, 'new\nline.png')
+    rename(root, 1, 'new\nline.png')
+
+
+def ambiguous(root):
+    for suffix in ('.bmp', '.gif'):
+        draw(0)[0].save(root / 'train' / f'new\nline{suffix}')
+    rename(root, 0, 'new\nline.png')
+
+
+def damaged(root):
+    (root / 'train' / 'new\nline.png').write_bytes(b'no image')
+    rename(root, 0, 'new\nline.png')
+
+
+def damaged_without_size(root):
+    damaged(root)
+    forget_sizes(root, 'coco')
+
+
+def of_another_size(root):
+    draw(0, 90, 90)[0].save(root / 'train' / 'new\nline.png')
+    rename(root, 0, 'new\nline.png')
+
+
+@pytest.mark.parametrize('change, message', [
+    (missing, r'images are missing, for instance .*new\\nline.png; check'),
+    (twice, r'its image is .*new\\nline.png, and so is that of'),
+    (ambiguous, r'new\\nline.bmp and new\\nline.gif in .* could both be meant'),
+    (damaged, r'new\\nline.png cannot be read'),
+    (damaged_without_size, r'new\\nline.png cannot be read'),
+    (of_another_size, r'new\\nline.png is 90x90, and its annotations are of 96x80'),
+])
+def test_name_of_several_lines_is_told_on_one(tmp_path, change, message):
+    root = write_coco(tmp_path, train=2, val=1)
+    change(root)
+    with pytest.raises(UserError, match=message) as error:
+        DetectionData(open_splits(config(root))['train'].images)[0, None]
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_formats_are_those_of_the_classifiers_folders(tmp_path):
+    """Neither what needs another program nor what has no pixels is taken for an image."""
+    root = write_coco(tmp_path, train=1, val=1)
+    (root / 'train' / '0.png').rename(root / 'train' / '0.mpo')
+    for name in ('0.eps', '0.mpg', '0.wmf'):
+        (root / 'train' / name).write_bytes(b'')
+    rename(root, 0, '0')
+    assert open_splits(config(root))['train'].images[0].file.name == '0.mpo'
+
+
+def test_boxes_are_drawn_on_what_the_detector_gets(tmp_path):
+    """The drawn image is the decoded one: 16 bits of grey as grey, not as white."""
+    root = write_coco(tmp_path, train=1, val=1)
+    grey = np.asarray(draw(0)[0].convert('L'))
+    Image.fromarray(grey.astype(np.uint16) * 257).save(root / 'train' / '0.png')
+    images = open_splits(config(root))['train'].images
+    draw_boxes(tmp_path / 'boxes.png', images, {0: (np.zeros((0, 4)), [], [])}, ['disc', 'square'], Decoder())
+    shown = np.asarray(Image.open(tmp_path / 'boxes.png').convert('L'))
+    assert (shown < 60).mean() > 0.3 < (grey < 60).mean()

@@ -39,7 +39,7 @@ def new_cache(monkeypatch, folder) -> None:
     """From now on the client's cache is this folder, and it knows nothing of what Xet's storage has sent or taken."""
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(folder))
     monkeypatch.setenv('HF_XET_CACHE', f'{folder}_xet')
-    getattr(_xet, 'abort_xet_session', lambda: None)()  # the next one reads the environment; clients of 1.0 have none
+    getattr(_xet, 'abort_xet_session', lambda: None)()  # the next one reads the environment; clients of 1.18 have none
     getattr(_xet, 'XET_CONNECTION_INFO_CACHE', {}).clear()
 
 

@@ -1,4 +1,4 @@
-"""A Hub in this process: the part of the Hugging Face Hub's HTTP API that huggingface_hub 1.0 to 2.4 calls for models.
+"""A Hub in this process: the part of the Hugging Face Hub's HTTP API that huggingface_hub 1.18 to 2.4 calls for models.
 
 Repositories, preupload, large files in one part or several (git LFS), commits, pull requests, branches, tags, trees and
 downloads with ETag, Range, redirects to another host for large files, and errors by code. Large files come and go by

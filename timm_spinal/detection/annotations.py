@@ -24,6 +24,7 @@ from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
 from timm_spinal.errors import UserError
+from timm_spinal.training.image_files import shown
 
 from .values import Corners
 
@@ -204,15 +205,15 @@ def check_images(name: str, entries: Sequence[Entry]) -> None:
     """
     missing = [entry.file for entry in entries if not isfile(entry.file)]
     if missing:
-        raise UserError(f'{name}: {len(missing)} of {len(entries)} images are missing, for instance {missing[0]}; '
-                        'check --data-dir')
+        raise UserError(f'{name}: {len(missing)} of {len(entries)} images are missing, for instance '
+                        f'{shown(str(missing[0]))}; check --data-dir')
     if not entries:
         raise UserError(f'{name}: it has no images')
     first: dict[Path, Entry] = {}
     for entry in entries:
         if (other := first.setdefault(entry.file, entry)) is not entry:
-            raise UserError(f'{entry.where}: its image is {entry.file}, and so is that of {other.where}; join their '
-                            'annotations')
+            raise UserError(f'{entry.where}: its image is {shown(str(entry.file))}, and so is that of {other.where}; '
+                            'join their annotations')
 
 
 def label_of(name: str, class_names: list[str], where: str) -> int:

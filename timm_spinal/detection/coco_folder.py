@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from timm_spinal.errors import UserError
+from timm_spinal.training.image_files import image_suffixes
 
 from .annotations import Box, Counts, DetectionSet, Entry, gather, label_of
-from .image_files import FileFinder, image_size, image_suffixes
+from .image_files import FileFinder, image_size
 from .values import Corners, around, class_name, flag, four_numbers, identity, number, read_json, short, side
 
 PLACES = ('annotations/instances_{}.json', 'annotations/{}.json', '{}/_annotations.coco.json')
@@ -27,13 +28,19 @@ def find_annotations(root: Path, split: str) -> Path | None:
     return next((path for place in PLACES if (path := root / place.format(split)).is_file()), None)
 
 
-def read_coco(root: Path, split: str, class_names: list[str] | None = None) -> DetectionSet:
+def read_coco(
+        root: Path,
+        split: str,
+        class_names: list[str] | None = None,
+        exif_transpose: bool = False,
+) -> DetectionSet:
     """Read a split.
 
     Args:
         root: The folder.
         split: Name of a split that `find_annotations` finds.
         class_names: Of the training split, whose labels these get; None: this is the training split.
+        exif_transpose: Images whose annotations say no size are turned upright, as `Decoder` does.
 
     Raises:
         UserError: A damaged file, an unknown category or image, images that are missing.
@@ -49,7 +56,12 @@ def read_coco(root: Path, split: str, class_names: list[str] | None = None) -> D
     for id, box in _boxes(path, content['annotations'], names, classes, images, counts):
         boxes[id].append(box)
     finder = FileFinder([root / place.format(split) for place in IMAGES], image_suffixes())
-    entries = [_entry(where, row, boxes[id], finder, root / split, counts) for id, (where, row) in images.items()]
+    entries = []
+    for id, (where, row) in images.items():
+        file = _file(where, row, finder, counts) or root / split / str(row['file_name'])
+        width, height = side(row.get('width')), side(row.get('height'))
+        size = (width, height) if width and height else image_size(file, exif_transpose)
+        entries.append(Entry(file, where, size, boxes[id]))
     return gather(f'{root} ({split})', entries, classes, counts)
 
 
@@ -177,13 +189,12 @@ def _area(value: Any, where: str) -> float | None:
     return area or None
 
 
-def _entry(where: str, row: Row, boxes: list[Box], finder: FileFinder, folder: Path, counts: Counts) -> Entry:
+def _file(where: str, row: Row, finder: FileFinder, counts: Counts) -> Path | None:
+    """The file of an image, or None."""
     name = row['file_name']
     if isinstance(name, bool) or not isinstance(name, (str, int)) or not str(name).strip():
         raise UserError(f'{where}: its file_name is {short(name)}, no name of a file; mend it')
     file = finder.exact(str(name))
     if file is None and (file := finder.find(str(name), where)):
         counts.renamed += 1
-    file = file or folder / str(name)
-    width, height = side(row.get('width')), side(row.get('height'))
-    return Entry(file, where, (width, height) if width and height else image_size(file), boxes)
+    return file

@@ -15,6 +15,7 @@ from torchvision.transforms.functional import to_tensor
 from timm_spinal.errors import UserError
 from timm_spinal.training.data import TrainData, create_loader, create_sampler
 from timm_spinal.training.dataset import UnreadableImage
+from timm_spinal.training.image_files import shown
 from timm_spinal.training.pixels import UNREADABLE, Decoder, open_image
 from timm_spinal.training.sampling import EvalSampler
 from timm_spinal.training.torch_sources import EVAL_NAMES, TRAIN_NAMES
@@ -77,13 +78,14 @@ def read_image(record: Annotated, decode: Decoder) -> Image.Image:
     Raises:
         UnreadableImage: It cannot be decoded, or has not the size that its annotations say.
     """
+    name = shown(str(record.file))
     try:
-        image = decode(open_image(record.file), lambda: str(record.file), (record.width, record.height))
+        image = decode(open_image(record.file), lambda: name, (record.width, record.height))
     except UNREADABLE as e:
         reason = ' '.join(str(e).split()) or type(e).__name__
-        raise UnreadableImage(f'image {record.file} cannot be read ({reason}); mend or remove it') from e
+        raise UnreadableImage(f'image {name} cannot be read ({reason}); mend or remove it') from e
     if image.size != (record.width, record.height):
-        raise UnreadableImage(f'image {record.file} is {image.width}x{image.height}, and its annotations are of '
+        raise UnreadableImage(f'image {name} is {image.width}x{image.height}, and its annotations are of '
                               f'{record.width}x{record.height}; mend one of them')
     return image
 
@@ -100,14 +102,15 @@ def open_splits(config: DetectionConfig) -> dict[str, DetectionSet]:
     if not root.is_dir():
         raise UserError(f'data folder {root}: does not exist; check --data-dir')
     kind = config.data_format or ('voc' if is_voc(root) else 'coco')
-    train = _open(kind, root, config.train_split)
+    upright = config.exif_transpose
+    train = _open(kind, root, config.train_split, None, upright)
     if not config.keep_empty:
         train = replace(train, images=[image for image in train.images if not image.crowd.all()])
     if not train.images:
         raise UserError(f'{train.name}: no image has a box; check the annotations')
-    splits = dict(train=train, eval=_open(kind, root, config.val_split, train.class_names))
+    splits = dict(train=train, eval=_open(kind, root, config.val_split, train.class_names, upright))
     if config.test_split:
-        splits['test'] = _open(kind, root, config.test_split, train.class_names)
+        splits['test'] = _open(kind, root, config.test_split, train.class_names, upright)
     for split in (config.val_split, config.test_split):
         name = 'eval' if split == config.val_split else 'test'
         if split and not any(len(image.boxes) > image.crowd.sum() for image in splits[name].images):
@@ -115,12 +118,12 @@ def open_splits(config: DetectionConfig) -> dict[str, DetectionSet]:
     return splits
 
 
-def _open(kind: str, root: Path, split: str, class_names: list[str] | None = None) -> DetectionSet:
+def _open(kind: str, root: Path, split: str, class_names: list[str] | None, upright: bool) -> DetectionSet:
     find, read = FORMATS[kind]
     group = next((g for g in (TRAIN_NAMES, EVAL_NAMES) if split in g), ())
     for name in dict.fromkeys((split, *group)):
         if find(root, name) is not None:
-            return read(root, name, class_names)
+            return read(root, name, class_names, upright)
     layout = dict(coco='annotations/instances_{0}.json, annotations/{0}.json or {0}/_annotations.coco.json',
                   voc='ImageSets/Main/{0}.txt')[kind].format(split)
     raise UserError(f'data folder {root}: no split {split!r} ({layout}); check --data-dir and the name of the split')

@@ -2,7 +2,6 @@
 import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from functools import cache
 from os.path import isdir, isfile  # False, where pathlib's raise, for names that are too long
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -10,27 +9,24 @@ from typing import Literal
 from PIL import Image
 
 from timm_spinal.errors import UserError
+from timm_spinal.training.image_files import image_suffixes, shown
+from timm_spinal.training.pixels import UNREADABLE, decoded_size
 
 
-@cache
-def image_suffixes() -> frozenset[str]:
-    """Suffixes in lower case, with the dot, of the formats that Pillow reads."""
-    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
-
-
-def image_size(file: Path) -> tuple[int, int]:
-    """Width and height as the image itself has them; 0, 0 where there is no such file.
+def image_size(file: Path, exif_transpose: bool = False) -> tuple[int, int]:
+    """Width and height of an image as `Decoder` gives it where nothing says its size; 0, 0 where there is no such file.
 
     Raises:
         UserError: It is no image.
     """
-    if not file.is_file():
+    if not isfile(file):
         return 0, 0
     try:
         with Image.open(file) as image:
-            return image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise UserError(f'image {file} cannot be read ({" ".join(str(e).split())}); mend or remove it') from e
+            return decoded_size(image, exif_transpose)
+    except UNREADABLE as e:
+        reason = ' '.join(str(e).split())
+        raise UserError(f'image {shown(str(file))} cannot be read ({reason}); mend or remove it') from e
 
 
 class _Folder:
@@ -114,8 +110,9 @@ class FileFinder:
 
 def _only(files: Sequence[Path], where: str) -> Path:
     if len(files) > 1:
-        raise UserError(f'{where}: {files[0].name} and {files[1].name} in {files[0].parent} could both be meant; keep '
-                        'one of them or write its whole name')
+        one, other = (shown(file.name) for file in files[:2])
+        raise UserError(f'{where}: {one} and {other} in {shown(str(files[0].parent))} could both be meant; keep one of '
+                        'them or write its whole name')
     return files[0]
 
 

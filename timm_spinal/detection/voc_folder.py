@@ -9,9 +9,10 @@ from pathlib import Path
 from xml.etree.ElementTree import Element
 
 from timm_spinal.errors import UserError
+from timm_spinal.training.image_files import image_suffixes
 
 from .annotations import Box, Counts, DetectionSet, Entry, gather, label_of
-from .image_files import FileFinder, image_size, image_suffixes
+from .image_files import FileFinder, image_size
 from .values import Corners, around, class_name, flag, four_numbers, read_lines, read_xml, side
 
 
@@ -26,13 +27,19 @@ def find_list(root: Path, split: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def read_voc(root: Path, split: str, class_names: list[str] | None = None) -> DetectionSet:
+def read_voc(
+        root: Path,
+        split: str,
+        class_names: list[str] | None = None,
+        exif_transpose: bool = False,
+) -> DetectionSet:
     """Read a split.
 
     Args:
         root: The folder, ``VOCdevkit/VOC2012`` of the original.
         split: Name of a split that `find_list` finds.
         class_names: Of the training split, whose labels these get; None: this is the training split.
+        exif_transpose: Images whose annotations say no size are turned upright, as `Decoder` does.
 
     Raises:
         UserError: A damaged file, an unknown class, images that are missing.
@@ -54,7 +61,8 @@ def read_voc(root: Path, split: str, class_names: list[str] | None = None) -> De
         boxes = [_box(o, classes, f'{file}: object {place}', str(file), counts)
                  for place, o in enumerate(tree.iter('object'), 1)]
         width, height = (side(tree.findtext(f'size/{tag}')) for tag in ('width', 'height'))
-        entries.append(Entry(image, str(file), (width, height) if width and height else image_size(image), boxes))
+        size = (width, height) if width and height else image_size(image, exif_transpose)
+        entries.append(Entry(image, str(file), size, boxes))
     return gather(f'{root} ({split})', entries, classes, counts, first_pixel=1)
 
 

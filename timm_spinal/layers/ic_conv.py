@@ -54,7 +54,7 @@ def box_mean(
         return F.avg_pool2d(x, kernel_size, stride, padding)
     # what pooling cannot do, a constant filter for each channel can
     kh, kw = kernel_size
-    box = torch.full((channels, 1, kh, kw), 1. / (kh * kw), device=x.device, dtype=x.dtype)
+    box = x.new_full((channels, 1, kh, kw), 1. / (kh * kw))
     return F.conv2d(x, box, None, stride, padding, dilation, channels)
 
 

@@ -129,7 +129,7 @@ class Decoder:
     def _turns(
             self, stored: tuple[int, int], orientation: int, name: Callable[[], str], size: tuple[int, int] | None,
     ) -> bool:
-        upright = stored[::-1] if orientation >= 5 else stored
+        upright = _upright(stored, orientation)
         if stored != upright and size in (stored, upright):
             return size == upright
         if not self.exif_transpose:
@@ -141,6 +141,11 @@ class Decoder:
     def _tell(self, topic: str, text: Callable[[], str]) -> None:
         if int(os.environ.get('RANK') or 0) == 0 and self._untold[topic].acquire(block=False):
             _logger.warning(text())
+
+
+def decoded_size(image: Image.Image, exif_transpose: bool) -> tuple[int, int]:
+    """Width and height that a `Decoder` gives an opened image, from its head alone, where nothing says its size."""
+    return _upright(image.size, _orientation(image)) if exif_transpose else image.size
 
 
 def usable_modes() -> dict[str, int]:
@@ -189,6 +194,10 @@ def _orientation(image: Image.Image) -> int:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged, in one of many ways; the pixels are good
         return 1
+
+
+def _upright(stored: tuple[int, int], orientation: int) -> tuple[int, int]:
+    return stored[::-1] if orientation in _TURNS and orientation >= 5 else stored
 
 
 # ---- levels -----------------------------------------------------------------------------------------------------

@@ -22,9 +22,10 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # huggingface_hub's HTTP client is another one from version to version; these names are in all of them
 _TRANSPORT = {'TransportError', 'RequestException', 'ConnectionError'}
 # hf_xet raises RuntimeError and ConnectionError for whatever happens, and says in words what it was
-# (the last two forms: with huggingface_hub 1.0, which gets a new token for it, of an error of huggingface_hub's own)
+# (the last two forms: with huggingface_hub 1.18, which gets a new token for it, of an error of huggingface_hub's own)
 _XET_STATUS = re.compile(r"""(?:HTTP status \w+ error \(|(?:Client|Server) error '|HTTPError\(["'])(\d{3}) """)
-_XET_NO_ANSWER = 'error sending request'
+# the second: huggingface_hub 1.18 closes its HTTP client when a connection fails, and tries again with the closed one
+_NO_ANSWER = ('error sending request', 'the client has been closed')
 _XET_UNREADABLE = ('error decoding response body', 'Malformed data', 'Format error', 'Invalid response')
 _XET_WHERE = re.compile(r'^(?:[A-Z][\w/ ]*: )+')  # which of its parts say that
 _XET_SYSTEM = re.compile(r'\(os error (\d+)\)')
@@ -79,7 +80,7 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 def is_transport(error: BaseException) -> bool:
     """Whether the connection failed, before there was an answer."""
     offline = isinstance(error, OfflineModeIsEnabled)  # that is no fault of the connection
-    if _XET_NO_ANSWER in xet_text(error):
+    if any(mark in xet_text(error) for mark in _NO_ANSWER):
         return True
     return not offline and any(cls.__name__ in _TRANSPORT for cls in type(error).__mro__)
 
