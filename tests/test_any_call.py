@@ -104,6 +104,8 @@ def contents(folder: Path) -> dict[str, tuple]:
     return {str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob('*')}
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_any_call(place, tmp_path_factory, capsys, monkeypatch):
     verbs = [*VERBS, 'compare --sweep', 'compare --report']
     flags = {verb: flags_of(verb, capsys) or ['-h'] for verb in verbs}
