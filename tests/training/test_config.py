@@ -341,6 +341,8 @@ def test_a_file_that_is_no_text(tmp_path):
     (['--opt-kwargs', 'lr=0.1'], '--opt-kwargs lr: use --lr'), (['--opt-kwargs', 'eps=1'], 'use --opt-eps'),
     (['--no-aug', '--aa', 'rand-m9'], '--aa and --no-aug contradict'),
     (['--no-aug', '--vflip', '0.5'], '--vflip and --no-aug'),
+    (['--img-size', '1'], 'at least 8'), (['--input-size', '3', '1', '1'], 'at least 8 pixels'),
+    (['--crop-pct', '1e5'], 'at most 4'),
     (['--bce-loss', '--loss', 'asl'], '--bce-loss and --loss asl'),
     (['--input-size', '3', '64', '64', '--img-size', '32'], '--img-size 32 and --input-size 3 64 64'),
     (['--val-split', 'test', '--val-split-fraction', '0.1'], '--val-split test and --val-split-fraction'),

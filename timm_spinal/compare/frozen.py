@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from timm.models import safe_model_name
 
 from timm_spinal.errors import UserError
 from timm_spinal.training import overview
-from timm_spinal.training.agree import agree
+from timm_spinal.training.agree import agree, new_accelerator
 from timm_spinal.training.folder import FolderLock
 from timm_spinal.training.model import create_model
 from timm_spinal.training.report import hardware
@@ -52,8 +50,7 @@ def compare_frozen(config: FrozenConfig, command: str) -> Path | None:
         raise UserError(f'--control {config.control}: is not compared; choose one of {", ".join(names)}')
     if len({slug(name) for name in names}) < len(names):
         raise UserError('--heads: two of the names give the same folder; write their options in another way')
-    AcceleratorState._reset_state()  # the precision of a run before this one in the same process
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    accelerator = new_accelerator(config.mixed_precision)
     train_config = as_train_config(config)
     with accelerator.main_process_first():
         splits = open_splits(train_config, config.test_split_fraction, config.train_size)

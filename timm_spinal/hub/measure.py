@@ -3,10 +3,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-
 from timm_spinal.errors import UserError
+from timm_spinal.training.agree import new_accelerator
 from timm_spinal.training.config import TrainConfig, ValidateConfig
 from timm_spinal.training.options import DataOptions
 from timm_spinal.training.validation import Candidate, validate_one
@@ -85,8 +83,7 @@ def measure(source: Source, folder: Path, data_dir: str = '') -> list[Score]:
 def _measure_one(score: Score, run: TrainConfig, folder: Path, where: Where) -> Score:
     is_test = bool(run.test_split) and score.split == split_name(run, run.test_split)
     config, split = evaluation(run, folder, where, is_test)
-    AcceleratorState._reset_state()
-    row = validate_one(Accelerator(mixed_precision='no'), Candidate(f'the weights on {split}', config), set())
+    row = validate_one(new_accelerator('no'), Candidate(f'the weights on {split}', config), set())
     if score.images and row['images'] != score.images:
         raise UserError(f'{split}: has {row["images"]} images now and had {score.images} in the run')
     return replace(score, accuracies={name: row[name] for name in score.accuracies}, images=row['images'])

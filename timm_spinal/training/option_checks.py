@@ -49,6 +49,8 @@ def check_options(config: Any, given: Collection[str] = ()) -> None:
         if size and name in set_ and not same:
             raise UserError(f'{_flag(name)} {set_[name]} and --input-size {" ".join(map(str, size))} contradict each '
                             'other; leave one out')
+    if size and min(size[1:]) < 8:
+        raise UserError(f'--input-size {" ".join(map(str, size))}: is too small for an image; give at least 8 pixels')
     _check_model_kwargs(set_.get('model_kwargs', {}))
     _check_optimizer_kwargs(config, set_.get('opt_kwargs', {}))
     if set_.get('torchcompile'):

@@ -6,14 +6,13 @@ from typing import Any, Callable
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, gather_object, set_seed
 from timm.task import TrainingTask
 
 from timm_spinal.errors import UserError
 
 from . import report
-from .agree import agree
+from .agree import agree, new_accelerator
 from .checkpoint import candidates, choose_checkpoint, find_checkpoints, load_checkpoint, read_state
 from .config import LoopConfig, to_yaml
 from .data import TrainData, dead_workers_named
@@ -78,16 +77,11 @@ def make_accelerator(config: LoopConfig, need_whole_weights: Refused, **kwargs: 
     Raises:
         UserError: Trackers or precision that are not available; options that do not go with sharded weights.
     """
-    # the settings of a run before this one in the same process
-    AcceleratorState._reset_state()
     if config.grad_accum_steps > 1:  # the plugin wins over the environment, the plain argument does not
         kwargs['gradient_accumulation_plugin'] = GradientAccumulationPlugin(num_steps=config.grad_accum_steps)
-    try:
-        # the folder of the trackers is not known yet, and nothing is written before it is
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision, log_with=config.log_with or None, project_dir='.', **kwargs)
-    except (ValueError, ImportError) as e:
-        raise UserError(f'accelerate: {" ".join(str(e).split())}') from e
+    # the folder of the trackers is not known yet, and nothing is written before it is
+    accelerator = new_accelerator(
+        config.mixed_precision, log_with=config.log_with or None, project_dir='.', **kwargs)
     if missing := set(config.log_with) - {str(tracker) for tracker in accelerator.log_with} - {'all'}:
         raise UserError(f'--log-with {" ".join(sorted(missing))}: its package is not installed; install it')
     sharded = accelerator.distributed_type in SHARDED

@@ -8,13 +8,13 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from timm_spinal.errors import UserError
 from timm_spinal.models.load_weights import load_exactly
 from timm_spinal.models.weight_files import WeightsError
 
 from . import overview, report
+from .agree import new_accelerator
 from .checkpoint import EMA, STATE, damage, find_checkpoints, read_state
 from .config import ValidateConfig
 from .data import count_skipped, create_datasets, create_eval_loader, dead_workers_named
@@ -49,8 +49,7 @@ def validate(config: ValidateConfig) -> list[dict[str, Any]]:
     """
     if config.results_file and Path(config.results_file).suffix not in ('.csv', '.json'):
         raise UserError(f'results_file {config.results_file}: unknown format; name a .csv or .json file')
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    accelerator = new_accelerator(config.mixed_precision)
     names = find_models(config)
     rows: list[dict[str, Any]] = []
     told: set[str] = set()
