@@ -13,6 +13,7 @@ _MODEL_ARGUMENTS = {
     'checkpoint_path': 'initial_checkpoint', 'model_name': 'model', 'dtype': 'mixed_precision',
 }
 _NOT_FOR_RUNS = ('features_only', 'out_indices', 'scriptable', 'exportable', 'device', 'cache_dir')
+RESULTS = ('.csv', '.json')  # formats of --results-file
 # what --no-aug switches off
 AUGMENTATION = (
     'aa', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'rotation', 'perspective', 'color_jitter',
@@ -58,7 +59,7 @@ def check_options(config: Any, given: Collection[str] = ()) -> None:
     if set_.get('torchcompile_mode') and not set_.get('torchcompile'):
         raise UserError('--torchcompile-mode: nothing is compiled; add --torchcompile')
     if set_.get('results_file'):
-        check_output_file(set_['results_file'], '--results-file', ('.csv', '.json'))
+        check_output_file(set_['results_file'], '--results-file', RESULTS)
 
 
 def check_output_file(path: str | Path, flag: str, suffixes: tuple[str, ...]) -> None:

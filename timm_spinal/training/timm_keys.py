@@ -131,9 +131,8 @@ def from_timm(raw: dict[Any, Any], path: str) -> dict[Any, Any]:
             values[new] = raw[old]
         elif raw.get(old) not in (None, '', 0, values.get(new)):
             raise UserError(f'config {path}: {old} is {raw[old]!r} and {new} is {values[new]!r}; remove {old}')
-    if values.get('amp') is True and values.get('mixed_precision') is None:
+    if values.get('amp') is True:
         values['amp'] = False
-        values['mixed_precision'] = {'bfloat16': 'bf16'}.get(str(raw.get('amp_dtype')), 'fp16')
-    elif values.get('amp') is True:
-        values['amp'] = False
+        if values.get('mixed_precision') is None:
+            values['mixed_precision'] = {'bfloat16': 'bf16'}.get(str(raw.get('amp_dtype')), 'fp16')
     return values

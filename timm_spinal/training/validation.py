@@ -22,6 +22,7 @@ from .evaluate import evaluate
 from .export import CONFIG, WEIGHTS
 from .metrics import accuracies, same_answer_warning
 from .model import check_classifier, create_model
+from .option_checks import RESULTS, check_output_file
 from .options import ModelOptions
 
 
@@ -47,8 +48,8 @@ def validate(config: ValidateConfig) -> list[dict[str, Any]]:
     Raises:
         UserError: Nothing that could be evaluated, or, with a single model, whatever is wrong with it.
     """
-    if config.results_file and Path(config.results_file).suffix not in ('.csv', '.json'):
-        raise UserError(f'results_file {config.results_file}: unknown format; name a .csv or .json file')
+    if config.results_file:
+        check_output_file(config.results_file, 'results_file', RESULTS)
     accelerator = new_accelerator(config.mixed_precision)
     names = find_models(config)
     rows: list[dict[str, Any]] = []
