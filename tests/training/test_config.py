@@ -343,6 +343,7 @@ def test_a_file_that_is_no_text(tmp_path):
     (['--no-aug', '--vflip', '0.5'], '--vflip and --no-aug'),
     (['--img-size', '1'], 'at least 8'), (['--input-size', '3', '1', '1'], 'at least 8 pixels'),
     (['--crop-pct', '1e5'], 'at most 4'),
+    (['--keep', 'last', '--early-stop-patience', '3'], '--early-stop-patience and --keep last contradict'),
     (['--bce-loss', '--loss', 'asl'], '--bce-loss and --loss asl'),
     (['--input-size', '3', '64', '64', '--img-size', '32'], '--img-size 32 and --input-size 3 64 64'),
     (['--val-split', 'test', '--val-split-fraction', '0.1'], '--val-split test and --val-split-fraction'),

@@ -33,6 +33,13 @@ def test_nan_is_never_the_best(bad):
     assert progress.judge(row(1, 10.), 'top1') == 'model'
 
 
+def test_the_last_epoch_is_kept_where_it_is_asked_for():
+    progress = Progress()
+    assert [progress.judge(row(i, top1), 'top1', keep='last') for i, top1 in enumerate((50., 40.))] == ['model'] * 2
+    assert (progress.best['epoch'], progress.best['top1']) == (1, 40.)
+    assert progress.judge(row(2, 90., loss=math.nan), 'top1', keep='last') == '' and progress.best['epoch'] == 1
+
+
 def test_end_of_epoch():
     progress = Progress(epoch=2, batch=5, sums=dict(loss=3., images=40.), epoch_seconds=4., eval_seconds=1.)
     assert progress.seconds == 5.

@@ -111,6 +111,18 @@ def test_test_split_is_evaluated_with_the_best_weights(tmp_path):
     assert result['test_images'] == 22
 
 
+def test_keep_says_whose_weights_are_kept(tmp_path):
+    """Of a run whose learning rate ruins what the first epoch has learned."""
+    ruin = dict(epochs=2, eval_metric='loss', lr=0.05, sched='step', decay_epochs=1, decay_rate=100., clip_grad=1.)
+    results = {keep: train(small_config(tmp_path, experiment=keep, keep=keep, **ruin)) for keep in ('best', 'last')}
+    rows = [line.split(',') for line in (tmp_path / 'last' / 'summary.csv').read_text().split()]
+    losses = [float(row[rows[0].index('eval_loss')]) for row in rows[1:]]
+    assert results['last']['best_epoch'] == 1 and results['last']['loss'] == losses[1]
+    weights = [load_file(tmp_path / keep / 'model.safetensors') for keep in results]
+    assert results['best']['best_epoch'] == 0 and results['best']['loss'] == losses[0]
+    assert any(not torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
 def test_initial_checkpoint_and_pretrained_path(tmp_path):
     torch.manual_seed(1)
     source = timm.create_model('test_efficientnet', num_classes=2)

@@ -101,7 +101,7 @@ def fit(run: Run) -> None:
                 row = dict(epoch=progress.epoch, **train_epoch(run, flag))
                 if (progress.epoch + 1) % config.val_interval == 0 or progress.epoch + 1 == run.last_epoch:
                     row.update(_evaluate_epoch(run))
-                    if weights := progress.judge(row, run.metric):
+                    if weights := progress.judge(row, run.metric, config.keep):
                         progress.best['same_answer'] = run.same_answer['ema' if weights == 'ema' else 'eval']
                         run.on_best(run, weights)
                     patience = config.early_stop_patience

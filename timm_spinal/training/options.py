@@ -281,6 +281,9 @@ class RunOptions:
     eval_metric: str = option(
         'top1', 'metric of the best epoch; exact, digit and top2 are those of multimnist, where top1 means exact',
         choices=('top1', 'top5', 'loss', 'exact', 'digit', 'top2'))
+    keep: str = option(
+        'best', 'the epoch whose weights a run keeps: the best one by --eval-metric on the validation images, or the '
+        'last one, where these are too few to choose by', choices=('best', 'last'))
     val_interval: int = option(1, 'epochs between evaluations', low=1)
     early_stop_patience: int = option(0, 'stop after so many evaluations without a better metric, when above 0', low=0)
     checkpoint_steps: int = option(

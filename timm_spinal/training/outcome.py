@@ -112,6 +112,7 @@ def counts(run: Run) -> dict[str, Any]:
         best_epoch=best.get('epoch'),
         best_metric=best.get('metric'),
         best_weights=best.get('weights'),
+        keep=run.config.keep,
         same_answer=best.get('same_answer'),
         seconds=progress.seconds,
         images_per_second=progress.images_per_second,

@@ -38,18 +38,19 @@ class Progress:
         self.train_seconds += self.epoch_seconds
         self.epoch, self.batch, self.sums, self.epoch_seconds = self.epoch + 1, 0, {}, 0.
 
-    def judge(self, row: dict[str, Any], metric: str) -> str:
+    def judge(self, row: dict[str, Any], metric: str, keep: str = 'best') -> str:
         """Compare an evaluated epoch with the best one so far.
 
         Args:
             row: Row of the summary, with ``eval_*`` and, when there is a moving average, ``ema_*``.
             metric: ``loss`` (lower is better) or the name of an accuracy (higher is better).
+            keep: ``last`` takes any epoch with finite outputs for better than those before it.
 
         Returns:
             Which weights are the new best, ``model`` or ``ema``; empty when there is no new best.
         """
         sign = -1 if metric == 'loss' else 1
-        best, chosen = self.best.get('value'), ''
+        best, chosen = None if keep == 'last' else self.best.get('value'), ''
         for weights, prefix in (('model', 'eval'), ('ema', 'ema')):
             value = row.get(f'{prefix}_{metric}')
             # a model that gives NaN for some images is never the best, whatever its accuracy on the others

@@ -149,7 +149,7 @@ def result_lines(result: dict[str, Any], folder: Path, load: str) -> list[str]:
         lines.append(f'validation {accuracy_text(result)}{_loss_text(result, "loss")} of {best}')
     if result.get(f'test_{name}') is not None:
         text = accuracy_text({name: result[f'test_{name}'] for name in TITLES if f'test_{name}' in result})
-        lines.append(f'test {text}{_loss_text(result, "test_loss")} (once, best weights)')
+        lines.append(f'test {text}{_loss_text(result, "test_loss")} (once, {result.get("keep", "best")} weights)')
     if result['skipped']:
         lines.append(f'{result["skipped"]} unreadable images skipped')
     lines.append(f'{result["seconds"]:.1f} s, {result["images_per_second"]:.0f} images/s, results in {folder}')
