@@ -1,4 +1,5 @@
-"""The one error that the command line shows without a traceback."""
+"""What the command line shows in one line, without a traceback."""
+import signal
 
 
 class UserError(ValueError):
@@ -6,3 +7,15 @@ class UserError(ValueError):
 
     The command line prints it as ``error: ...`` and exits with code 2.
     """
+
+
+class StopRequested(Exception):
+    """A run ended on a signal, after its checkpoint was written.
+
+    Args:
+        signum: The signal; the process should exit with 128 + signum.
+    """
+
+    def __init__(self, signum: int):
+        super().__init__(f'stopped by {signal.Signals(signum).name}')
+        self.signum = signum

@@ -7,7 +7,7 @@ import pytest
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.identity import PATHS, changed_settings
-from timm_spinal.training.run import train
+from timm_spinal.training.train import train
 
 from .runs import assert_same_state, resumed, small_config
 

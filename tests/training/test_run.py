@@ -11,9 +11,11 @@ from timm.layers import BatchNormAct2d
 from timm_spinal.errors import UserError
 from timm_spinal.training.checkpoint import find_checkpoints
 from timm_spinal.training.config import load_yaml
+from timm_spinal.training.distributed import create_accelerator
 from timm_spinal.training.model import check_batch_of_one, count_statistics_once, create_model, needs_registration
-from timm_spinal.training.run import create_accelerator, train
+from timm_spinal.training.train import train
 
+from ..conftest import forget_accelerate
 from .images import make_split
 from .runs import last_state, small_config
 
@@ -228,13 +230,13 @@ def test_sharded_weights_refuse_what_does_not_fit(tmp_path, monkeypatch, options
     from accelerate.utils import DistributedType
     monkeypatch.setattr('accelerate.Accelerator.distributed_type', property(lambda self: DistributedType.FSDP))
     with pytest.raises(UserError, match=f'{flag} needs whole weights on each device'):
-        create_accelerator(small_config(tmp_path, **options))
+        create_accelerator(small_config(tmp_path, **options), [])
 
 
 def test_accelerate_setting_of_accumulation_holds_unless_given(tmp_path, monkeypatch):
     monkeypatch.setenv('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', '3')
-    assert create_accelerator(small_config(tmp_path)).gradient_accumulation_steps == 3
-    assert create_accelerator(small_config(tmp_path, grad_accum_steps=2)).gradient_accumulation_steps == 2
+    assert create_accelerator(small_config(tmp_path), []).gradient_accumulation_steps == 3
+    assert create_accelerator(small_config(tmp_path, grad_accum_steps=2), []).gradient_accumulation_steps == 2
 
 
 def test_precision_of_the_launch_is_kept_with_the_run(tmp_path, monkeypatch, capsys):
@@ -244,6 +246,10 @@ def test_precision_of_the_launch_is_kept_with_the_run(tmp_path, monkeypatch, cap
     assert train(config)['mixed_precision'] == 'bf16'
     assert load_yaml(tmp_path / 'run' / 'args.yaml')['mixed_precision'] == 'bf16'
     monkeypatch.delenv('ACCELERATE_MIXED_PRECISION')
+    with pytest.raises(UserError, match='^--mixed-precision no: this process has worked in another precision') as error:
+        train(replace(config, experiment='second'))
+    assert '\n' not in str(error.value) and not (tmp_path / 'second').exists()
+    forget_accelerate()
     assert train(replace(config, epochs=2, resume='auto'))['mixed_precision'] == 'no'
     assert "resuming with another mixed_precision: 'bf16' -> None" in capsys.readouterr().out
 

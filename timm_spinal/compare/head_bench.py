@@ -9,7 +9,7 @@ from typing import Any, Sequence
 import torch.nn.functional as F
 from torch import nn
 
-from timm_spinal.training.plan import fit_momentum
+from timm_spinal.training.model import fit_momentum
 from timm_spinal.training.predictions import PREDICTIONS, Predictions
 from timm_spinal.training.report import hardware, versions, write_table, write_text
 

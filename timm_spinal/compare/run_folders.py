@@ -4,7 +4,7 @@ from typing import Any
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import load_yaml
-from timm_spinal.training.folder import FolderLock
+from timm_spinal.training.run_dir import FolderLock
 from timm_spinal.training.variants import complete, differing, label
 
 from .runs import RESULT, Comparison, read_comparison, read_json, write_comparison

@@ -12,9 +12,9 @@ from timm_spinal.errors import UserError
 from timm_spinal.training import overview
 from timm_spinal.training.checkpoint import find_checkpoints, read_state
 from timm_spinal.training.config import TrainConfig, load_yaml
-from timm_spinal.training.folder import FolderLock
 from timm_spinal.training.identity import WITHOUT_EFFECT, changed_settings
 from timm_spinal.training.model import create_model
+from timm_spinal.training.run_dir import FolderLock
 from timm_spinal.training.transforms import resolve_data
 
 from .controls import slug

@@ -17,8 +17,8 @@ from timm.models._hub import _PREFERRED_FILES, HF_WEIGHTS_NAME, _get_safe_altern
 
 from timm_spinal.errors import UserError
 
-from .export import CONFIG
 from .files import sha256
+from .results import CONFIG
 
 _CHECKSUM = re.compile('[0-9a-f]{40}|[0-9a-f]{64}')  # git's SHA-1 of small files, SHA-256 of large ones
 

@@ -1,21 +1,18 @@
 """Distillation in a run: its settings are checked first, then the teacher is, and WLD gets its teacher."""
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from timm.utils import unwrap_model
 
 from timm_spinal.errors import UserError
 
-from .checkpoint import read_state
 from .config import TrainConfig
 from .data import Datasets
 from .distill_options import DistillOptions
 from .evaluate import evaluate
-from .loop import Run, eval_model
 from .losses import CAPSULE_LOSSES
 from .objective import NEED_LOGITS
-from .progress import batches_done
+from .run import Run
 from .teacher import Teacher, open_teacher
 from .teacher_cache import check_cache, open_logits
 from .wld import WLDTask, check_options
@@ -58,7 +55,7 @@ def check_distillation(config: TrainConfig) -> None:
         raise UserError('--kd-check: features have no accuracy; leave it out')
 
 
-def prepare_teacher(run: Run, datasets: Datasets, checkpoint: Path | None) -> None:
+def prepare_teacher(run: Run[TrainConfig], datasets: Datasets, resuming: bool) -> None:
     """Give WLD the length of the run and its teacher or cached logits; measure the teacher where --kd-check says so.
 
     When a resumed run is past the fade, the teacher is not even loaded; it is not measured again either.
@@ -71,12 +68,7 @@ def prepare_teacher(run: Run, datasets: Datasets, checkpoint: Path | None) -> No
         return
     teacher: Any = getattr(task, 'teacher', None)
     if isinstance(task, WLDTask):
-        accum, processes = run.accelerator.gradient_accumulation_steps, run.accelerator.num_processes
-        task.set_length(run.epochs, len(run.train_loader), accum)
-        if checkpoint is not None:
-            state = read_state(checkpoint)
-            batch = batches_done(state['progress']['batch'], state['processes'], processes, accum)
-            task.batches = state['progress']['epoch'] * task.batches_per_epoch + batch
+        task.set_length(run.epochs, len(run.train_loader), run.accelerator.gradient_accumulation_steps)
         if not task.distill_weight:
             return
         with run.accelerator.main_process_first():
@@ -85,7 +77,7 @@ def prepare_teacher(run: Run, datasets: Datasets, checkpoint: Path | None) -> No
         teacher.to(run.accelerator.device)
         if config.kd_cache is None:
             task.teacher = teacher
-    if config.kd_check is not None and checkpoint is None:
+    if config.kd_check is not None and not resuming:
         _check_accuracy(run, teacher)
     if config.kd_cache is not None:
         dataset: Any = run.train_loader.dataset
@@ -93,7 +85,7 @@ def prepare_teacher(run: Run, datasets: Datasets, checkpoint: Path | None) -> No
 
 
 def _student(run: Run) -> Any:
-    return unwrap_model(eval_model(run.task))
+    return unwrap_model(run.task.evaluated())
 
 
 def _check_accuracy(run: Run, teacher: Teacher) -> None:

@@ -1,4 +1,4 @@
-"""What is minimised: a timm `TrainingTask` by name, and penalties around it.
+"""What is minimised: a timm task by name, and penalties around it.
 
 `OBJECTIVES` maps the name of an objective to its builder; timm's classification and distillation tasks are used as
 they are, `wld` is ours. `PENALTIES` maps the name of a penalty to a factory that looks at the config and the model and
@@ -15,7 +15,6 @@ from timm.task import (
     LogitDistillationTask,
     MultiLabelClassificationTask,
     TokenDistillationTask,
-    TrainingTask,
 )
 
 from timm_spinal.errors import UserError
@@ -24,11 +23,32 @@ from .config import TrainConfig
 from .losses import CAPSULE_LOSSES
 from .penalties import Penalty as Penalty
 from .penalties import orthogonality
+from .run import Task
 from .teacher import check_logits, open_teacher
 from .transforms import resolve_data
 from .wld import WLDTask
 
-Builder = Callable[[TrainConfig, nn.Module, dict[str, Any]], TrainingTask]
+Builder = Callable[[TrainConfig, nn.Module, dict[str, Any]], Task]
+
+
+class _Classification(Task, ClassificationTask):
+    """timm's."""
+
+
+class _MultiLabel(Task, MultiLabelClassificationTask):
+    """timm's."""
+
+
+class _Logit(Task, LogitDistillationTask):
+    """timm's."""
+
+
+class _Feature(Task, FeatureDistillationTask):
+    """timm's."""
+
+
+class _Token(Task, TokenDistillationTask):
+    """timm's."""
 
 
 def criterion_kwargs(config: TrainConfig, mixup_active: bool, multi_label: bool = False) -> dict[str, Any]:
@@ -63,21 +83,21 @@ def criterion_options(
     return dict(criterion=CAPSULE_LOSSES[config.loss](0. if mixup_active else config.smoothing))
 
 
-def _classification(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
-    return ClassificationTask(model, **common)
+def _classification(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> Task:
+    return _Classification(model, **common)
 
 
-def _multi_label(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
-    return MultiLabelClassificationTask(model, **common)
+def _multi_label(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> Task:
+    return _MultiLabel(model, **common)
 
 
-def _logit(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
-    return LogitDistillationTask(
+def _logit(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> Task:
+    return _Logit(
         model, loss_type=config.kd_loss_type or 'kl', temperature=config.kd_temperature, **_weights(config), **common)
 
 
-def _feature(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
-    return FeatureDistillationTask(
+def _feature(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> Task:
+    return _Feature(
         model,
         student_feature_dim=config.kd_student_feature_dim,
         teacher_feature_dim=config.kd_teacher_feature_dim,
@@ -86,8 +106,8 @@ def _feature(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> T
     )
 
 
-def _token(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
-    return TokenDistillationTask(
+def _token(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> Task:
+    return _Token(
         model,
         distill_type=config.kd_token_distill_type,
         temperature=config.kd_temperature,
@@ -96,7 +116,7 @@ def _token(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> Tra
     )
 
 
-def _wld(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
+def _wld(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> Task:
     # the length of the run and the teacher are set by `distill.prepare_teacher`
     return WLDTask(
         model,
@@ -140,7 +160,7 @@ def build_task(
         data_config: dict[str, Any] | None = None,
         class_names: list[str] | None = None,
         multi_label: bool = False,
-) -> TrainingTask:
+) -> Task:
     """The training task of a config around a model that is on its device and not yet prepared.
 
     A teacher is frozen, on the same device, and must not be prepared: wrap ``task.trainable_module`` only. WLD has

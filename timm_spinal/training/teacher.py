@@ -12,9 +12,9 @@ from timm_spinal.errors import UserError
 
 from .config import TrainConfig
 from .damage import check_download
-from .export import CONFIG, WEIGHTS
 from .model import check_model_name
 from .remote import explain, one_line
+from .results import CONFIG, WEIGHTS
 from .transforms import resolve_data
 
 _NO_TEACHER = (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError)

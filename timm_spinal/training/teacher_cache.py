@@ -21,7 +21,7 @@ from .config import TrainConfig
 from .data import Datasets
 from .dataset import ImageData, Source
 from .distill_options import BESIDE
-from .loop import Run
+from .run import Run
 from .shards import (
     SHARD_SIZE,
     Wording,
