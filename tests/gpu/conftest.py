@@ -35,11 +35,12 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def device(monkeypatch):
+def device():
     """The device, computing in whole float32 as the CPU does."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_tf32', False)
-    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield torch.device(DEVICE)
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
     if DEVICE == 'cuda':
         torch.cuda.empty_cache()
 

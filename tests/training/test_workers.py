@@ -20,7 +20,7 @@ from timm_spinal.training.dataset import Source
 from timm_spinal.training.train import train
 from timm_spinal.validate import run as validate
 
-from ..detection.test_run import small_config as detection_config
+from ..detection.test_problem import small_config as detection_config
 from .images import make_folder
 from .runs import small_config
 

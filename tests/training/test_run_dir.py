@@ -13,7 +13,7 @@ from timm_spinal.errors import UserError
 from timm_spinal.training.run_dir import LOCK, FolderLock, Occupied, check_name
 from timm_spinal.training.train import train
 
-from ..detection.test_run import small_config as detection_config
+from ..detection.test_problem import small_config as detection_config
 from .runs import command, resumed, small_config, snapshot
 
 HOLD = """
