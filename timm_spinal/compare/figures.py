@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 
-from timm_spinal.training.metrics import TITLES, main_accuracy
+from timm_spinal.evaluation.metrics import TITLES, main_accuracy
 from timm_spinal.training.report import new_figure, save_figure
 
 from .runs import METRICS, Row, read_history

@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.predictions import PREDICTIONS
+from timm_spinal.evaluation.predictions import PREDICTIONS
 from timm_spinal.training.report import write_table, write_text
 
 from .figures import draw_accuracy, draw_calibration, draw_curves

@@ -1,4 +1,10 @@
-"""Data sets as the loader sees them: decoded and transformed images, from random seeds of their own."""
+"""The splits of a data set as the loader sees them: decoded and transformed images, in an order, from random seeds.
+
+Order and augmentation are functions of (seed, epoch, position in the epoch) alone: a sampler yields
+``(index, seed)`` pairs and the data set seeds itself from the first pair of a batch. Nothing about the epoch lives in
+the loader's workers, so batches are the same for any number of workers and after `accelerate.skip_first_batches`.
+"""
+import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Callable, Iterator
@@ -7,13 +13,12 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data.dataset import ImageDataset
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from timm_spinal.errors import UserError
 
 from .pixels import UNREADABLE, Decoder, open_image
-from .sampling import preserved_rng, seed_rng
-from .transforms import split_transform
+from .transforms import preserved_rng, seed_rng, split_transform
 
 SKIPPED_TARGET = -1  # label of an evaluation image that could not be read
 
@@ -27,7 +32,7 @@ class UnreadableImage(UserError):
 
 
 @dataclass
-class Source:
+class Split:
     """One split of a data set before any transform.
 
     Attributes:
@@ -59,7 +64,7 @@ class Source:
         _forget_open_tars(state if isinstance(state, dict) else {'': state})
         return vars(self)
 
-    def subset(self, indices: np.ndarray) -> 'Source':
+    def subset(self, indices: np.ndarray) -> 'Split':
         labels = None if self.labels is None else self.labels[indices]
         inner = indices if self.indices is None else self.indices[indices]
         return replace(self, labels=labels, indices=inner)
@@ -123,7 +128,7 @@ class ImageData(Dataset):
 
     def __init__(
             self,
-            source: Source,
+            source: Split,
             transform: Callable,
             decode: Decoder | None = None,
             on_unreadable: str = 'raise',
@@ -190,7 +195,7 @@ class StreamData(IterableDataset):
     Augmentation is seeded by (seed, epoch, worker, count): reproducible with the same number of workers.
     """
 
-    def __init__(self, source: Source, transform: Callable, decode: Decoder, seed: int):
+    def __init__(self, source: Split, transform: Callable, decode: Decoder, seed: int):
         self.source = source
         self.transform = transform
         self.decode = decode
@@ -214,3 +219,108 @@ class StreamData(IterableDataset):
                 seed_rng(int(seeds.integers(2 ** 32)))
                 sample = self.transform(image), int(target)
             yield sample
+
+
+# ---- order ----------------------------------------------------------------------------------------------------------
+
+
+class TrainSampler(Sampler):
+    """Shuffled ``(index, seed)`` pairs, another order and other seeds in every epoch.
+
+    Accelerate calls ``set_epoch`` of a sampler with its own count of iterations, which a resumed run starts at zero;
+    the epoch is therefore set by `begin_epoch`.
+
+    Args:
+        size: Number of images.
+        seed: Random seed, the same in every process.
+        aug_repeats: Times each chosen image comes in a row, every time augmented differently (Hoffer et al.,
+            "Augment your batch", 2020); the epoch keeps its length, so it chooses ``size / aug_repeats`` images.
+            Need not be whole. 0 and 1 are the same.
+        length: Images of an epoch, when not None; any number.
+    """
+
+    def __init__(self, size: int, seed: int, aug_repeats: float = 0, length: int | None = None):
+        self.size = size
+        self.seed = seed
+        self.aug_repeats = max(1., aug_repeats)
+        self.length = size if length is None else length
+        self.epoch = 0
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def draw(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices and seeds of the epoch's images, each (len(self),) of int64."""
+        entropy = int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)[0] >> 1)
+        generator = torch.Generator().manual_seed(entropy)
+        chosen = math.ceil(self.length / self.aug_repeats)
+        passes = [torch.randperm(self.size, generator=generator) for _ in range(math.ceil(chosen / self.size))]
+        place = (torch.arange(self.length) / self.aug_repeats).long()
+        order = torch.cat(passes)[place]
+        # 32 bits: what numpy's global generator takes as a seed
+        return order, torch.randint(0, 2 ** 32, (self.length,), generator=generator)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order, seeds = self.draw()
+        return zip(order.tolist(), seeds.tolist())
+
+
+def images_of_passes(size: int, epoch_repeats: float) -> int:
+    """Images of an epoch of so many passes over ``size`` images; 0 passes are the same as 1."""
+    return max(1, round(size * epoch_repeats)) if epoch_repeats > 0 else size
+
+
+def epoch_length(images: int, batch: int, update: int, least_updates: int = 0) -> int:
+    """Images that an epoch draws, so that a small data set loses none although every batch is full.
+
+    An epoch of fewer than 100 batches is filled up to a whole batch, with images that it has seen already. From 100
+    on the last incomplete batch, less than 1 % of the images, is dropped, as in timm.
+
+    Args:
+        images: Images that the epoch is to see.
+        batch: Images of a step, over all processes.
+        update: Images of an update: the same, or a multiple of it where gradients are accumulated.
+        least_updates: Updates that the epoch has at least.
+    """
+    length = images if images >= 100 * batch else -(-images // batch) * batch
+    return max(length, least_updates * update)
+
+
+class EvalSampler(Sampler):
+    """Every image once and in order, as ``(index, None)``: nothing random to seed."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[tuple[int, None]]:
+        return ((index, None) for index in range(self.size))
+
+
+def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split indices so that every class gives the same part to the second half.
+
+    Args:
+        labels: Class of each image, (N,).
+        fraction: Part of each class that goes to the second half, rounded; a class of two or more keeps at least one
+            image on either side.
+        seed: Random seed.
+
+    Returns:
+        Two sorted index arrays that together hold each of 0 .. N-1 once.
+    """
+    held = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = round(fraction * len(members))
+        if len(members) > 1:
+            count = min(max(count, 1), len(members) - 1)
+        order = np.random.default_rng([seed, int(label)]).permutation(len(members))
+        held.append(members[order[:count]])
+    second = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(labels)), second), second

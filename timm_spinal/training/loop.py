@@ -26,11 +26,11 @@ from .data import TrainData
 from .freeze import HeadFirst
 from .identity import FIXED
 from .meter import Meter, NotFinite
-from .objective import Penalty
 from .optim import clip_gradients, scheduler_state
 from .progress import Progress
 from .report import epoch_title
 from .signals import SignalFlag, StopRequested
+from .task import Penalty
 from .wld import WLDTask
 
 ConfigT = TypeVar('ConfigT', bound=LoopConfig)

@@ -9,21 +9,22 @@ import timm
 import torch
 from accelerate import Accelerator
 
-from timm_spinal.errors import UserError
+from timm_spinal.errors import UserError, dead_workers_named
+from timm_spinal.evaluation.evaluate import evaluate
+from timm_spinal.evaluation.metrics import accuracies, same_answer_warning
 from timm_spinal.models.load_weights import load_exactly
 from timm_spinal.models.weight_files import WeightsError
 
-from . import overview, report
+from . import report
 from .agree import new_accelerator
 from .checkpoint import EMA, STATE, damage, find_checkpoints, read_state
 from .config import ValidateConfig
-from .data import count_skipped, create_datasets, create_eval_loader, dead_workers_named
-from .evaluate import evaluate
+from .data import count_skipped, create_eval_loader
 from .export import CONFIG, WEIGHTS
-from .metrics import accuracies, same_answer_warning
 from .model import check_classifier, create_model
 from .option_checks import RESULTS, check_output_file
 from .options import ModelOptions
+from .splits import create_datasets, passed_over_lines
 
 
 @dataclass
@@ -136,7 +137,7 @@ def validate_one(accelerator: Accelerator, candidate: Candidate, told: set[str])
     with accelerator.main_process_first():
         datasets = create_datasets(config, train=False)
         model: Any = create_model(config, config.num_classes)
-    line = overview.passed_over(dict(eval=datasets.eval))
+    line = passed_over_lines(dict(eval=datasets.eval))
     if line and line not in told:
         told.add(line)
         accelerator.print(line, flush=True)

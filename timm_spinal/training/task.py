@@ -1,4 +1,4 @@
-"""What is minimised: a timm `TrainingTask` by name, and penalties around it.
+"""What is minimised: a timm `TrainingTask` by name, the penalties around it, and losses on capsule lengths.
 
 `OBJECTIVES` maps the name of an objective to its builder; timm's classification and distillation tasks are used as
 they are, `wld` is ours. `PENALTIES` maps the name of a penalty to a factory that looks at the config and the model and
@@ -9,6 +9,7 @@ from typing import Any, Callable
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.task import (
     ClassificationTask,
     FeatureDistillationTask,
@@ -21,12 +22,84 @@ from timm.task import (
 from timm_spinal.errors import UserError
 
 from .config import TrainConfig
-from .losses import CAPSULE_LOSSES
-from .penalties import Penalty as Penalty
-from .penalties import orthogonality
 from .teacher import check_logits, open_teacher
 from .transforms import resolve_data
 from .wld import WLDTask
+
+# ---- losses on capsule lengths --------------------------------------------------------------------------------------
+
+
+class CapsuleLoss(nn.Module):
+    """What both share: targets of either kind as memberships.
+
+    Args:
+        smoothing: Label smoothing s in [0, 1); 0 with mixup, which smooths by itself.
+    """
+
+    def __init__(self, smoothing: float = 0.):
+        super().__init__()
+        self.smoothing = smoothing
+
+    def memberships(self, scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Targets (B,) or (B, C) as (B, C)."""
+        if target.ndim == scores.ndim:
+            return target.to(scores.dtype) * (1. - self.smoothing) + 0.5 * self.smoothing
+        one_hot = F.one_hot(target, scores.shape[-1]).to(scores.dtype)
+        return one_hot * (1. - self.smoothing) + self.smoothing / scores.shape[-1]
+
+
+class MarginLoss(CapsuleLoss):
+    """Sum over classes of y max(0, 0.9 - p)^2 + 0.5 (1 - y) max(0, p - 0.1)^2, mean over the batch (Sabour et al.)."""
+
+    def forward(self, scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        scores = scores.float()
+        y = self.memberships(scores, target)
+        present, absent = (0.9 - scores).relu().square(), (scores - 0.1).relu().square()
+        return (y * present + 0.5 * (1. - y) * absent).sum(-1).mean()
+
+
+class SquaredHingeLoss(CapsuleLoss):
+    """Mean over batch and classes of max(0, 1 - t p)^2 with t = 2 y - 1.
+
+    Lengths are >= 0, so a class that is absent costs at least 1: the floor is 0.9 for one class of ten.
+    """
+
+    def forward(self, scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        scores = scores.float()
+        sign = 2. * self.memberships(scores, target) - 1.
+        return (1. - sign * scores).relu().square().mean()
+
+
+CAPSULE_LOSSES: dict[str, type[CapsuleLoss]] = {'margin': MarginLoss, 'squared_hinge': SquaredHingeLoss}
+
+
+# ---- penalties on weights -------------------------------------------------------------------------------------------
+
+
+Penalty = Callable[[], torch.Tensor]
+
+
+def orthogonality(config: TrainConfig, model: nn.Module) -> Penalty | None:
+    """``sb_ortho`` times the distance of a model's shared filter bases from orthonormal (spec shared_basis 2).
+
+    Raises:
+        UserError: The model shares no filters.
+    """
+    if not config.sb_ortho:
+        return None
+    distance = getattr(model, 'orthogonality_loss', None)
+    if distance is None:
+        raise UserError(f'--sb-ortho {config.sb_ortho:g}: {config.model} has no shared filter bases; take a model such '
+                        'as resnet34_sb_s48u1d, or leave it out')
+    try:
+        distance(config.sb_ortho_mode)
+    except ValueError as e:
+        raise UserError(f'--sb-ortho {config.sb_ortho:g}: {e} Leave it out') from e
+    return lambda: config.sb_ortho * distance(config.sb_ortho_mode)
+
+
+# ---- objectives -----------------------------------------------------------------------------------------------------
+
 
 Builder = Callable[[TrainConfig, nn.Module, dict[str, Any]], TrainingTask]
 

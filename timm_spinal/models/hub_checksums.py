@@ -16,9 +16,7 @@ from timm.models._builder import _resolve_pretrained_source
 from timm.models._hub import _PREFERRED_FILES, HF_WEIGHTS_NAME, _get_safe_alternatives, hf_split
 
 from timm_spinal.errors import UserError
-
-from .export import CONFIG
-from .files import sha256
+from timm_spinal.files import sha256
 
 _CHECKSUM = re.compile('[0-9a-f]{40}|[0-9a-f]{64}')  # git's SHA-1 of small files, SHA-256 of large ones
 
@@ -37,7 +35,7 @@ def check_download(what: str, source: str | dict[str, Any], cache_dir: str | Non
     cfg = _named_cfg(source) if isinstance(source, str) else source
     for path in _files(cfg, cache_dir):
         if is_damaged(path):
-            part = f'{CONFIG} is' if path.name == CONFIG else 'weights are'
+            part = f'{constants.CONFIG_NAME} is' if path.name == constants.CONFIG_NAME else 'weights are'
             raise UserError(f'{what}: its {part} damaged (another checksum than on the Hub); delete {path.resolve()} '
                             'and try again')
 
@@ -117,7 +115,7 @@ def _files(cfg: dict[str, Any], cache_dir: str | None) -> list[Path]:
     if source == 'file':
         return [Path(where)]
     if source == 'local-dir':
-        here = [Path(where) / name for name in (CONFIG, *_PREFERRED_FILES)]
+        here = [Path(where) / name for name in (constants.CONFIG_NAME, *_PREFERRED_FILES)]
         return _config_and_first([path for path in here if path.is_file()])
     if source != 'hf-hub':
         return []
@@ -125,7 +123,7 @@ def _files(cfg: dict[str, Any], cache_dir: str | None) -> list[Path]:
     try:
         repo, revision = hf_split(repo)
         cached = [try_to_load_from_cache(repo, file, cache_dir=cache_dir, revision=revision)
-                  for file in (CONFIG, *_get_safe_alternatives(name), name)]
+                  for file in (constants.CONFIG_NAME, *_get_safe_alternatives(name), name)]
     except (HFValidationError, AssertionError):  # no such name can be in the cache
         return []
     return _config_and_first([Path(path) for path in cached if isinstance(path, str)])
@@ -133,5 +131,5 @@ def _files(cfg: dict[str, Any], cache_dir: str | None) -> list[Path]:
 
 def _config_and_first(paths: list[Path]) -> list[Path]:
     """Of a config and several forms of the weights, the config and the form that timm prefers."""
-    configs = [path for path in paths if path.name == CONFIG]
-    return configs + [path for path in paths if path.name != CONFIG][:1]
+    configs = [path for path in paths if path.name == constants.CONFIG_NAME]
+    return configs + [path for path in paths if path.name != constants.CONFIG_NAME][:1]

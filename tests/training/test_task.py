@@ -18,9 +18,9 @@ from timm.task import (
 )
 
 from timm_spinal.errors import UserError
-from timm_spinal.training import objective
+from timm_spinal.training import task as task_module
 from timm_spinal.training.config import TrainConfig
-from timm_spinal.training.objective import build_penalties, build_task
+from timm_spinal.training.task import build_penalties, build_task
 
 CPU = torch.device('cpu')
 
@@ -129,7 +129,7 @@ def test_errors_are_one_line(options):
 
 
 def test_penalties(monkeypatch):
-    monkeypatch.setattr(objective, 'PENALTIES', dict(
+    monkeypatch.setattr(task_module, 'PENALTIES', dict(
         weights=lambda config, model: lambda: model.head.weight.square().sum(), off=lambda config, model: None))
     model = student()
     penalties = build_penalties(TrainConfig(), model)

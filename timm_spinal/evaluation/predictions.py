@@ -4,7 +4,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from .files import write_atomically
+from timm_spinal.files import write_atomically
 
 PREDICTIONS = 'predictions.safetensors'
 
