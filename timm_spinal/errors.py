@@ -24,10 +24,10 @@ def dead_workers_named(advice: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:
-        found = re.search(r'DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) ([^.]*)', str(e))
-        if found is None:
+        match = re.search(r'DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) ([^.]*)', str(e))
+        if match is None:
             raise
-        process, what = found[1], ' '.join(found[2].split())
+        process, what = match[1], ' '.join(match[2].split())
         memory = 'shared memory (/dev/shm)' if 'Bus error' in what else 'memory'
         error = UserError(f'loader worker {process} {what}: most likely the machine is out of {memory}; use fewer '
                           f'--workers or a smaller --batch-size, then {advice()}')

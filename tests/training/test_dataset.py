@@ -159,7 +159,7 @@ def test_stream_augments_by_epoch_and_keeps_the_global_streams():
     after = draws()
     seed_rng(5)
     assert draws() == after and run(0) == first and run(1) != first
-    assert data.source.dataset.epoch == 1 and [t for _, t in first] == [0, 1, 2, 3]
+    assert data.split.dataset.epoch == 1 and [t for _, t in first] == [0, 1, 2, 3]
     assert len({v for v, _ in first}) == 4
 
 

@@ -157,7 +157,7 @@ def test_unreadable_images(config, tmp_path):
     run.data.set_epoch(0)
     rows, dataset = run.train_loader.dataset.rows, run.train_loader.dataset
     (_, _, logits), = dataset.__getitems__([(13, None)])
-    assert dataset.source.describe(13).endswith('bee/2.png')
+    assert dataset.split.describe(13).endswith('bee/2.png')
     assert torch.equal(logits, rows[14]) and not torch.equal(rows[13], rows[14])  # of the image that took its place
 
 

@@ -9,18 +9,19 @@ from timm.loss import (
     PolyBinaryCrossEntropy,
     SoftTargetCrossEntropy,
 )
-from timm.task import (
+
+from timm_spinal.errors import UserError
+from timm_spinal.training import task as task_module
+from timm_spinal.training.config import TrainConfig
+from timm_spinal.training.task import (
     ClassificationTask,
     FeatureDistillationTask,
     LogitDistillationTask,
     MultiLabelClassificationTask,
     TokenDistillationTask,
+    build_penalties,
+    build_task,
 )
-
-from timm_spinal.errors import UserError
-from timm_spinal.training import task as task_module
-from timm_spinal.training.config import TrainConfig
-from timm_spinal.training.task import build_penalties, build_task
 
 CPU = torch.device('cpu')
 

@@ -44,8 +44,8 @@ class PairEvaluator(ClassificationEvaluator):
         self._accumulate_loss(self.criterion(output, target), output.shape[0])
         answers = output.topk(2, dim=-1).indices
         classes = target.nonzero()[:, 1].view(-1, 2)  # the smaller first
-        found = (answers[:, None] == classes[:, :, None]).any(-1)
-        self.counts[1:] += torch.stack([found.all(-1).sum(), found.sum(), found[:, 0].sum()])
+        right = (answers[:, None] == classes[:, :, None]).any(-1)
+        self.counts[1:] += torch.stack([right.all(-1).sum(), right.sum(), right[:, 0].sum()])
 
     def _summary(self, loss_sum: torch.Tensor, counts: torch.Tensor) -> OrderedDict:
         images, exact, digits, smaller = counts.tolist()
@@ -128,5 +128,5 @@ def choosing_metric(name: str, multi_label: bool) -> str:
 
 def main_accuracy(names: Iterable[str], prefix: str = '') -> str:
     """Which of the columns of a result, such as ``eval_top1`` for the prefix ``eval_``, is the main accuracy."""
-    found = set(names)
-    return next((name for name in MAIN if prefix + name in found), MAIN[0])
+    columns = set(names)
+    return next((name for name in MAIN if prefix + name in columns), MAIN[0])

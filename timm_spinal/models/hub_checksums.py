@@ -70,10 +70,10 @@ def checksum_on_hub(path: Path) -> str | None:
 
 def _asked(path: Path) -> str | None:
     """The checksum of a file that lies in a commit's folder of the cache itself, from the Hub."""
-    found = re.search(r'/models--([^/]+)/snapshots/([0-9a-f]{40})/(.+)$', path.absolute().as_posix())
-    if not found:
+    match = re.search(r'/models--([^/]+)/snapshots/([0-9a-f]{40})/(.+)$', path.absolute().as_posix())
+    if not match:
         return None
-    url = hf_hub_url(found[1].replace('--', '/'), found[3], revision=found[2])
+    url = hf_hub_url(match[1].replace('--', '/'), match[3], revision=match[2])
     try:
         etag = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT).etag or ''
     except Exception:  # offline, or the Hub has a fault: then nothing can be said of the file

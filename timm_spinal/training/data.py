@@ -69,7 +69,7 @@ class TrainData:
         if self.mixup is not None and self.mixup_off_epoch:
             self.mixup.mixup_enabled = epoch < self.mixup_off_epoch
 
-    def arrange(self, images: Any, target: Any) -> tuple[Any, Any]:
+    def to_batch(self, images: Any, target: Any) -> tuple[Any, Any]:
         """A training batch on its device, laid out and mixed as the task gets it."""
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -107,12 +107,12 @@ def create_data(
 
     Raises:
         UserError: A batch size that leaves no full batch, or does not fit mixing; augmentation that timm refuses; a
-            streamed source in several processes.
+            streamed data set in several processes.
     """
     seed = config.seed if seed is None else seed
     train = datasets.train
     assert train is not None, 'create_datasets was called with train=False'
-    _check_source(config, train, num_processes)
+    _check_batches(config, train, num_processes)
     data_config = resolve_data(config, model)
     decode = create_decoder(config, data_config['input_size'][0])
     transform = train_transform(config, data_config)
@@ -195,7 +195,7 @@ def _check_batch(config: LoopConfig, images: int, num_processes: int) -> None:
                         f'use --batch-size {max(1, images // num_processes)} or less')
 
 
-def _check_source(config: TrainConfig, train: Split, num_processes: int) -> None:
+def _check_batches(config: TrainConfig, train: Split, num_processes: int) -> None:
     batch = config.batch_size
     if train.streamed and num_processes > 1:
         raise UserError(f'dataset {config.dataset}: streamed sources are read by one process only; use '
@@ -222,15 +222,15 @@ def _mixup(config: TrainConfig, datasets: Datasets) -> Mixup:
 
 def _eval_loader(
         config: TrainConfig | ValidateConfig,
-        source: Split,
+        split: Split,
         transform: Callable,
         decode: Decoder,
 ) -> DataLoader:
     batch = config.validation_batch_size or config.batch_size
-    if source.streamed:
-        return create_loader(config, StreamData(source, transform, decode, config.seed), None, batch)
-    dataset = ImageData(source, transform, decode, 'mark' if config.skip_unreadable else 'raise')
-    return create_loader(config, dataset, EvalSampler(len(source)), batch)
+    if split.streamed:
+        return create_loader(config, StreamData(split, transform, decode, config.seed), None, batch)
+    dataset = ImageData(split, transform, decode, 'mark' if config.skip_unreadable else 'raise')
+    return create_loader(config, dataset, EvalSampler(len(split)), batch)
 
 
 def create_loader(

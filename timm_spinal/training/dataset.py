@@ -39,7 +39,7 @@ class Split:
         name: What error messages call it.
         dataset: timm's or torchvision's data set, without transforms.
         labels: Class of each image, (N,), or None where they are not known without reading the images.
-        class_names: Names by index, or None where the source has none.
+        class_names: Names by index, or None where the data set has none.
         label_offset: Subtracted from the labels of `dataset` (not from `labels`), for sets that count from 1.
         indices: The part of `dataset` that belongs to the split; None is all of it.
         multi_label: An image has several classes: `dataset` gives their memberships (C,), float32.
@@ -111,14 +111,14 @@ class ImageData(Dataset):
     not disturb the stream that dropout draws from.
 
     Args:
-        source: The split.
+        split: The images.
         transform: From a PIL image to a tensor.
         decode: Gives the transform its images, in one mode; `Decoder()` when None.
         on_unreadable: 'raise'; 'replace' takes the next image that can be read; 'mark' gives zeros and
             `SKIPPED_TARGET`.
 
     Attributes:
-        rows: When set, ``rows[i]``, with i the number of an image in ``source.dataset``, is a tensor that comes with
+        rows: When set, ``rows[i]``, with i the number of an image in ``split.dataset``, is a tensor that comes with
             the image, and batches have a third part.
 
     Raises:
@@ -128,21 +128,21 @@ class ImageData(Dataset):
 
     def __init__(
             self,
-            source: Split,
+            split: Split,
             transform: Callable,
             decode: Decoder | None = None,
             on_unreadable: str = 'raise',
     ):
-        self.source = source
+        self.split = split
         self.transform, self.finish = split_transform(transform)
         self.decode = decode or Decoder()
         self.on_unreadable = on_unreadable
         self.rows: Any = None
         # shared with the workers: which images were found to be unreadable
-        self.unreadable = torch.zeros(len(source), dtype=torch.uint8).share_memory_()
+        self.unreadable = torch.zeros(len(split), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.split)
 
     def __getitem__(self, item: tuple[int, int | None]) -> tuple[torch.Tensor, Any]:
         images, targets, *_ = self.collate(self.__getitems__([item]))
@@ -167,8 +167,8 @@ class ImageData(Dataset):
     def _get(self, index: int) -> tuple:
         for step in range(self.max_tries):
             try:
-                image, target = self.source.read(place := (index + step) % len(self))
-                image = self.decode(image, partial(self.source.describe, place))
+                image, target = self.split.read(place := (index + step) % len(self))
+                image = self.decode(image, partial(self.split.describe, place))
                 break
             except UNREADABLE as e:
                 self.unreadable[place] = 1
@@ -178,15 +178,15 @@ class ImageData(Dataset):
                 if self.on_unreadable == 'raise':
                     reason = ' '.join(str(e).split()) or type(e).__name__
                     raise UnreadableImage(
-                        f'image {self.source.describe(place)} cannot be read ({reason}); '
+                        f'image {self.split.describe(place)} cannot be read ({reason}); '
                         f'mend or remove it, or add --skip-unreadable') from e
         else:
             raise UnreadableImage(
-                f'{self.max_tries} images in a row cannot be read from {self.source.describe(index)} on; '
+                f'{self.max_tries} images in a row cannot be read from {self.split.describe(index)} on; '
                 f'check the data')
         if self.rows is None:
             return self.transform(image), target
-        return self.transform(image), target, self.rows[self.source.number(place)]
+        return self.transform(image), target, self.rows[self.split.number(place)]
 
 
 class StreamData(IterableDataset):
@@ -195,8 +195,8 @@ class StreamData(IterableDataset):
     Augmentation is seeded by (seed, epoch, worker, count): reproducible with the same number of workers.
     """
 
-    def __init__(self, source: Split, transform: Callable, decode: Decoder, seed: int):
-        self.source = source
+    def __init__(self, split: Split, transform: Callable, decode: Decoder, seed: int):
+        self.split = split
         self.transform = transform
         self.decode = decode
         self.seed = seed
@@ -204,17 +204,17 @@ class StreamData(IterableDataset):
 
     def begin_epoch(self, epoch: int) -> None:
         self.epoch[0] = epoch
-        self.source.dataset.set_epoch(epoch)
+        self.split.dataset.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.split)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
         worker = get_worker_info()
         entropy = [self.seed, int(self.epoch), worker.id if worker else 0]
         seeds = np.random.default_rng(entropy)
-        for image, target in self.source.dataset:
-            image = self.decode(image, lambda: f'of {self.source.name}')
+        for image, target in self.split.dataset:
+            image = self.decode(image, lambda: f'of {self.split.name}')
             with preserved_rng():
                 seed_rng(int(seeds.integers(2 ** 32)))
                 sample = self.transform(image), int(target)

@@ -219,15 +219,15 @@ class TarReader(ClassReader):
         with tarfile.open(root, 'r:') as tar:
             scan.add(tar)
         scan.follow_links()
-        found = sorted(scan.images.items(), key=lambda item: natural_key(item[1].name))
-        above = _common_folders([parts for parts, _ in found])
+        in_order = sorted(scan.images.items(), key=lambda item: natural_key(item[1].name))
+        above = _common_folders([parts for parts, _ in in_order])
         images = []
-        for parts, place in found:
+        for parts, place in in_order:
             if len(parts) > above + 1:
                 images.append((parts[above], place))
             else:
                 passed_over.add(OUTSIDE, parts[-1])
-        top = found[0][0][:above] if found else ()
+        top = in_order[0][0][:above] if in_order else ()
         classes = [parts[above] for parts in scan.folders if len(parts) == above + 1 and parts[:above] == top]
         count_empty(classes, images, passed_over)
         super().__init__(root, class_map, images, passed_over)

@@ -193,7 +193,7 @@ def _micro_step(
     config, accelerator, task = run.config, run.accelerator, run.task
     accum = accelerator.gradient_accumulation_steps
     window = min(accum, batches - batch // accum * accum)  # batches of this update: fewer in the last one
-    images, target = run.data.arrange(images, target)
+    images, target = run.data.to_batch(images, target)
     with accelerator.accumulate(trainable(task)):
         with accelerator.autocast():
             parts = task(images, target, *given)

@@ -92,9 +92,9 @@ def torch_split(name: str, split: str) -> str:
     if split in splits or (not splits and name in TIMM_NAMES):
         return split
     wanted = TRAIN_NAMES + ('trainval',) if split in TRAIN_NAMES else EVAL_NAMES + ('test',)
-    found = [s for s in wanted if s in splits] if split in TRAIN_NAMES + EVAL_NAMES else []
-    if found:
-        return found[0]
+    nearest = [s for s in wanted if s in splits] if split in TRAIN_NAMES + EVAL_NAMES else []
+    if nearest:
+        return nearest[0]
     if not splits and split in TRAIN_NAMES:
         return 'train'
     has = ', '.join(splits) if splits else "only one part, 'train'"

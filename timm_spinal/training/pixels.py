@@ -150,7 +150,7 @@ def decoded_size(image: Image.Image, exif_transpose: bool) -> tuple[int, int]:
 
 def usable_modes() -> dict[str, int]:
     """Modes of Pillow that a model can take, and their channels: 8 bits each, and no numbers of a palette."""
-    found = {}
+    usable = {}
     for mode in dict.fromkeys((*Image.MODES, 'LA')):  # which Pillow 10 has, and does not list
         described = ImageMode.getmode(mode)
         if described.typestr != '|u1' or 'P' in described.bands:
@@ -159,8 +159,8 @@ def usable_modes() -> dict[str, int]:
             _convert(Image.new('L', (1, 1)), mode)
         except (ValueError, KeyError):
             continue
-        found[mode] = len(described.bands)
-    return found
+        usable[mode] = len(described.bands)
+    return usable
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:

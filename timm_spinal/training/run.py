@@ -138,7 +138,9 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
         updates = updates_per_epoch(run) * run.epochs
         for line in fit_momentum(model, updates, config.model_kwargs, kept_in_eval):
             accelerator.print(line)
-    prepare_teacher(run, datasets, checkpoint)
+    task.set_length(run.epochs, len(run.train_loader), accelerator.gradient_accumulation_steps)
+    run.progress.teacher_top1 = prepare_teacher(
+        config, accelerator, task, data, run.eval_loader, folder, checkpoint)
     begin(run, checkpoint)
     return run
 

@@ -62,7 +62,7 @@ def create_datasets(config: TrainConfig | ValidateConfig, train: bool = True) ->
         UserError: Data that are missing, empty, unknown or inconsistent, one class only in training, or more classes
             than --num-classes.
     """
-    train_source: Split | None
+    train_split: Split | None
     if config.val_split_fraction:
         whole = open_split(config, config.train_split, whole=True)
         if whole.multi_label:
@@ -72,54 +72,54 @@ def create_datasets(config: TrainConfig | ValidateConfig, train: bool = True) ->
             raise UserError(f'--val-split-fraction: the classes of {whole.name} are not known beforehand; '
                             f'name a split with --val-split')
         first, second = stratified_split(whole.labels, config.val_split_fraction, config.seed)
-        train_source, eval_source = whole.subset(first), whole.subset(second)
+        train_split, eval_split = whole.subset(first), whole.subset(second)
     else:
-        train_source = open_split(config, config.train_split, training=True) if train else None
-        eval_source = _matched(config, config.val_split, train_source)
+        train_split = open_split(config, config.train_split, training=True) if train else None
+        eval_split = _matched(config, config.val_split, train_split)
         _tell_if_test(config)
-    test_source = _matched(config, config.test_split, train_source) if train and config.test_split else None
-    if train and train_source is not None:
-        check_classes(train_source)
+    test_split = _matched(config, config.test_split, train_split) if train and config.test_split else None
+    if train and train_split is not None:
+        check_classes(train_split)
     return Datasets(
-        train_source if train else None,
-        eval_source,
-        test_source,
-        _num_classes(config, [s for s in (train_source, eval_source, test_source) if s is not None]),
-        (train_source or eval_source).class_names,
-        eval_source.multi_label,
+        train_split if train else None,
+        eval_split,
+        test_split,
+        _num_classes(config, [s for s in (train_split, eval_split, test_split) if s is not None]),
+        (train_split or eval_split).class_names,
+        eval_split.multi_label,
     )
 
 
-def _matched(config: TrainConfig | ValidateConfig, split: str, train: Split | None) -> Split:
+def _matched(config: TrainConfig | ValidateConfig, name: str, train: Split | None) -> Split:
     """A split whose classes have the indices that they have in training."""
-    source = open_split(config, split)
-    if train is None or not train.class_names or not source.class_names or train.class_names == source.class_names:
-        return source
-    unknown = [name for name in source.class_names if name not in train.class_names]
-    check_names({*train.class_names, *unknown}, source.name)
+    split = open_split(config, name)
+    if train is None or not train.class_names or not split.class_names or train.class_names == split.class_names:
+        return split
+    unknown = [class_name for class_name in split.class_names if class_name not in train.class_names]
+    check_names({*train.class_names, *unknown}, split.name)
     if unknown:
         names = ', '.join(map(shown, unknown[:5])) + (', ...' if len(unknown) > 5 else '')
-        raise UserError(f'classes: {source.name} has {len(unknown)} that {train.name} has not ({names}); use the same '
+        raise UserError(f'classes: {split.name} has {len(unknown)} that {train.name} has not ({names}); use the same '
                         f'class names in both')
-    return open_split(config, split, class_map={name: i for i, name in enumerate(train.class_names)})
+    return open_split(config, name, class_map={class_name: i for i, class_name in enumerate(train.class_names)})
 
 
-def _num_classes(config: TrainConfig | ValidateConfig, sources: list[Split]) -> int:
-    counts = [len(s.class_names or ()) for s in sources]
-    counts += [int(s.labels.max()) + 1 for s in sources if s.labels is not None and len(s.labels)]
-    found = max(counts)
+def _num_classes(config: TrainConfig | ValidateConfig, splits: list[Split]) -> int:
+    counts = [len(s.class_names or ()) for s in splits]
+    counts += [int(s.labels.max()) + 1 for s in splits if s.labels is not None and len(s.labels)]
+    known = max(counts)
     if config.num_classes is None:
-        if not found:
+        if not known:
             raise UserError(f'dataset {config.dataset}: its classes are not known; give their number with '
                             f'--num-classes')
-        return found
-    if found > config.num_classes:
-        raise UserError(f'--num-classes {config.num_classes}: the data have {found} classes; give {found} or leave it '
+        return known
+    if known > config.num_classes:
+        raise UserError(f'--num-classes {config.num_classes}: the data have {known} classes; give {known} or leave it '
                         f'out')
-    if any(source.multi_label for source in sources) and found < config.num_classes:
-        raise UserError(f'--num-classes {config.num_classes}: dataset {config.dataset} has {found}; leave it out')
-    if 0 < found < config.num_classes:
-        _logger.warning(f'--num-classes {config.num_classes}: the data have {found} classes, the rest stays unused')
+    if any(split.multi_label for split in splits) and known < config.num_classes:
+        raise UserError(f'--num-classes {config.num_classes}: dataset {config.dataset} has {known}; leave it out')
+    if 0 < known < config.num_classes:
+        _logger.warning(f'--num-classes {config.num_classes}: the data have {known} classes, the rest stays unused')
     return config.num_classes
 
 
@@ -149,9 +149,9 @@ def open_split(
     """Open one split.
 
     Args:
-        config: Where the data are: `DataOptions`, and batch_size, workers and seed for streamed sources.
+        config: Where the data are: `DataOptions`, and batch_size, workers and seed for streamed data sets.
         split: Name of the split.
-        training: Streamed sources shuffle when training; it decides the number and the seed of the pairs of multimnist.
+        training: Streamed data sets shuffle when training; the number and the seed of multimnist's pairs depend on it.
         whole: A folder without splits, or a single tar file, is the split itself.
         class_map: Class name to index, in place of ``config.class_map``.
 
@@ -277,7 +277,7 @@ def split_table(splits: Mapping[str, Split | None]) -> str:
         splits: By name; None is left out.
     """
     rows = [('split', 'images', 'classes', 'smallest class', 'largest class')]
-    rows += [(name, f'{len(source):,}', *_classes(source)) for name, source in splits.items() if source is not None]
+    rows += [(name, f'{len(split):,}', *_classes(split)) for name, split in splits.items() if split is not None]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return '\n'.join('  '.join(
         f'{cell:{">" if i in (1, 2) else "<"}{width}}' for i, (cell, width) in enumerate(zip(row, widths))).rstrip()
@@ -286,9 +286,9 @@ def split_table(splits: Mapping[str, Split | None]) -> str:
 
 def passed_over_lines(splits: Mapping[str, Split | None]) -> str:
     """A line for each folder or tar file of which something was not taken; '' where nothing was."""
-    found = {f'{source.name}: passed over {source.passed_over}' for source in splits.values()
-             if source is not None and source.passed_over}
-    return '\n'.join(sorted(found))
+    lines = {f'{split.name}: passed over {split.passed_over}' for split in splits.values()
+             if split is not None and split.passed_over}
+    return '\n'.join(sorted(lines))
 
 
 def describe_splits(splits: Mapping[str, Split | None]) -> str:
@@ -296,32 +296,32 @@ def describe_splits(splits: Mapping[str, Split | None]) -> str:
     return '\n'.join(filter(None, (split_table(splits), passed_over_lines(splits))))
 
 
-def check_classes(source: Split) -> None:
+def check_classes(split: Split) -> None:
     """Refuse to train on one class.
 
     Raises:
         UserError: All images are of one class.
     """
-    if source.labels is None or source.multi_label or len(found := np.unique(source.labels)) != 1:
+    if split.labels is None or split.multi_label or len(classes := np.unique(split.labels)) != 1:
         return
     advice = 'add images of another class'
-    if isinstance(getattr(source.dataset, 'reader', None), ClassReader):
+    if isinstance(getattr(split.dataset, 'reader', None), ClassReader):
         advice = 'the classes are the folders directly below the split: if they lie deeper, name the folder above ' \
                  'them with --train-split or --data-dir'
-    raise UserError(f'{source.name}: all {len(source):,} images are of one class, {_name(source, int(found[0]))}, and '
+    raise UserError(f'{split.name}: all {len(split):,} images are of one class, {_name(split, int(classes[0]))}, and '
                     f'training needs two; {advice}')
 
 
-def _classes(source: Split) -> tuple[str, str, str]:
-    if source.labels is None or source.multi_label:
-        return str(len(source.class_names or ()) or '?'), '', ''
-    counts = np.bincount(source.labels, minlength=len(source.class_names or ()))
+def _classes(split: Split) -> tuple[str, str, str]:
+    if split.labels is None or split.multi_label:
+        return str(len(split.class_names or ()) or '?'), '', ''
+    counts = np.bincount(split.labels, minlength=len(split.class_names or ()))
     last_of_largest = len(counts) - 1 - counts[::-1].argmax()
-    smallest, largest = (f'{_name(source, int(i))} ({counts[i]:,})' for i in (counts.argmin(), last_of_largest))
+    smallest, largest = (f'{_name(split, int(i))} ({counts[i]:,})' for i in (counts.argmin(), last_of_largest))
     return str(np.count_nonzero(counts)), smallest, largest
 
 
-def _name(source: Split, label: int, most: int = 30) -> str:
-    names = source.class_names or ()
+def _name(split: Split, label: int, most: int = 30) -> str:
+    names = split.class_names or ()
     name = shown(names[label]) if label < len(names) else str(label)
     return name if len(name) <= most else name[:most - 3] + '...'

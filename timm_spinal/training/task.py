@@ -1,30 +1,68 @@
-"""What is minimised: a timm `TrainingTask` by name, the penalties around it, and losses on capsule lengths.
+"""What is minimised: a task by name, the penalties around it, and losses on capsule lengths.
 
-`OBJECTIVES` maps the name of an objective to its builder; timm's classification and distillation tasks are used as
-they are, `wld` is ours. `PENALTIES` maps the name of a penalty to a factory that looks at the config and the model and
-returns a function without arguments (the penalty, a scalar tensor), or None when the config does not ask for it. The
-loop adds every penalty once per optimizer update, whatever the gradient accumulation, and logs it under its own name.
+`OBJECTIVES` maps the name of an objective to the function that makes its `Task`: timm's for classification and for its
+kinds of distillation, ours for `wld`. `PENALTIES` maps the name of a penalty to a factory that looks at the config and
+the model and returns a function without arguments (the penalty, a scalar tensor), or None when the config does not ask
+for it. The loop adds every penalty once per optimizer update, whatever the gradient accumulation, and logs it under its
+own name.
 """
 from typing import Any, Callable
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.task import (
-    ClassificationTask,
-    FeatureDistillationTask,
-    LogitDistillationTask,
-    MultiLabelClassificationTask,
-    TokenDistillationTask,
-    TrainingTask,
-)
+from timm import task as timm_task
 
 from timm_spinal.errors import UserError
 
 from .config import TrainConfig
 from .teacher import check_logits, open_teacher
 from .transforms import resolve_data
-from .wld import WLDTask
+
+
+class Task(timm_task.TrainingTask):
+    """timm's `TrainingTask`, which the loop tells how long the run is and where it stands.
+
+    Most tasks need to know neither, so both methods do nothing here.
+    """
+
+    def set_length(self, epochs: int, batches_per_epoch: int, grad_accum_steps: int = 1) -> None:
+        """Called once, when loaders and schedule are made.
+
+        Args:
+            epochs: Epochs of the schedule.
+            batches_per_epoch: Batches of this process in an epoch.
+            grad_accum_steps: Batches of an update.
+        """
+
+    def start_epoch(self, epoch: int, batch: int, batches: int) -> None:
+        """Called before the first batch of an epoch, and before the next one of an epoch that a resumed run is in.
+
+        Args:
+            epoch: Epochs that are done.
+            batch: Batches of this epoch that are done.
+            batches: Batches of this process in an epoch.
+        """
+
+
+class ClassificationTask(Task, timm_task.ClassificationTask):
+    """timm's."""
+
+
+class MultiLabelClassificationTask(Task, timm_task.MultiLabelClassificationTask):
+    """timm's."""
+
+
+class LogitDistillationTask(Task, timm_task.LogitDistillationTask):
+    """timm's."""
+
+
+class FeatureDistillationTask(Task, timm_task.FeatureDistillationTask):
+    """timm's."""
+
+
+class TokenDistillationTask(Task, timm_task.TokenDistillationTask):
+    """timm's."""
 
 # ---- losses on capsule lengths --------------------------------------------------------------------------------------
 
@@ -101,7 +139,7 @@ def orthogonality(config: TrainConfig, model: nn.Module) -> Penalty | None:
 # ---- objectives -----------------------------------------------------------------------------------------------------
 
 
-Builder = Callable[[TrainConfig, nn.Module, dict[str, Any]], TrainingTask]
+Builder = Callable[[TrainConfig, nn.Module, dict[str, Any]], Task]
 
 
 def criterion_kwargs(config: TrainConfig, mixup_active: bool, multi_label: bool = False) -> dict[str, Any]:
@@ -136,20 +174,20 @@ def criterion_options(
     return dict(criterion=CAPSULE_LOSSES[config.loss](0. if mixup_active else config.smoothing))
 
 
-def _classification(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
+def _classification(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> Task:
     return ClassificationTask(model, **common)
 
 
-def _multi_label(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
+def _multi_label(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> Task:
     return MultiLabelClassificationTask(model, **common)
 
 
-def _logit(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
+def _logit(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> Task:
     return LogitDistillationTask(
         model, loss_type=config.kd_loss_type or 'kl', temperature=config.kd_temperature, **_weights(config), **common)
 
 
-def _feature(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
+def _feature(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> Task:
     return FeatureDistillationTask(
         model,
         student_feature_dim=config.kd_student_feature_dim,
@@ -159,7 +197,7 @@ def _feature(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> T
     )
 
 
-def _token(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
+def _token(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> Task:
     return TokenDistillationTask(
         model,
         distill_type=config.kd_token_distill_type,
@@ -169,8 +207,9 @@ def _token(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> Tra
     )
 
 
-def _wld(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
-    # the length of the run and the teacher are set by `distill.prepare_teacher`
+def _wld(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> Task:
+    from .wld import WLDTask  # which is a `Task`
+    # `set_length` gives it the length of the run, `distill.prepare_teacher` its teacher
     return WLDTask(
         model,
         teacher_model=None,
@@ -213,7 +252,7 @@ def build_task(
         data_config: dict[str, Any] | None = None,
         class_names: list[str] | None = None,
         multi_label: bool = False,
-) -> TrainingTask:
+) -> Task:
     """The training task of a config around a model that is on its device and not yet prepared.
 
     A teacher is frozen, on the same device, and must not be prepared: wrap ``task.trainable_module`` only. WLD has

@@ -228,11 +228,11 @@ def check_policy(text: str) -> None:
 
 
 def _is_section(key: str, kind: type, section: str) -> bool:
-    found = re.fullmatch(f'{key}({_PATTERNS[kind]})', section)
-    if found is None or kind is str:
-        return found is not None
+    match = re.fullmatch(f'{key}({_PATTERNS[kind]})', section)
+    if match is None or kind is str:
+        return match is not None
     low, high = _BOUNDS.get(key, (0, math.inf))
-    return low <= float(found[1]) <= high
+    return low <= float(match[1]) <= high
 
 
 def operations(step: Any) -> Iterator[Any]:

@@ -78,10 +78,10 @@ def find_models(config: ValidateConfig) -> list[str]:
         UserError: A wildcard that matches nothing.
     """
     if config.checkpoint:
-        found = sorted(glob.glob(config.checkpoint)) if glob.has_magic(config.checkpoint) else [config.checkpoint]
-        if not found:
+        paths = sorted(glob.glob(config.checkpoint)) if glob.has_magic(config.checkpoint) else [config.checkpoint]
+        if not paths:
             raise UserError(f'checkpoint {config.checkpoint}: nothing there matches')
-        return found
+        return paths
     if not glob.has_magic(config.model):
         return [config.model]
     names = timm.list_models(config.model, pretrained=config.pretrained)
@@ -185,11 +185,11 @@ def validate_one(accelerator: Accelerator, candidate: Candidate, told: set[str])
     )
 
 
-def _check_class_names(model: Any, found: list[str] | None, name: str) -> None:
+def _check_class_names(model: Any, class_names: list[str] | None, name: str) -> None:
     """Refuse data whose folders are other classes, or in another order, than the model was trained for."""
     known = model.pretrained_cfg.get('label_names')
-    if known and found and list(known) != list(found) and len(known) == len(found):
-        wrong = next((a, b) for a, b in zip(known, found) if a != b)
+    if known and class_names and list(known) != list(class_names) and len(known) == len(class_names):
+        wrong = next((a, b) for a, b in zip(known, class_names) if a != b)
         raise UserError(f'classes: {name} was trained for other classes than the data have ({wrong[0]!r} is '
                         f'{wrong[1]!r} there); use --class-map')
 
