@@ -14,7 +14,7 @@ TITLES = {
     'ap': 'AP', 'ap50': 'AP50', 'ap75': 'AP75', 'ap_small': 'AP small', 'ap_medium': 'AP medium',
     'ap_large': 'AP large',
 }
-MAIN = ('top1', 'exact', 'ap')  # the one of each kind of target
+MAIN = ('top1', 'exact', 'ap')  # the main accuracy of each kind of target
 
 
 class PairEvaluator(ClassificationEvaluator):
@@ -23,7 +23,7 @@ class PairEvaluator(ClassificationEvaluator):
     ``loss`` is timm's for several classes per image, binary cross-entropy on the scores. The answer to an image are the
     two classes with the highest scores. ``exact``: images of which both are right; ``digit``: classes that are among
     the two of their image; ``top2``: images whose class of the smaller index is among the two, which is what the
-    authors of XnODR call top 2 (spec capsule_xnor_heads 5). In percent.
+    authors of XnODR call top 2. In percent.
     """
 
     default_metric = 'exact'

@@ -1,4 +1,4 @@
-"""What goes wrong between here and the Hub, in one line."""
+"""Errors of the Hugging Face Hub, and of the network before it, explained in one line."""
 import errno
 import os
 import re

@@ -1,6 +1,6 @@
 """From a config to loaders.
 
-`create_datasets` opens the splits and settles the number of classes, which the model needs; `create_data` adds the
+`create_datasets` opens the splits and counts their classes, which the model needs to know; `create_data` adds the
 transforms, which need the model::
 
     datasets = create_datasets(config)
@@ -45,7 +45,7 @@ class TrainData:
         streamed: The training data come from a stream: no exact resume within an epoch.
         multi_label: Images have several classes.
         mixup_off_epoch: No mixing from this epoch on, when above 0.
-        channels_last: Lay training batches out so.
+        channels_last: Training images get torch's channels-last memory format.
     """
     train_loader: DataLoader
     eval_loader: DataLoader
@@ -70,7 +70,7 @@ class TrainData:
             self.mixup.mixup_enabled = epoch < self.mixup_off_epoch
 
     def to_batch(self, images: Any, target: Any) -> tuple[Any, Any]:
-        """A training batch on its device, laid out and mixed as the task gets it."""
+        """Images and targets of a training batch as the task gets them: in the memory format of the run, and mixed."""
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return (images, target) if self.mixup is None else self.mixup(images, target)
@@ -156,7 +156,7 @@ def create_eval_loader(
         crops: 1, or 10 for batches of (B, 10, C, H, W).
 
     Raises:
-        UserError: The data have not the model's classes, or its images cannot be cropped so.
+        UserError: The data have other classes than the model, or the crop mode does not go with ten crops.
     """
     have, want = datasets.num_classes, getattr(model, 'num_classes', datasets.num_classes)
     if have > want or (have < want and (datasets.multi_label or not config.dataset and not config.class_map)):

@@ -5,7 +5,7 @@ Order and augmentation are functions of (seed, epoch, position in the epoch) alo
 the loader's workers, so batches are the same for any number of workers and after `accelerate.skip_first_batches`.
 """
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Callable, Iterator
 
@@ -42,8 +42,9 @@ class Split:
         class_names: Names by index, or None where the data set has none.
         label_offset: Subtracted from the labels of `dataset` (not from `labels`), for sets that count from 1.
         indices: The part of `dataset` that belongs to the split; None is all of it.
+        streamed: The images come from a stream, in an order of its own.
         multi_label: An image has several classes: `dataset` gives their memberships (C,), float32.
-        passed_over: What lies beside the images and was not taken, in words.
+        passed_over: Counts and kinds of the files beside the images that were not taken, as text.
     """
     name: str
     dataset: Any
@@ -51,7 +52,7 @@ class Split:
     class_names: list[str] | None = None
     label_offset: int = 0
     indices: np.ndarray | None = None
-    streamed: bool = field(default=False)
+    streamed: bool = False
     multi_label: bool = False
     passed_over: str = ''
 
@@ -59,12 +60,13 @@ class Split:
         return len(self.dataset) if self.indices is None else len(self.indices)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a worker process that is not forked: open tar files stay behind, and it opens its own."""
+        """The state to pickle for a worker process that is not forked: without open tar files, it opens its own."""
         state = getattr(getattr(self.dataset, 'reader', None), 'tar_state', {})
         _forget_open_tars(state if isinstance(state, dict) else {'': state})
         return vars(self)
 
     def subset(self, indices: np.ndarray) -> 'Split':
+        """The images with these numbers in the split."""
         labels = None if self.labels is None else self.labels[indices]
         inner = indices if self.indices is None else self.indices[indices]
         return replace(self, labels=labels, indices=inner)
@@ -89,6 +91,7 @@ class Split:
         return image, SKIPPED_TARGET if target is None else int(target) - self.label_offset
 
     def describe(self, index: int) -> str:
+        """What error messages call an image: its path, or its number."""
         index = self.number(index)
         if isinstance(self.dataset, ImageDataset):
             return str(self.dataset.filename(index, absolute=True))

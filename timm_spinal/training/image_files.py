@@ -1,4 +1,4 @@
-"""Which files are images, an account of those that are not, and a timm reader of images in a tar file.
+"""Which files are images, a count of those that are not, and a timm reader of images in a tar file.
 
 The reader of images in a folder is in `image_folder`. To both, the classes are the folders directly below the split,
 and an image is of the first folder of its path. Order and numbers of classes and images are those of timm's readers,
@@ -33,7 +33,7 @@ _SYSTEM = {
     'network trash folder', 'temporary items', 'thumbs.db', 'ehthumbs.db', 'ehthumbs_vista.db', 'desktop.ini',
     '$recycle.bin', 'recycler', 'system volume information', 'lost+found', 'lost.dir',
 }
-# kinds of what is passed over
+# kinds of files and folders that are passed over
 HIDDEN, SYSTEM = 'hidden', 'of the operating system'
 OTHER, HEIF = 'of other types', 'in HEIF, readable after pip install pillow-heif'
 OUTSIDE, EMPTY = 'outside the class folders', 'without images'

@@ -118,7 +118,7 @@ def _line(error: Exception) -> str:
 # ---- images in a folder ---------------------------------------------------------------------------------------------
 
 
-FOLDER, IMAGE = 'folder', 'image'  # kinds of what is not passed over
+FOLDER, IMAGE = 'folder', 'image'  # kinds of what is taken
 
 
 class FolderReader(ClassReader):
@@ -201,7 +201,7 @@ def _scan_folder(root: str, suffixes: set[str], passed_over: PassedOver) -> tupl
 
 
 def _kind(entry: os.DirEntry, suffixes: set[str]) -> str:
-    """`FOLDER`, `IMAGE` or the kind of what is passed over."""
+    """`FOLDER`, `IMAGE`, or the kind under which it is passed over."""
     if kind := ignored(entry.name):
         return kind
     if _follow(entry, 'is_dir'):
@@ -209,7 +209,7 @@ def _kind(entry: os.DirEntry, suffixes: set[str]) -> str:
     broken = entry.is_symlink() and not os.path.exists(entry.path)
     if suffix_of(entry.name) not in suffixes:
         return NO_TARGET if broken else OTHER
-    # a link to nothing counts as an image that cannot be read, so that it is not lost without a word
+    # a link to nothing counts as an image that cannot be read, so that the run stops and names it
     return IMAGE if broken or _follow(entry, 'is_file') else SPECIAL
 
 

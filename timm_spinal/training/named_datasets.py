@@ -150,7 +150,11 @@ _DIGITS_SPLITS = ('train', 'validation')
 
 
 class Digits:
-    """All digits as PIL images of mode L; sklearn's grey levels 0 .. 16 become 0 .. 255."""
+    """The data set ``digits``: 1,797 handwritten digits, 8 x 8 pixels, grey, 10 classes, as PIL images of mode L.
+
+    They are the test part of the UCI set "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998), which
+    scikit-learn carries inside its wheel: real data with no download. Its grey levels 0 .. 16 become 0 .. 255.
+    """
 
     def __init__(self):
         try:
@@ -189,7 +193,12 @@ _MNIST_SPLITS = {'train': ('train', 0), 'validation': ('train', 1), 'test': ('t1
 
 
 class MultiMnist:
-    """``pairs[i]``: a PIL image of mode L, 36 x 36, and the memberships of its classes, (10,) float32 with two ones.
+    """The data set ``multimnist``: pairs of MNIST digits that overlap (Sabour et al., https://arxiv.org/abs/1710.09829).
+
+    ``pairs[i]`` is a PIL image of mode L, 36 x 36, and the memberships of its classes, (10,) float32 with two ones. Two
+    digits of different classes, each shifted by 0 .. 8 pixels along either axis, are added and clipped at 255. Each
+    split makes its pairs of digits of its own, so that no two splits share a digit image; in the script of XnODR they
+    do, and nothing is clipped.
 
     A pair depends on seed, index and digits only, whatever the size. As in Sabour et al. every digit is the first of a
     pair in turn; the second is drawn from the digits of the other classes.

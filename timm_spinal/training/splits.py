@@ -1,4 +1,4 @@
-"""The splits of a data set: opened by name, with classes that agree, and told before a run starts.
+"""The splits of a data set: opened by name, with classes that agree, and described in a table.
 
 A data set has one of these names: '' is a folder or tar file, ``digits`` the digits of scikit-learn, ``multimnist``
 pairs of MNIST digits, ``torch/`` a torchvision set, ``hfds/``, ``hfids/``, ``wds/`` and ``tfds/`` timm's readers of
@@ -52,7 +52,7 @@ class Datasets:
 
 
 def create_datasets(config: TrainConfig | ValidateConfig, train: bool = True) -> Datasets:
-    """Open the splits that a config names and settle the number of classes.
+    """Open the splits that a config names and find their number of classes.
 
     Args:
         config: The run's config.
@@ -75,9 +75,9 @@ def create_datasets(config: TrainConfig | ValidateConfig, train: bool = True) ->
         train_split, eval_split = whole.subset(first), whole.subset(second)
     else:
         train_split = open_split(config, config.train_split, training=True) if train else None
-        eval_split = _matched(config, config.val_split, train_split)
-        _tell_if_test(config)
-    test_split = _matched(config, config.test_split, train_split) if train and config.test_split else None
+        eval_split = _with_training_classes(config, config.val_split, train_split)
+        _warn_if_test(config)
+    test_split = _with_training_classes(config, config.test_split, train_split) if train and config.test_split else None
     if train and train_split is not None:
         check_classes(train_split)
     return Datasets(
@@ -90,7 +90,7 @@ def create_datasets(config: TrainConfig | ValidateConfig, train: bool = True) ->
     )
 
 
-def _matched(config: TrainConfig | ValidateConfig, name: str, train: Split | None) -> Split:
+def _with_training_classes(config: TrainConfig | ValidateConfig, name: str, train: Split | None) -> Split:
     """A split whose classes have the indices that they have in training."""
     split = open_split(config, name)
     if train is None or not train.class_names or not split.class_names or train.class_names == split.class_names:
@@ -123,7 +123,7 @@ def _num_classes(config: TrainConfig | ValidateConfig, splits: list[Split]) -> i
     return config.num_classes
 
 
-def _tell_if_test(config: TrainConfig | ValidateConfig) -> None:
+def _warn_if_test(config: TrainConfig | ValidateConfig) -> None:
     prefix, _, name = config.dataset.partition('/')
     if not isinstance(config, TrainConfig) or prefix.lower() != 'torch' or config.val_split == 'test':
         return
@@ -267,7 +267,7 @@ def _line(error: BaseException) -> str:
     return ' '.join(str(error).split())[:300] or type(error).__name__
 
 
-# ---- what a run says of its data ------------------------------------------------------------------------------------
+# ---- description ----------------------------------------------------------------------------------------------------
 
 
 def split_table(splits: Mapping[str, Split | None]) -> str:
@@ -292,7 +292,7 @@ def passed_over_lines(splits: Mapping[str, Split | None]) -> str:
 
 
 def describe_splits(splits: Mapping[str, Split | None]) -> str:
-    """Both, as a run prints them."""
+    """The table of the splits, and what was passed over, as a run prints them."""
     return '\n'.join(filter(None, (split_table(splits), passed_over_lines(splits))))
 
 

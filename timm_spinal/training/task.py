@@ -68,7 +68,11 @@ class TokenDistillationTask(Task, timm_task.TokenDistillationTask):
 
 
 class CapsuleLoss(nn.Module):
-    """What both share: targets of either kind as memberships.
+    """Base class of losses on capsule lengths, which are defined on scores (B, C) >= 0.
+
+    Targets are class indices (B,), or memberships (B, C) in [0, 1], as mixup gives them or as several classes per image
+    have them. Label smoothing s is timm's: a class index becomes the membership 1 - s + s / C, the others s / C;
+    memberships y become (1 - s) y + s / 2. The papers use none (``--smoothing 0``).
 
     Args:
         smoothing: Label smoothing s in [0, 1); 0 with mixup, which smooths by itself.
@@ -118,7 +122,7 @@ Penalty = Callable[[], torch.Tensor]
 
 
 def orthogonality(config: TrainConfig, model: nn.Module) -> Penalty | None:
-    """``sb_ortho`` times the distance of a model's shared filter bases from orthonormal (spec shared_basis 2).
+    """``sb_ortho`` times the distance of a model's shared filter bases from orthonormal.
 
     Raises:
         UserError: The model shares no filters.

@@ -78,8 +78,7 @@ def image_mode(config: TrainConfig | ValidateConfig, channels: int) -> str:
 
 
 def create_decoder(config: TrainConfig | ValidateConfig, channels: int) -> Decoder:
-    """What brings the images of any data set into the mode for a model with so many input channels; see `image_mode`.
-    """
+    """The decoder to the mode of images for a model with so many input channels; see `image_mode`."""
     return Decoder(image_mode(config, channels), config.exif_transpose)
 
 
@@ -196,7 +195,7 @@ def split_transform(transform: Callable) -> tuple[Callable, Callable[[torch.Tens
     return begin, BatchNormalize(steps[-1].mean, steps[-1].std)
 
 
-# ---- augmentation that runs to its end ------------------------------------------------------------------------------
+# ---- policies of augmentation ---------------------------------------------------------------------------------------
 
 
 # sections of a policy's name as timm reads them, and the values that have a meaning (others: 0 or more)
@@ -210,7 +209,7 @@ _PATTERNS = {int: r'\d+', float: r'\d+(\.\d*)?', str: 'weights|3aw|3a'}
 
 
 def check_policy(text: str) -> None:
-    """Refuse the name of a policy of which timm would pass over a part, or end in the middle of a run.
+    """Refuse the name of a policy of which timm would ignore a part, or which would fail in the middle of a run.
 
     Raises:
         UserError: Names the part.
@@ -245,7 +244,7 @@ def operations(step: Any) -> Iterator[Any]:
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
-    """As timm's. No bits at all make a black image, which Pillow gave up to release 12 and refuses since."""
+    """As timm's, also for 0 bits: that is a black image, for which Pillow raises an error from release 12 on."""
     if bits_to_keep >= 8:
         return image
     kept = ImageOps.posterize(image, max(bits_to_keep, 1))
@@ -291,15 +290,15 @@ def _run(step: Any, name: str, image: Any, mode: str) -> Any:
             image = _run(part, type(part).__name__, image, mode)
         return image
     try:
-        return _certain(step)(image)
-    except Exception as e:  # whatever stands in for an image or a setting that the step is not made for
+        return _always(step)(image)
+    except Exception as e:  # steps raise all kinds of errors for modes and settings that they do not support
         reason = ' '.join(str(e).split())[:200] or type(e).__name__
         raise UserError(f'augmentation: {name} fails on images of mode {mode} ({reason}); leave it out, or change its '
                         f'settings, --train-interpolation or --input-img-mode') from e
 
 
-def _certain(step: Any) -> Any:
-    """A step that is done with some probability, as one that is always done."""
+def _always(step: Any) -> Any:
+    """A copy of a step with probability 1."""
     step = copy.copy(step)
     for name in ('p', 'prob', 'probability'):
         if isinstance(getattr(step, name, None), float):

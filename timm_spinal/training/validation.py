@@ -29,8 +29,7 @@ from .splits import create_datasets, passed_over_lines
 
 @dataclass
 class Candidate:
-    """A model to evaluate: the name in the table, its config and the file of its weights, if it is none of the config.
-    """
+    """A model to evaluate: its name in the table, its config, and a file of weights where the config names none."""
     name: str
     config: ValidateConfig
     file: Path | None = None
@@ -54,10 +53,10 @@ def validate(config: ValidateConfig) -> list[dict[str, Any]]:
     accelerator = new_accelerator(config.mixed_precision)
     names = find_models(config)
     rows: list[dict[str, Any]] = []
-    told: set[str] = set()
+    printed: set[str] = set()
     for name in names:
         try:
-            rows.append(validate_one(accelerator, open_candidate(config, name), told))
+            rows.append(validate_one(accelerator, open_candidate(config, name), printed))
             line = _line(rows[-1])
         except UserError as e:
             if len(names) == 1:
@@ -131,15 +130,18 @@ def _open_checkpoint(config: ValidateConfig, path: Path) -> Candidate:
     return Candidate(str(path), replace(config, **of_run), path / (EMA if config.use_ema else WEIGHTS))
 
 
-def validate_one(accelerator: Accelerator, candidate: Candidate, told: set[str]) -> dict[str, Any]:
-    """The row of one model; see `validate`. What of the data is passed over is told unless it is in `told`."""
+def validate_one(accelerator: Accelerator, candidate: Candidate, printed: set[str]) -> dict[str, Any]:
+    """The row of one model; see `validate`.
+
+    A line about data that are passed over is printed unless it is in ``printed``, and added there.
+    """
     config = candidate.config
     with accelerator.main_process_first():
         datasets = create_datasets(config, train=False)
         model: Any = create_model(config, config.num_classes)
     line = passed_over_lines(dict(eval=datasets.eval))
-    if line and line not in told:
-        told.add(line)
+    if line and line not in printed:
+        printed.add(line)
         accelerator.print(line, flush=True)
     if candidate.file is not None:
         try:
