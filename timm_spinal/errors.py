@@ -1,5 +1,8 @@
 """What the command line shows in one line, without a traceback."""
+import contextlib
+import re
 import signal
+from typing import Callable, Iterator
 
 
 class UserError(ValueError):
@@ -19,3 +22,27 @@ class StopRequested(Exception):
     def __init__(self, signum: int):
         super().__init__(f'stopped by {signal.Signals(signum).name}')
         self.signum = signum
+
+
+@contextlib.contextmanager
+def dead_workers_named(advice: Callable[[], str]) -> Iterator[None]:
+    """One line in place of torch's error about a loader worker that was killed.
+
+    Args:
+        advice: What to do next, asked for when it happens.
+
+    Raises:
+        UserError: Names the worker, the likely reason and what to do.
+    """
+    try:
+        yield
+    except RuntimeError as e:
+        match = re.search(r'DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) ([^.]*)', str(e))
+        if match is None:
+            raise
+        process, what = match[1], ' '.join(match[2].split())
+        memory = 'shared memory (/dev/shm)' if 'Bus error' in what else 'memory'
+        error = UserError(f'loader worker {process} {what}: most likely the machine is out of {memory}; use fewer '
+                          f'--workers or a smaller --batch-size, then {advice()}')
+        error.local = True  # type: ignore[attr-defined]
+        raise error from e

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 
 from timm_spinal.training.distributed import used_precision
 from timm_spinal.training.results import counts, origin
-from timm_spinal.training.run import Problem, Run, Task
+from timm_spinal.training.run import Problem, Run
+from timm_spinal.training.task import Task
 from timm_spinal.training.train import train
 
 from .coco_metrics import check_installed

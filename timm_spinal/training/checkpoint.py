@@ -26,9 +26,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
 from timm_spinal.errors import UserError
+from timm_spinal.files import fsync, sha256, write_error
 
 from .distributed import NotFinite
-from .files import fsync, sha256, write_error
 from .identity import SCHEDULE, SILENT, changed_settings
 from .optim import apply_settings, load_scheduler_state, scheduler_state
 

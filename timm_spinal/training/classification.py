@@ -12,15 +12,15 @@ from torch.utils.data import DataLoader
 
 import timm_spinal
 from timm_spinal.errors import UserError
+from timm_spinal.evaluation.evaluate import evaluate
+from timm_spinal.evaluation.metrics import accuracies, choosing_metric
+from timm_spinal.evaluation.predictions import Predictions
 
-from . import overview
 from .config import TrainConfig
-from .data import create_data, create_datasets
+from .data import create_data
 from .distill import check_distillation, prepare_teacher
 from .distributed import SHARDED, agree, used_precision
-from .evaluate import evaluate
 from .identity import FIXED
-from .metrics import accuracies, choosing_metric
 from .model import (
     binary_signs,
     binary_weight_flips,
@@ -31,12 +31,12 @@ from .model import (
     fit_momentum,
     needs_registration,
 )
-from .objective import build_penalties, build_task
 from .optim import apply_freeze, head_first
-from .predictions import Predictions
 from .report import how_to_load
 from .results import counts, export_model, origin
-from .run import Problem, Run, Task
+from .run import Problem, Run
+from .splits import create_datasets, describe_splits
+from .task import Task, build_penalties, build_task
 
 
 class Classification(Problem[TrainConfig]):
@@ -53,7 +53,7 @@ class Classification(Problem[TrainConfig]):
         check_warm_start(config)
         with accelerator.main_process_first():
             self.datasets = create_datasets(config)
-        accelerator.print(overview.describe(self.datasets.named(config)), flush=True)
+        accelerator.print(describe_splits(self.datasets.named(config)), flush=True)
         self.multi_label = self.datasets.multi_label
         self.config = replace(
             config, num_classes=self.datasets.num_classes, mixed_precision=used_precision(config, accelerator))
@@ -122,7 +122,10 @@ class Classification(Problem[TrainConfig]):
             updates = run.updates_per_epoch * run.epochs
             for line in fit_momentum(run.task.evaluated(), updates, config.model_kwargs, run.task.frozen.kept_in_eval):
                 run.accelerator.print(line)
-        prepare_teacher(run, self.datasets, resuming)
+        top1 = prepare_teacher(
+            config, run.accelerator, run.task, self.data, run.eval_loader, run.folder, resuming)
+        if top1 is not None:
+            run.progress.teacher_top1 = top1
 
     def evaluate(self, run: Run[TrainConfig], model: nn.Module, loader: DataLoader, split: str) -> dict[str, Any]:
         """Loss in nats and accuracies in percent; predictions for a test split are kept in the run folder."""

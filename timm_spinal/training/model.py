@@ -14,12 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import timm_spinal
 from timm_spinal.errors import UserError
 from timm_spinal.models.fill_weights import LoadedWeights, watch_load
+from timm_spinal.models.hub_checksums import check_download
+from timm_spinal.models.hub_errors import explain, one_line
 from timm_spinal.models.load_weights import create_from_file, load_exactly
 from timm_spinal.models.weight_files import MisfitError, WeightsError, first_names
 
 from .config import TrainConfig, ValidateConfig
-from .damage import check_download
-from .remote import explain, one_line
 
 FAST_MOMENTUM = 0.1  # of BatchNorm; PyTorch's default
 WINDOWS = 20  # times that the running statistics of BatchNorm are renewed in a run, at least

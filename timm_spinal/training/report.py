@@ -11,12 +11,12 @@ import timm
 import torch
 from tqdm import tqdm
 
+from timm_spinal.evaluation.metrics import TITLES, main_accuracy, same_answer_warning
+from timm_spinal.files import write_atomically
 from timm_spinal.version import __version__
 
 from .config import to_yaml
 from .distributed import agree
-from .files import write_atomically
-from .metrics import TITLES, main_accuracy, same_answer_warning
 
 if TYPE_CHECKING:
     from .distributed import Meter

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 from timm.utils import unwrap_model
 
+from timm_spinal.files import write_atomically
 from timm_spinal.models.attach_head import HEAD_NAME
 
 from . import report
 from .distributed import SHARDED, agree
-from .files import write_atomically
 
 if TYPE_CHECKING:
     from .run import Run

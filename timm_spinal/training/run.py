@@ -1,4 +1,4 @@
-"""What a run consists of: what is trained (`Problem`, `Task`), how far it is (`Progress`), and all of it (`Run`)."""
+"""What a run consists of: what is trained (`Problem`), how far it is (`Progress`), and all of it (`Run`)."""
 import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field, replace
@@ -11,7 +11,6 @@ import torch.nn as nn
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from timm.scheduler.scheduler import Scheduler
-from timm.task import TrainingTask
 from torch.utils.data import DataLoader
 
 from timm_spinal.errors import UserError
@@ -19,44 +18,10 @@ from timm_spinal.errors import UserError
 from .checkpoint import other_version, read_state
 from .config import LoopConfig
 from .data import TrainData
-from .optim import Frozen
-from .penalties import Penalty
 from .run_dir import changed_since_checkpoint
+from .task import Task
 
 ConfigT = TypeVar('ConfigT', bound=LoopConfig)
-
-
-class Task(TrainingTask):
-    """What a model is trained for: a timm task that is told where the run is.
-
-    Attributes:
-        penalties: Penalties on weights by name; the loop adds each once per update, whatever the accumulation.
-        frozen: Parts of the model that the loop keeps still.
-    """
-    penalties: dict[str, Penalty] = {}
-    frozen: Frozen = Frozen()
-
-    def start_epoch(self, epoch: int, batch: int, batches: int) -> None:
-        """Called before the first batch of each epoch, and where a resumed run goes on.
-
-        Args:
-            epoch: Epochs done.
-            batch: Batches of this process that are done in the epoch.
-            batches: All batches of this process in an epoch.
-        """
-
-    @property
-    def trained(self) -> nn.Module:
-        """The module that the optimizer trains, prepared."""
-        module = self.get_trainable_module()
-        assert module is not None
-        return module
-
-    def evaluated(self, ema: bool = False) -> nn.Module:
-        """The model that is evaluated; with ``ema`` its average, which must have been set up."""
-        model = self.get_eval_model(ema=ema)
-        assert model is not None
-        return model
 
 
 class Problem(ABC, Generic[ConfigT]):

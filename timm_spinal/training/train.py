@@ -14,18 +14,17 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.layers import convert_sync_batchnorm
 
-from timm_spinal.errors import StopRequested, UserError
+from timm_spinal.errors import StopRequested, UserError, dead_workers_named
 
 from .checkpoint import find_checkpoints, restore, save
 from .classification import Classification
-from .data import dead_workers_named
-from .dataset import preserved_rng
 from .distributed import Meter, NotFinite, SignalFlag, agree, create_accelerator, on_any_process, share_statistics
 from .optim import clip_gradients, create_optimizer, create_scheduler, mean_lr, resolve_lr
 from .report import log_epoch, log_progress, plan_lines, progress_bar, write_first_files
 from .results import whole_weights, write_result
 from .run import ConfigT, Problem, Progress, Run
 from .run_dir import claim_run_folder
+from .transforms import preserved_rng
 
 DRAW_SECONDS = 30  # between two drawings of the curves, which take as long as some epochs
 
@@ -128,6 +127,7 @@ def prepare_run(
     # resume
     if checkpoint is not None:
         run.progress = Progress.from_checkpoint(checkpoint, accelerator)
+    task.set_length(epochs, len(train_loader), accelerator.gradient_accumulation_steps)
     task.start_epoch(run.progress.epoch, run.progress.batch, len(train_loader))
     problem.before_training(run, resuming=checkpoint is not None)
     for line in plan_lines(run):
@@ -250,7 +250,7 @@ def train_batch(
     config, accelerator, task, optimizer = run.config, run.accelerator, run.task, run.optimizer
     accum = accelerator.gradient_accumulation_steps
     window = min(accum, len(run.train_loader) - batch // accum * accum)  # batches of this update: the last has fewer
-    images, target = run.data.arrange(images, target)
+    images, target = run.data.to_batch(images, target)
     with accelerator.accumulate(task.trained):
         with accelerator.autocast():
             parts = task(images, target, *given)

@@ -1,4 +1,4 @@
-"""Weak logit distillation (WLD) of IC networks, as a timm `TrainingTask` (spec ic_networks_wld 4).
+"""Weak logit distillation (WLD) of IC networks, as a timm `TrainingTask`.
 
     L(t) = CE(z_s, y) + lambda(t) D(z_s, z_t)
 
@@ -24,7 +24,7 @@ from timm.utils import unwrap_model
 
 from timm_spinal.errors import UserError
 
-from .run import Task
+from .task import Task
 from .teacher import Teacher, open_teacher
 
 _logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ FIRST_WEIGHT = {'mse': 1., 'kl': 0.5}
 class WLDTask(Task):
     """Cross-entropy and a distance to a teacher's logits whose weight fades out.
 
-    The task counts its training batches, so it runs in timm's loop as it stands. Once
+    The task counts its training batches, so it needs no call from the loop: it runs in timm's as it stands. Once
     lambda is 0 the teacher is given up, and the loss is that of the criterion alone.
 
     Args:
@@ -117,8 +117,7 @@ class WLDTask(Task):
         self.epochs, self.batches_per_epoch, self.grad_accum_steps = epochs, batches_per_epoch, grad_accum_steps
 
     def start_epoch(self, epoch: int, batch: int, batches: int) -> None:
-        """Count from where the run is; as in `Task`."""
-        self.batches_per_epoch = batches
+        """Set t, which then goes on by itself."""
         self.batches = epoch * batches + batch
 
     @property
