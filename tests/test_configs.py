@@ -9,8 +9,8 @@ import timm_spinal
 from timm_spinal.compare.sweep_file import read_sweep, size_control
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig, parse_config
-from timm_spinal.training.data import create_datasets
-from timm_spinal.training.torch_sources import NAMES, torch_split
+from timm_spinal.training.named_datasets import NAMES, torch_split
+from timm_spinal.training.splits import create_datasets
 from timm_spinal.training.transforms import resolve_data, train_transform
 
 CONFIGS = sorted((Path(__file__).parents[1] / 'configs').glob('*.yaml'))
@@ -48,7 +48,7 @@ def test_config_is_sound(path):
     assert config.val_split_fraction or config.val_split != 'test'
     header = path.read_text().split('\n', 12)
     if path.stem not in GENERAL:
-        assert all(any(line.startswith(f'# {word}:') for line in header) for word in ('Source', 'Reported', 'Differs'))
+        assert all(any(line.startswith(f'# {word}:') for line in header) for word in ('Split', 'Reported', 'Differs'))
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)

@@ -68,13 +68,12 @@ def _noise(data: dict[str, Any], count: int) -> Iterator[torch.Tensor]:
 def _open(config: Any, folder: str, data: dict[str, Any], count: int) -> DataLoader:
     """Images at equal distances in the folder, so that all classes take part."""
     from timm_spinal.training.dataset import ImageData
-    from timm_spinal.training.overview import passed_over
-    from timm_spinal.training.sources import folder_source
+    from timm_spinal.training.splits import folder_split, passed_over
     from timm_spinal.training.transforms import create_decoder
     if not Path(folder).exists():
         raise UserError(f'--images {folder}: no such folder')
     try:
-        source = folder_source(Path(folder))
+        source = folder_split(Path(folder))
     except UserError as e:
         raise UserError(f'--images {folder}: {e}') from e
     if line := passed_over(dict(images=source)):

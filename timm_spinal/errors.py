@@ -1,4 +1,7 @@
-"""The one error that the command line shows without a traceback."""
+"""The one error that the command line shows without a traceback, and what is put into it."""
+import contextlib
+import re
+from typing import Callable, Iterator
 
 
 class UserError(ValueError):
@@ -6,3 +9,27 @@ class UserError(ValueError):
 
     The command line prints it as ``error: ...`` and exits with code 2.
     """
+
+
+@contextlib.contextmanager
+def dead_workers_named(advice: Callable[[], str]) -> Iterator[None]:
+    """One line in place of torch's error about a loader worker that was killed.
+
+    Args:
+        advice: What to do next, asked for when it happens.
+
+    Raises:
+        UserError: Names the worker, the likely reason and what to do.
+    """
+    try:
+        yield
+    except RuntimeError as e:
+        match = re.search(r'DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) ([^.]*)', str(e))
+        if match is None:
+            raise
+        process, what = match[1], ' '.join(match[2].split())
+        memory = 'shared memory (/dev/shm)' if 'Bus error' in what else 'memory'
+        error = UserError(f'loader worker {process} {what}: most likely the machine is out of {memory}; use fewer '
+                          f'--workers or a smaller --batch-size, then {advice()}')
+        error.local = True  # type: ignore[attr-defined]
+        raise error from e

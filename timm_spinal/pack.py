@@ -56,7 +56,7 @@ def tensor_bytes(module: nn.Module) -> int:
 @torch.inference_mode()
 def compare(model: nn.Module, packed: nn.Module) -> tuple[int, float, bool]:
     """Equal predictions of ``IMAGES`` noise images, the largest difference of a score, and whether all are the same."""
-    from timm_spinal.training.metrics import SameAnswer
+    from timm_spinal.evaluation.metrics import SameAnswer
     size = resolve_data_config({}, model=model)['input_size']
     images = torch.randn(IMAGES, *size, generator=torch.Generator().manual_seed(0))
     a, b = model.eval()(images), packed.eval()(images)

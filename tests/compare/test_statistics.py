@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from timm_spinal.compare.statistics import calibration, differences, estimate, sampling_error
+from timm_spinal.compare.statistics import differences, estimate, sampling_error
 
 
 def test_interval_of_three_values_by_hand():
@@ -75,13 +75,3 @@ def test_one_seed_has_no_verdict():
 def test_sampling_error_is_the_binomial_one():
     assert sampling_error(90., 10_000) == pytest.approx(0.3)
     assert sampling_error(100., 10) == 0.
-
-
-def test_calibration_by_hand():
-    # half of the images at 0.95 are right, all of those at 0.72
-    confidence = np.array([0.95, 0.95, 0.72, 0.72])
-    correct = np.array([True, False, True, True])
-    sure, right, error = calibration(confidence, correct, bins=10)
-    assert right[9] == 0.5 and right[7] == 1. and np.isnan(right[0])
-    assert sure[9] == pytest.approx(0.95)
-    assert error == pytest.approx(0.5 * 0.45 + 0.5 * 0.28)

@@ -110,7 +110,7 @@ def test_results_are_reproducible_and_leave_the_global_stream_alone():
 
 
 def test_order_is_that_of_the_trainer_and_the_same_for_every_head():
-    from timm_spinal.training.sampling import TrainSampler
+    from timm_spinal.training.dataset import TrainSampler
     seen = []
 
     class Spy(nn.Linear):

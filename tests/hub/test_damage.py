@@ -12,8 +12,8 @@ import timm_spinal
 from timm_spinal.cli import main
 from timm_spinal.detection.backbone import create_body
 from timm_spinal.errors import UserError
+from timm_spinal.models.hub_checksums import checksum_on_hub, is_damaged
 from timm_spinal.training.config import ValidateConfig
-from timm_spinal.training.damage import checksum_on_hub, is_damaged
 from timm_spinal.training.model import create_model
 from timm_spinal.training.teacher import load_teacher
 

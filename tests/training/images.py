@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from timm_spinal.training.config import TrainConfig
-from timm_spinal.training.data import create_data, create_datasets
+from timm_spinal.training.data import create_data
+from timm_spinal.training.splits import create_datasets
 
 REAL = Path(os.environ.get('TIMM_SPINAL_TEST_DATA') or Path(__file__).parents[3] / 'shared' / 'data')
 

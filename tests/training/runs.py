@@ -9,7 +9,7 @@ from typing import Callable
 import torch
 from safetensors.torch import load_file
 
-from timm_spinal.training import objective
+from timm_spinal.training import task as task_module
 from timm_spinal.training.checkpoint import find_checkpoints
 from timm_spinal.training.config import TrainConfig
 from timm_spinal.training.run import train
@@ -69,7 +69,7 @@ def at_update(monkeypatch, number: int, action: Callable[[], None]) -> None:
             action()
         return torch.zeros(())
 
-    monkeypatch.setitem(objective.PENALTIES, 'nothing', lambda config, model: penalty)
+    monkeypatch.setitem(task_module.PENALTIES, 'nothing', lambda config, model: penalty)
 
 
 def send_signal(signum: int = signal.SIGTERM) -> None:

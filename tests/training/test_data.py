@@ -11,7 +11,8 @@ from PIL import Image
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import ValidateConfig
-from timm_spinal.training.data import count_skipped, create_data, create_datasets, create_eval_loader
+from timm_spinal.training.data import count_skipped, create_data, create_eval_loader
+from timm_spinal.training.splits import create_datasets
 
 from .images import TinyModel, make_data, make_folder, make_split, quick_config
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from timm_spinal.errors import UserError
-from timm_spinal.training import objective
+from timm_spinal.training import task as task_module
 from timm_spinal.training.checkpoint import damage, find_checkpoints
 from timm_spinal.training.config import to_yaml
 from timm_spinal.training.run import train
@@ -70,7 +70,7 @@ def test_penalty_counts_once_per_update(tmp_path, monkeypatch):
     plain = small_config(tmp_path, experiment='plain', grad_accum_steps=5, **{**EXACT, 'opt': 'momentum'},
                          momentum=0., weight_decay=0.)
     train(plain)
-    monkeypatch.setitem(objective.PENALTIES, 'sum', factory)
+    monkeypatch.setitem(task_module.PENALTIES, 'sum', factory)
     punished = replace(plain, experiment='punished')
     train(punished)
     assert len(calls) == 1  # five batches, one update
@@ -190,7 +190,7 @@ def test_loss_that_becomes_nan_later_is_noticed_before_a_checkpoint(tmp_path, mo
             return torch.tensor(math.nan if len(calls) == 4 else 0.)
         return spoil
 
-    monkeypatch.setitem(objective.PENALTIES, 'poison', poison)
+    monkeypatch.setitem(task_module.PENALTIES, 'poison', poison)
     config = small_config(tmp_path, checkpoint_steps=1, checkpoint_hist=9)
     with pytest.raises(UserError, match='poison is nan at update 4: '):
         train(config)
@@ -232,7 +232,7 @@ def test_signal_during_evaluation(tmp_path, monkeypatch):
     def factory(config, model):
         model.bn2.add_module('act', Hook())
 
-    monkeypatch.setitem(objective.PENALTIES, 'hook', factory)
+    monkeypatch.setitem(task_module.PENALTIES, 'hook', factory)
     with pytest.raises(StopRequested):
         train(config)
     assert len(find_checkpoints(tmp_path / 'run' / 'last')) == 1
@@ -268,13 +268,13 @@ for update in (3, 2):
             os.kill(os.getpid(), signal.SIGTERM)
         return torch.zeros(())
 
-    objective.PENALTIES['signal'] = lambda config, model: penalty
+    task_module.PENALTIES['signal'] = lambda config, model: penalty
     try:
         train(replace(broken, resume='auto' if update == 2 else ''))
         raise SystemExit('not stopped')
     except StopRequested as e:
         assert e.signum == signal.SIGTERM
-objective.PENALTIES.clear()
+task_module.PENALTIES.clear()
 train(replace(broken, resume='auto'))
 torch.distributed.destroy_process_group()
 """

@@ -9,11 +9,10 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from timm_spinal.training import pixels
-from timm_spinal.training.dataset import ImageData, Source
-from timm_spinal.training.folders import open_images
+from timm_spinal.training.dataset import EvalSampler, ImageData, Split
+from timm_spinal.training.image_folder import open_images
+from timm_spinal.training.named_datasets import open_torch
 from timm_spinal.training.pixels import UNREADABLE, Decoder, open_image, usable_modes
-from timm_spinal.training.sampling import EvalSampler
-from timm_spinal.training.torch_sources import open_torch
 
 from .images import make_split
 
@@ -288,7 +287,7 @@ def test_loader_workers_tell_it_once_together(tmp_path, monkeypatch):
         Image.open(file).save(file, exif=exif(8))
     log = _ToFile(tmp_path / 'log')
     monkeypatch.setattr(pixels._logger, 'handlers', [log])
-    source = Source('train', open_images(split), labels=np.repeat([0, 1], 6))
+    source = Split('train', open_images(split), labels=np.repeat([0, 1], 6))
     data = ImageData(source, transforms.ToTensor(), Decoder())
     for _ in range(2):
         list(DataLoader(data, batch_size=2, sampler=EvalSampler(12), num_workers=2))
@@ -299,7 +298,7 @@ def test_loader_workers_tell_it_once_together(tmp_path, monkeypatch):
 def test_a_folder_read_by_torchvision_keeps_its_levels_too(tmp_path):
     (tmp_path / 'ant').mkdir()
     Image.fromarray(LEVELS).save(tmp_path / 'ant' / '0.png')
-    source = Source('x', open_torch('image_folder', 'train', str(tmp_path), False)[0])
+    source = Split('x', open_torch('image_folder', 'train', str(tmp_path), False)[0])
     data = ImageData(source, transforms.PILToTensor(), Decoder('L'))
     assert data[0, None][0][0].tolist() == UPPER
 

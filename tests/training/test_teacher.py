@@ -6,7 +6,7 @@ from timm.models import save_for_hf
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig
-from timm_spinal.training.objective import build_task
+from timm_spinal.training.task import build_task
 from timm_spinal.training.teacher import load_teacher, open_teacher
 from timm_spinal.training.transforms import resolve_data
 from timm_spinal.training.wld import WLDTask

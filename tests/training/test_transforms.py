@@ -5,8 +5,7 @@ from PIL import Image
 from torchvision import transforms as tv
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.dataset import seed_rng
-from timm_spinal.training.transforms import eval_transform, image_mode, resolve_data, train_transform
+from timm_spinal.training.transforms import eval_transform, image_mode, resolve_data, seed_rng, train_transform
 
 from .images import TinyModel, quick_config
 

@@ -111,6 +111,20 @@ def test_fade_counts_updates(fade, end, weights, accum):
     assert [w == 0 for w in found] == [weights[5 * epoch + u] == 0 for epoch in range(2) for u in per_epoch]
 
 
+@pytest.mark.parametrize('accum', [1, 3])
+def test_an_epoch_begun_anywhere_goes_on_as_if_it_had_been_counted(accum):
+    counted, told = (make_task(epochs=2, batches=5, fade_end=1., grad_accum_steps=accum) for _ in range(2))
+    images, target = batch()
+    for _ in range(8):
+        counted(images, target)
+    told.set_length(2, 5, accum)
+    told.start_epoch(1, 3, 5)
+    assert told.updates == counted.updates == (8 if accum == 1 else 3)
+    assert told.distill_weight == counted.distill_weight < 1.
+    assert told(images, target)['kd_weight'] == counted(images, target)['kd_weight']
+    assert told.batches == counted.batches == 9
+
+
 def test_zero_is_reached_exactly():
     for total in range(1, 60):
         for percent in range(1, 101):

@@ -16,7 +16,7 @@ from timm_spinal.cli import guard
 from timm_spinal.compare.cli import main as compare
 from timm_spinal.detection import data as detection_data
 from timm_spinal.detection.run import train_detector
-from timm_spinal.training.dataset import Source
+from timm_spinal.training.dataset import Split
 from timm_spinal.training.run import train
 from timm_spinal.validate import run as validate
 
@@ -54,7 +54,7 @@ def test_killed_worker_is_one_line(tmp_path, monkeypatch, capfd, kind):
         os.kill(os.getpid(), signal.SIGKILL)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Source, 'read', die)
+        patch.setattr(Split, 'read', die)
         patch.setattr(detection_data, 'read_image', die)
         assert guard(lambda argv: start(kind, tmp_path, 2), []) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith('error: ')]
@@ -67,7 +67,7 @@ def test_killed_worker_is_one_line(tmp_path, monkeypatch, capfd, kind):
 
 def test_run_goes_on_after_a_worker_was_killed(tmp_path, monkeypatch, capfd):
     config = small_config(tmp_path, epochs=2, workers=1, checkpoint_steps=1)
-    read, reads = Source.read, []
+    read, reads = Split.read, []
 
     def die_later(self, index):
         reads.append(index)
@@ -76,7 +76,7 @@ def test_run_goes_on_after_a_worker_was_killed(tmp_path, monkeypatch, capfd):
         return read(self, index)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Source, 'read', die_later)
+        patch.setattr(Split, 'read', die_later)
         assert guard(lambda argv: train(config), []) == 2
     assert '--resume auto --experiment run' in capfd.readouterr().err
     train(replace(config, resume='auto'))

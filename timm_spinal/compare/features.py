@@ -13,11 +13,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from timm_spinal.errors import UserError
+from timm_spinal.errors import UserError, dead_workers_named
 from timm_spinal.models import fold_batchnorm
 from timm_spinal.training.agree import agree
-from timm_spinal.training.data import dead_workers_named
-from timm_spinal.training.dataset import SKIPPED_TARGET, ImageData, Source
+from timm_spinal.training.dataset import SKIPPED_TARGET, ImageData, Split
 from timm_spinal.training.folder import FolderLock
 from timm_spinal.training.pixels import Decoder
 from timm_spinal.training.shards import (
@@ -61,7 +60,7 @@ class Part:
     """One pass over one split; `finish` completes on the device what the transform began in the loader."""
     split: str
     number: int
-    source: Source
+    source: Split
     transform: Callable
     finish: Finish
     seed: int | None

@@ -3,11 +3,12 @@ from pathlib import Path
 
 import numpy as np
 
-from timm_spinal.training.metrics import TITLES, main_accuracy
+from timm_spinal.evaluation.metrics import TITLES, main_accuracy
+from timm_spinal.evaluation.predictions import calibration
 from timm_spinal.training.report import new_figure, save_figure
 
 from .runs import METRICS, Row, read_history
-from .statistics import Values, calibration, estimate
+from .statistics import Values, estimate
 
 
 def draw_accuracy(path: Path, values: dict[str, Values], params: dict[str, int], metric: str) -> None:

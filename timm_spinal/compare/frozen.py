@@ -8,11 +8,11 @@ import torch
 from timm.models import safe_model_name
 
 from timm_spinal.errors import UserError
-from timm_spinal.training import overview
 from timm_spinal.training.agree import agree, new_accelerator
 from timm_spinal.training.folder import FolderLock
 from timm_spinal.training.model import create_model
 from timm_spinal.training.report import hardware
+from timm_spinal.training.splits import describe_splits
 
 from .controls import Variant, count_params, new_head, new_heads, parse_variants, size_controls, slug, takes_map
 from .cost import head_cost, latency_ms, macs
@@ -58,7 +58,7 @@ def compare_frozen(config: FrozenConfig, command: str) -> Path | None:
         recipes = grid(recipe, config.tune_lr, config.tune_weight_decay) if config.tune else []
         torch.manual_seed(config.seed)  # a backbone without weights is the same in every process and run
         model: Any = create_model(train_config, 0)
-    accelerator.print(overview.describe(splits.named()), flush=True)
+    accelerator.print(describe_splits(splits.named()), flush=True)
     if model.loaded_weights is not None:
         accelerator.print(f'weights {model.loaded_weights}', flush=True)
     shapes = feature_shapes(config, model, accelerator.device, any(takes_map(variant) for variant in variants))

@@ -5,7 +5,7 @@ from typing import Any, Callable, NamedTuple, Sequence
 
 import numpy as np
 
-from timm_spinal.training.files import read_json
+from timm_spinal.files import read_json
 from timm_spinal.training.report import new_figure, save_figure, write_table, write_text
 
 from .runs import RESULT

@@ -16,8 +16,8 @@ import numpy as np
 
 from timm_spinal.arguments import Parser
 from timm_spinal.errors import UserError
-from timm_spinal.training.files import read_json
-from timm_spinal.training.metrics import MAIN, TITLES, main_accuracy
+from timm_spinal.evaluation.metrics import MAIN, TITLES, main_accuracy
+from timm_spinal.files import read_json
 from timm_spinal.training.option_checks import check_output_file
 from timm_spinal.training.report import new_figure, save_figure
 

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.predictions import PREDICTIONS
+from timm_spinal.evaluation.predictions import class_accuracy, read_predictions
 from timm_spinal.training.report import write_table, write_text
 
 from .figures import draw_accuracy, draw_calibration, draw_curves
@@ -55,7 +54,7 @@ def write_report(
     draw_curves(output / 'curves.png', rows)
     extra = []
     if per_class or calibration:
-        predictions = read_predictions(rows)
+        predictions = predictions_by_variant(rows)
         if per_class:
             write_per_class(output / 'per_class.csv', predictions, comparison.data.get('class_names'))
             extra.append('Accuracy of each class: `per_class.csv`.')
@@ -220,7 +219,7 @@ def _tuning(tuned: dict[str, list[dict[str, Any]]]) -> list[str]:
 # ---- predictions ------------------------------------------------------------------------------------------------
 
 
-def read_predictions(rows: list[Row]) -> dict[str, dict[str, np.ndarray]]:
+def predictions_by_variant(rows: list[Row]) -> dict[str, dict[str, np.ndarray]]:
     """``prediction``, ``target`` and ``confidence`` of the test images of each variant, all seeds one after the other.
 
     Raises:
@@ -229,11 +228,11 @@ def read_predictions(rows: list[Row]) -> dict[str, dict[str, np.ndarray]]:
     found: dict[str, list[dict[str, np.ndarray]]] = {}
     for row in rows:
         if row.status == 'done':
-            path = Path(row.folder) / PREDICTIONS
-            if not path.exists():
+            kept = read_predictions(Path(row.folder))
+            if kept is None:
                 raise UserError(f'{row.folder}: has kept no test predictions, which --per-class and --calibration '
                                 f'need; runs with a test split have them, but not where images have two classes')
-            found.setdefault(row.variant, []).append(load_file(path))
+            found.setdefault(row.variant, []).append(kept)
     return {v: {k: np.concatenate([p[k] for p in parts]) for k in parts[0]} for v, parts in found.items()}
 
 
@@ -248,6 +247,6 @@ def write_per_class(
     for c in classes:
         row = {'class': class_names[c] if class_names and c < len(class_names) else str(c)}
         for variant, p in predictions.items():
-            row[variant] = f'{100 * (p["prediction"][p["target"] == c] == c).mean():.2f}'
+            row[variant] = f'{class_accuracy(p["prediction"], p["target"], c):.2f}'
         rows.append(row)
     write_table(path, rows)

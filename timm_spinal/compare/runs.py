@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.files import read_json as read_json
-from timm_spinal.training.files import write_json as write_json
-from timm_spinal.training.metrics import main_accuracy
+from timm_spinal.evaluation.metrics import main_accuracy
+from timm_spinal.files import read_json as read_json
+from timm_spinal.files import write_json as write_json
 from timm_spinal.training.report import epochs_done
 
 from .controls import slug

@@ -5,12 +5,10 @@ import numpy as np
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig
-from timm_spinal.training.data import create_datasets
-from timm_spinal.training.dataset import Source
-from timm_spinal.training.folders import find_split
-from timm_spinal.training.sampling import stratified_split
-from timm_spinal.training.sources import STREAMED
-from timm_spinal.training.torch_sources import NAMES, torch_split
+from timm_spinal.training.dataset import Split, stratified_split
+from timm_spinal.training.image_folder import find_split
+from timm_spinal.training.named_datasets import NAMES, torch_split
+from timm_spinal.training.splits import STREAMED, create_datasets
 
 VALIDATION_FRACTION = 0.1
 
@@ -18,14 +16,14 @@ VALIDATION_FRACTION = 0.1
 @dataclass
 class Splits:
     """Sources of the three splits and a sentence on where they come from."""
-    train: Source
-    validation: Source
-    test: Source
+    train: Split
+    validation: Split
+    test: Split
     num_classes: int
     class_names: list[str] | None
     note: str
 
-    def named(self) -> dict[str, Source]:
+    def named(self) -> dict[str, Split]:
         return dict(train=self.train, validation=self.validation, test=self.test)
 
 
@@ -124,19 +122,19 @@ def _existing(look) -> dict[str, str]:
     return found
 
 
-def _train(source: Source | None) -> Source:
+def _train(source: Split | None) -> Split:
     assert source is not None
     return source
 
 
-def _labels(source: Source) -> np.ndarray:
+def _labels(source: Split) -> np.ndarray:
     if source.labels is None:
         raise UserError(f'{source.name}: its labels are not known beforehand, so it cannot be split by class; use a '
                         f'folder, hfds/ or torch/')
     return source.labels
 
 
-def _joined(*sources: Source) -> np.ndarray:
+def _joined(*sources: Split) -> np.ndarray:
     return np.concatenate([_labels(source) for source in sources])
 
 
@@ -149,7 +147,7 @@ def _check_class_sizes(labels: np.ndarray, names: list[str] | None, least: int) 
                         f'class{_more(small)}; add images or remove the class')
 
 
-def _check_labels(source: Source, train: Source, names: list[str] | None) -> None:
+def _check_labels(source: Split, train: Split, names: list[str] | None) -> None:
     unknown = np.setdiff1d(_labels(source), _labels(train))
     if len(unknown):
         raise UserError(f'{source.name}: class {_name(unknown[0], names)} is not in the training split'
@@ -164,7 +162,7 @@ def _name(label: int, names: list[str] | None) -> str:
     return names[label] if names and label < len(names) else str(label)
 
 
-def _part(train: Source, size: int, seed: int) -> Source:
+def _part(train: Split, size: int, seed: int) -> Split:
     labels = _labels(train)
     classes = len(np.unique(labels))
     if size > len(labels):

@@ -97,23 +97,3 @@ def sampling_error(top1: float, images: int) -> float:
     """Standard error in percent points of an accuracy in percent because the test split is a sample."""
     part = min(max(top1 / 100., 0.), 1.)
     return 100. * math.sqrt(part * (1. - part) / images)
-
-
-def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> tuple[np.ndarray, np.ndarray, float]:
-    """Reliability of the top class in bins of equal width.
-
-    Args:
-        confidence: Probability of the predicted class, (N,), in [0, 1].
-        correct: Whether it was right, (N,).
-        bins: Number of bins.
-
-    Returns:
-        Mean confidence and accuracy of each bin, NaN where it is empty, and the expected calibration error (Guo et
-        al., 2017), all as parts of one.
-    """
-    edges = dict(bins=bins, range=(0., 1.))
-    count = stats.binned_statistic(confidence, correct, 'count', **edges).statistic
-    right = stats.binned_statistic(confidence, correct.astype(float), 'mean', **edges).statistic
-    sure = stats.binned_statistic(confidence, confidence, 'mean', **edges).statistic
-    error = float(np.nansum(count * np.abs(right - sure)) / len(confidence))
-    return sure, right, error

@@ -9,12 +9,12 @@ import torch
 from accelerate import PartialState
 
 from timm_spinal.errors import UserError
-from timm_spinal.training import overview
 from timm_spinal.training.checkpoint import find_checkpoints, read_state
 from timm_spinal.training.config import TrainConfig, load_yaml
 from timm_spinal.training.folder import FolderLock
 from timm_spinal.training.identity import WITHOUT_EFFECT, changed_settings
 from timm_spinal.training.model import create_model
+from timm_spinal.training.splits import describe_splits
 from timm_spinal.training.transforms import resolve_data
 
 from .controls import slug
@@ -124,7 +124,7 @@ def _prepare(sweep: Sweep) -> tuple[dict[str, TrainConfig], Splits]:
         sized = size_control(sweep, name, opened.num_classes)
         configs[name] = replace(config, model_kwargs=sized.model_kwargs)
     assert opened is not None
-    print(overview.describe(opened.named()), flush=True)
+    print(describe_splits(opened.named()), flush=True)
     if any(config.val_split_fraction for config in configs.values()):
         opened.note += ' The validation images are cut anew by each seed, the same for every variant.'
     return configs, opened

@@ -29,9 +29,9 @@ import yaml
 
 import timm_spinal
 from timm_spinal.errors import UserError
+from timm_spinal.files import read_yaml
 from timm_spinal.layers import HEADS, equal_size_mlp_width
 from timm_spinal.training.config import TrainConfig, load_yaml, unknown_keys
-from timm_spinal.training.files import read_yaml
 from timm_spinal.training.folder import check_name
 from timm_spinal.training.model import check_model_name
 from timm_spinal.training.report import write_text

@@ -10,7 +10,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.sampling import TrainSampler
+from timm_spinal.training.dataset import TrainSampler
 
 from .stacked import SeparateHeads, StackedHeads
 

@@ -13,11 +13,11 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from timm_spinal.errors import UserError
 from timm_spinal.models.fill_weights import watch_load
+from timm_spinal.models.hub_checksums import check_download
+from timm_spinal.models.hub_errors import explain, one_line
 from timm_spinal.models.load_weights import create_from_file
 from timm_spinal.models.weight_files import WeightsError
-from timm_spinal.training.damage import check_download
 from timm_spinal.training.model import check_model_name
-from timm_spinal.training.remote import explain, one_line
 
 _NO_FEATURES = (RuntimeError, TypeError, ValueError, AssertionError, AttributeError, OSError, KeyError)
 

@@ -1,6 +1,6 @@
 """From a folder to loaders of images and boxes.
 
-Order and flips depend on (seed, epoch, position) only, as those of every training here; see `training.sampling`.
+Order and flips depend on (seed, epoch, position) only, as those of every training here; see `training.dataset`.
 """
 import random
 from dataclasses import replace
@@ -14,11 +14,10 @@ from torchvision.transforms.functional import to_tensor
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.data import TrainData, create_loader, create_sampler
-from timm_spinal.training.dataset import UnreadableImage
+from timm_spinal.training.dataset import EvalSampler, UnreadableImage
 from timm_spinal.training.image_files import shown
+from timm_spinal.training.named_datasets import EVAL_NAMES, TRAIN_NAMES
 from timm_spinal.training.pixels import UNREADABLE, Decoder, open_image
-from timm_spinal.training.sampling import EvalSampler
-from timm_spinal.training.torch_sources import EVAL_NAMES, TRAIN_NAMES
 
 from .annotations import Annotated, DetectionSet
 from .coco_folder import find_annotations, read_coco

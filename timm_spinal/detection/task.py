@@ -3,10 +3,11 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.task import TrainingTask
+
+from timm_spinal.training.task import Task
 
 
-class DetectionTask(TrainingTask):
+class DetectionTask(Task):
     """The losses of a torchvision detector and their sum, as its authors weigh them.
 
     Args:

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from timm_spinal.compare.runs import read_comparison, read_rows
 from timm_spinal.errors import UserError
+from timm_spinal.evaluation.metrics import TITLES
 from timm_spinal.training.config import TrainConfig, load_yaml
-from timm_spinal.training.metrics import TITLES
 from timm_spinal.training.variants import complete, differing, label
 
 from .recipe import shared_options

@@ -6,9 +6,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import model_entrypoint
 
 import timm_spinal
-from timm_spinal.training.losses import CAPSULE_LOSSES
 from timm_spinal.training.model import needs_registration
 from timm_spinal.training.report import accuracy_text, epochs_done
+from timm_spinal.training.task import CAPSULE_LOSSES
 from timm_spinal.version import ADDRESS
 
 from .beside import Row, Table, result_rows, table

@@ -7,8 +7,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from timm_spinal.training.damage import git_sha1
-from timm_spinal.training.files import sha256
+from timm_spinal.files import sha256
+from timm_spinal.models.hub_checksums import git_sha1
 
 from .options import PublishOptions
 from .package import FILES, Package, hub_name

@@ -14,8 +14,8 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.files import write_error
-from timm_spinal.training.remote import one_line
+from timm_spinal.files import write_error
+from timm_spinal.models.hub_errors import one_line
 
 TOLERANCE = 1e-4  # of the greatest logit, which for capsules at random weights is far below 1
 BATCHES = (1, 3)  # the example that is traced has two images

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from timm_spinal.errors import UserError
+from timm_spinal.files import write_error
 from timm_spinal.training.config import ValidateConfig
 from timm_spinal.training.export import CONFIG, WEIGHTS, own_config
-from timm_spinal.training.files import write_error
 from timm_spinal.training.model import create_model
 
 from .card import make_card, resolve_licence

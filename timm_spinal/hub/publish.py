@@ -6,7 +6,7 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.remote import LOG_IN, answer_of, chain
+from timm_spinal.models.hub_errors import LOG_IN, answer_of, chain
 
 from .commit import Push, commit_files, head_of, holds, pull_request, pull_request_refs
 from .download import check_download

@@ -5,7 +5,7 @@ import time
 from typing import Callable, TypeVar
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.remote import answer_of, chain, explain, is_transport, one_line, xet_text
+from timm_spinal.models.hub_errors import answer_of, chain, explain, is_transport, one_line, xet_text
 
 WAITS = (1., 2., 4., 8.)  # seconds before the second try and those after it
 LONGEST_WAIT = 300.  # when the Hub asks for more, that is an error

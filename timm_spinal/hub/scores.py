@@ -4,9 +4,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from timm_spinal.evaluation.metrics import TITLES, main_accuracy
 from timm_spinal.training.config import TrainConfig
-from timm_spinal.training.metrics import TITLES, main_accuracy
-from timm_spinal.training.torch_sources import torch_split
+from timm_spinal.training.named_datasets import torch_split
 
 
 @dataclass(frozen=True)

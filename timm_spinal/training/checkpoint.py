@@ -25,8 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
 from timm_spinal.errors import UserError
-
-from .files import fsync, sha256, write_error
+from timm_spinal.files import fsync, sha256, write_error
 
 STATE, EMA, MANIFEST = 'state.json', 'ema.safetensors', 'manifest.json'
 _NAME = re.compile(r'step-(\d{8,})(\.old)?$')

@@ -21,9 +21,9 @@ import yaml
 
 from timm_spinal.arguments import Parser
 from timm_spinal.errors import UserError
+from timm_spinal.files import read_yaml
 
 from .distill_options import DistillOptions
-from .files import read_yaml
 from .option_checks import check_options
 from .options import (
     AugmentOptions,

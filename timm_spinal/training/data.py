@@ -1,6 +1,6 @@
 """From a config to loaders.
 
-`create_datasets` opens the splits and settles the number of classes, which the model needs; `create_data` adds the
+`create_datasets` opens the splits and counts their classes, which the model needs to know; `create_data` adds the
 transforms, which need the model::
 
     datasets = create_datasets(config)
@@ -11,13 +11,10 @@ transforms, which need the model::
         for images, targets in data.train_loader: ...
 
 The loaders are plain torch loaders, made to be given to `accelerator.prepare`. Batches depend on (seed, epoch,
-position) only; see `sampling` and `dataset`. Streamed sources are the exception.
+position) only; see `dataset`. Streamed data sets are the exception.
 """
-import contextlib
-import logging
-import re
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 import torch
 from timm.data import Mixup
@@ -27,34 +24,11 @@ from torch.utils.data import DataLoader, Dataset
 from timm_spinal.errors import UserError
 
 from .config import LoopConfig, TrainConfig, ValidateConfig
-from .dataset import ImageData, Source, StreamData
-from .image_files import shown
+from .dataset import EvalSampler, ImageData, Split, StreamData, TrainSampler, epoch_length, images_of_passes
 from .options import LoaderOptions
-from .overview import check_classes
 from .pixels import Decoder
-from .readers import check_names
-from .sampling import EvalSampler, TrainSampler, epoch_length, images_of_passes, stratified_split
-from .sources import open_source
-from .torch_sources import torch_split
+from .splits import Datasets
 from .transforms import create_decoder, eval_transform, resolve_data, ten_crop_transform, train_transform
-
-_logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Datasets:
-    """The splits of a run before any transform; ``train`` and ``test`` are None where they were not asked for."""
-    train: Source | None
-    eval: Source
-    test: Source | None
-    num_classes: int
-    class_names: list[str] | None
-    multi_label: bool = False
-
-    def named(self, config: TrainConfig) -> dict[str, Source | None]:
-        """The splits by the names that a config gives them."""
-        validation = f'part of {config.train_split}' if config.val_split_fraction else config.val_split
-        return {config.train_split: self.train, validation: self.eval, config.test_split: self.test}
 
 
 @dataclass
@@ -63,7 +37,7 @@ class TrainData:
 
     Attributes:
         train_loader: Shuffled and augmented batches of (B, C, H, W) float images and (B,) classes, all of them full,
-            see `sampling.epoch_length`. Where images have several classes, float memberships (B, num_classes).
+            see `dataset.epoch_length`. Where images have several classes, float memberships (B, num_classes).
         eval_loader: Every image of the evaluation split once; class -1 marks an image to leave out.
         test_loader: The same for --test-split, or None.
         mixup: To call on each training batch, or None.
@@ -71,7 +45,7 @@ class TrainData:
         streamed: The training data come from a stream: no exact resume within an epoch.
         multi_label: Images have several classes.
         mixup_off_epoch: No mixing from this epoch on, when above 0.
-        channels_last: Lay training batches out so.
+        channels_last: Training images get torch's channels-last memory format.
     """
     train_loader: DataLoader
     eval_loader: DataLoader
@@ -95,8 +69,8 @@ class TrainData:
         if self.mixup is not None and self.mixup_off_epoch:
             self.mixup.mixup_enabled = epoch < self.mixup_off_epoch
 
-    def arrange(self, images: Any, target: Any) -> tuple[Any, Any]:
-        """A training batch on its device, laid out and mixed as the task gets it."""
+    def to_batch(self, images: Any, target: Any) -> tuple[Any, Any]:
+        """Images and targets of a training batch as the task gets them: in the memory format of the run, and mixed."""
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return (images, target) if self.mixup is None else self.mixup(images, target)
@@ -111,93 +85,6 @@ def count_skipped(loader: DataLoader) -> int:
     """Different images of a loader found to be unreadable so far."""
     unreadable = getattr(loader.dataset, 'unreadable', None)
     return 0 if unreadable is None else int(unreadable.sum())
-
-
-# ---- splits -----------------------------------------------------------------------------------------------------
-
-
-def create_datasets(config: TrainConfig | ValidateConfig, train: bool = True) -> Datasets:
-    """Open the splits that a config names and settle the number of classes.
-
-    Args:
-        config: The run's config.
-        train: Open the training split; validation needs the evaluation split only.
-
-    Raises:
-        UserError: Data that are missing, empty, unknown or inconsistent, one class only in training, or more classes
-            than --num-classes.
-    """
-    train_source: Source | None
-    if config.val_split_fraction:
-        whole = open_source(config, config.train_split, whole=True)
-        if whole.multi_label:
-            raise UserError(f'--val-split-fraction: the pairs of {config.dataset} share digits, so that a part of them '
-                            f'is not apart from the rest; leave it out: its split validation has digits of its own')
-        if whole.labels is None:
-            raise UserError(f'--val-split-fraction: the classes of {whole.name} are not known beforehand; '
-                            f'name a split with --val-split')
-        first, second = stratified_split(whole.labels, config.val_split_fraction, config.seed)
-        train_source, eval_source = whole.subset(first), whole.subset(second)
-    else:
-        train_source = open_source(config, config.train_split, training=True) if train else None
-        eval_source = _matched(config, config.val_split, train_source)
-        _tell_if_test(config)
-    test_source = _matched(config, config.test_split, train_source) if train and config.test_split else None
-    if train and train_source is not None:
-        check_classes(train_source)
-    return Datasets(
-        train_source if train else None,
-        eval_source,
-        test_source,
-        _num_classes(config, [s for s in (train_source, eval_source, test_source) if s is not None]),
-        (train_source or eval_source).class_names,
-        eval_source.multi_label,
-    )
-
-
-def _matched(config: TrainConfig | ValidateConfig, split: str, train: Source | None) -> Source:
-    """A split whose classes have the indices that they have in training."""
-    source = open_source(config, split)
-    if train is None or not train.class_names or not source.class_names or train.class_names == source.class_names:
-        return source
-    unknown = [name for name in source.class_names if name not in train.class_names]
-    check_names({*train.class_names, *unknown}, source.name)
-    if unknown:
-        names = ', '.join(map(shown, unknown[:5])) + (', ...' if len(unknown) > 5 else '')
-        raise UserError(f'classes: {source.name} has {len(unknown)} that {train.name} has not ({names}); use the same '
-                        f'class names in both')
-    return open_source(config, split, class_map={name: i for i, name in enumerate(train.class_names)})
-
-
-def _num_classes(config: TrainConfig | ValidateConfig, sources: list[Source]) -> int:
-    counts = [len(s.class_names or ()) for s in sources]
-    counts += [int(s.labels.max()) + 1 for s in sources if s.labels is not None and len(s.labels)]
-    found = max(counts)
-    if config.num_classes is None:
-        if not found:
-            raise UserError(f'dataset {config.dataset}: its classes are not known; give their number with '
-                            f'--num-classes')
-        return found
-    if found > config.num_classes:
-        raise UserError(f'--num-classes {config.num_classes}: the data have {found} classes; give {found} or leave it '
-                        f'out')
-    if any(source.multi_label for source in sources) and found < config.num_classes:
-        raise UserError(f'--num-classes {config.num_classes}: dataset {config.dataset} has {found}; leave it out')
-    if 0 < found < config.num_classes:
-        _logger.warning(f'--num-classes {config.num_classes}: the data have {found} classes, the rest stays unused')
-    return config.num_classes
-
-
-def _tell_if_test(config: TrainConfig | ValidateConfig) -> None:
-    prefix, _, name = config.dataset.partition('/')
-    if not isinstance(config, TrainConfig) or prefix.lower() != 'torch' or config.val_split == 'test':
-        return
-    if torch_split(name.lower(), config.val_split) == 'test':
-        _logger.warning(f'{config.dataset} has no validation split: the test split chooses the best epoch; '
-                        f'--val-split-fraction 0.1 --test-split test keeps it for the end')
-
-
-# ---- loaders ----------------------------------------------------------------------------------------------------
 
 
 def create_data(
@@ -220,12 +107,12 @@ def create_data(
 
     Raises:
         UserError: A batch size that leaves no full batch, or does not fit mixing; augmentation that timm refuses; a
-            streamed source in several processes.
+            streamed data set in several processes.
     """
     seed = config.seed if seed is None else seed
     train = datasets.train
     assert train is not None, 'create_datasets was called with train=False'
-    _check_source(config, train, num_processes)
+    _check_batches(config, train, num_processes)
     data_config = resolve_data(config, model)
     decode = create_decoder(config, data_config['input_size'][0])
     transform = train_transform(config, data_config)
@@ -269,7 +156,7 @@ def create_eval_loader(
         crops: 1, or 10 for batches of (B, 10, C, H, W).
 
     Raises:
-        UserError: The data have not the model's classes, or its images cannot be cropped so.
+        UserError: The data have other classes than the model, or the crop mode does not go with ten crops.
     """
     have, want = datasets.num_classes, getattr(model, 'num_classes', datasets.num_classes)
     if have > want or (have < want and (datasets.multi_label or not config.dataset and not config.class_map)):
@@ -308,7 +195,7 @@ def _check_batch(config: LoopConfig, images: int, num_processes: int) -> None:
                         f'use --batch-size {max(1, images // num_processes)} or less')
 
 
-def _check_source(config: TrainConfig, train: Source, num_processes: int) -> None:
+def _check_batches(config: TrainConfig, train: Split, num_processes: int) -> None:
     batch = config.batch_size
     if train.streamed and num_processes > 1:
         raise UserError(f'dataset {config.dataset}: streamed sources are read by one process only; use '
@@ -335,39 +222,15 @@ def _mixup(config: TrainConfig, datasets: Datasets) -> Mixup:
 
 def _eval_loader(
         config: TrainConfig | ValidateConfig,
-        source: Source,
+        split: Split,
         transform: Callable,
         decode: Decoder,
 ) -> DataLoader:
     batch = config.validation_batch_size or config.batch_size
-    if source.streamed:
-        return create_loader(config, StreamData(source, transform, decode, config.seed), None, batch)
-    dataset = ImageData(source, transform, decode, 'mark' if config.skip_unreadable else 'raise')
-    return create_loader(config, dataset, EvalSampler(len(source)), batch)
-
-
-@contextlib.contextmanager
-def dead_workers_named(advice: Callable[[], str]) -> Iterator[None]:
-    """One line in place of torch's error about a loader worker that was killed.
-
-    Args:
-        advice: What to do next, asked for when it happens.
-
-    Raises:
-        UserError: Names the worker, the likely reason and what to do.
-    """
-    try:
-        yield
-    except RuntimeError as e:
-        found = re.search(r'DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) ([^.]*)', str(e))
-        if found is None:
-            raise
-        process, what = found[1], ' '.join(found[2].split())
-        memory = 'shared memory (/dev/shm)' if 'Bus error' in what else 'memory'
-        error = UserError(f'loader worker {process} {what}: most likely the machine is out of {memory}; use fewer '
-                          f'--workers or a smaller --batch-size, then {advice()}')
-        error.local = True  # type: ignore[attr-defined]
-        raise error from e
+    if split.streamed:
+        return create_loader(config, StreamData(split, transform, decode, config.seed), None, batch)
+    dataset = ImageData(split, transform, decode, 'mark' if config.skip_unreadable else 'raise')
+    return create_loader(config, dataset, EvalSampler(len(split)), batch)
 
 
 def create_loader(

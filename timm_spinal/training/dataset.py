@@ -1,5 +1,11 @@
-"""Data sets as the loader sees them: decoded and transformed images, from random seeds of their own."""
-from dataclasses import dataclass, field, replace
+"""The splits of a data set as the loader sees them: decoded and transformed images, in an order, from random seeds.
+
+Order and augmentation are functions of (seed, epoch, position in the epoch) alone: a sampler yields
+``(index, seed)`` pairs and the data set seeds itself from the first pair of a batch. Nothing about the epoch lives in
+the loader's workers, so batches are the same for any number of workers and after `accelerate.skip_first_batches`.
+"""
+import math
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Callable, Iterator
 
@@ -7,13 +13,12 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data.dataset import ImageDataset
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from timm_spinal.errors import UserError
 
 from .pixels import UNREADABLE, Decoder, open_image
-from .sampling import preserved_rng, seed_rng
-from .transforms import split_transform
+from .transforms import preserved_rng, seed_rng, split_transform
 
 SKIPPED_TARGET = -1  # label of an evaluation image that could not be read
 
@@ -27,18 +32,19 @@ class UnreadableImage(UserError):
 
 
 @dataclass
-class Source:
+class Split:
     """One split of a data set before any transform.
 
     Attributes:
         name: What error messages call it.
         dataset: timm's or torchvision's data set, without transforms.
         labels: Class of each image, (N,), or None where they are not known without reading the images.
-        class_names: Names by index, or None where the source has none.
+        class_names: Names by index, or None where the data set has none.
         label_offset: Subtracted from the labels of `dataset` (not from `labels`), for sets that count from 1.
         indices: The part of `dataset` that belongs to the split; None is all of it.
+        streamed: The images come from a stream, in an order of its own.
         multi_label: An image has several classes: `dataset` gives their memberships (C,), float32.
-        passed_over: What lies beside the images and was not taken, in words.
+        passed_over: Counts and kinds of the files beside the images that were not taken, as text.
     """
     name: str
     dataset: Any
@@ -46,7 +52,7 @@ class Source:
     class_names: list[str] | None = None
     label_offset: int = 0
     indices: np.ndarray | None = None
-    streamed: bool = field(default=False)
+    streamed: bool = False
     multi_label: bool = False
     passed_over: str = ''
 
@@ -54,12 +60,13 @@ class Source:
         return len(self.dataset) if self.indices is None else len(self.indices)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a worker process that is not forked: open tar files stay behind, and it opens its own."""
+        """The state to pickle for a worker process that is not forked: without open tar files, it opens its own."""
         state = getattr(getattr(self.dataset, 'reader', None), 'tar_state', {})
         _forget_open_tars(state if isinstance(state, dict) else {'': state})
         return vars(self)
 
-    def subset(self, indices: np.ndarray) -> 'Source':
+    def subset(self, indices: np.ndarray) -> 'Split':
+        """The images with these numbers in the split."""
         labels = None if self.labels is None else self.labels[indices]
         inner = indices if self.indices is None else self.indices[indices]
         return replace(self, labels=labels, indices=inner)
@@ -84,6 +91,7 @@ class Source:
         return image, SKIPPED_TARGET if target is None else int(target) - self.label_offset
 
     def describe(self, index: int) -> str:
+        """What error messages call an image: its path, or its number."""
         index = self.number(index)
         if isinstance(self.dataset, ImageDataset):
             return str(self.dataset.filename(index, absolute=True))
@@ -106,14 +114,14 @@ class ImageData(Dataset):
     not disturb the stream that dropout draws from.
 
     Args:
-        source: The split.
+        split: The images.
         transform: From a PIL image to a tensor.
         decode: Gives the transform its images, in one mode; `Decoder()` when None.
         on_unreadable: 'raise'; 'replace' takes the next image that can be read; 'mark' gives zeros and
             `SKIPPED_TARGET`.
 
     Attributes:
-        rows: When set, ``rows[i]``, with i the number of an image in ``source.dataset``, is a tensor that comes with
+        rows: When set, ``rows[i]``, with i the number of an image in ``split.dataset``, is a tensor that comes with
             the image, and batches have a third part.
 
     Raises:
@@ -123,21 +131,21 @@ class ImageData(Dataset):
 
     def __init__(
             self,
-            source: Source,
+            split: Split,
             transform: Callable,
             decode: Decoder | None = None,
             on_unreadable: str = 'raise',
     ):
-        self.source = source
+        self.split = split
         self.transform, self.finish = split_transform(transform)
         self.decode = decode or Decoder()
         self.on_unreadable = on_unreadable
         self.rows: Any = None
         # shared with the workers: which images were found to be unreadable
-        self.unreadable = torch.zeros(len(source), dtype=torch.uint8).share_memory_()
+        self.unreadable = torch.zeros(len(split), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.split)
 
     def __getitem__(self, item: tuple[int, int | None]) -> tuple[torch.Tensor, Any]:
         images, targets, *_ = self.collate(self.__getitems__([item]))
@@ -162,8 +170,8 @@ class ImageData(Dataset):
     def _get(self, index: int) -> tuple:
         for step in range(self.max_tries):
             try:
-                image, target = self.source.read(place := (index + step) % len(self))
-                image = self.decode(image, partial(self.source.describe, place))
+                image, target = self.split.read(place := (index + step) % len(self))
+                image = self.decode(image, partial(self.split.describe, place))
                 break
             except UNREADABLE as e:
                 self.unreadable[place] = 1
@@ -173,15 +181,15 @@ class ImageData(Dataset):
                 if self.on_unreadable == 'raise':
                     reason = ' '.join(str(e).split()) or type(e).__name__
                     raise UnreadableImage(
-                        f'image {self.source.describe(place)} cannot be read ({reason}); '
+                        f'image {self.split.describe(place)} cannot be read ({reason}); '
                         f'mend or remove it, or add --skip-unreadable') from e
         else:
             raise UnreadableImage(
-                f'{self.max_tries} images in a row cannot be read from {self.source.describe(index)} on; '
+                f'{self.max_tries} images in a row cannot be read from {self.split.describe(index)} on; '
                 f'check the data')
         if self.rows is None:
             return self.transform(image), target
-        return self.transform(image), target, self.rows[self.source.number(place)]
+        return self.transform(image), target, self.rows[self.split.number(place)]
 
 
 class StreamData(IterableDataset):
@@ -190,8 +198,8 @@ class StreamData(IterableDataset):
     Augmentation is seeded by (seed, epoch, worker, count): reproducible with the same number of workers.
     """
 
-    def __init__(self, source: Source, transform: Callable, decode: Decoder, seed: int):
-        self.source = source
+    def __init__(self, split: Split, transform: Callable, decode: Decoder, seed: int):
+        self.split = split
         self.transform = transform
         self.decode = decode
         self.seed = seed
@@ -199,18 +207,123 @@ class StreamData(IterableDataset):
 
     def begin_epoch(self, epoch: int) -> None:
         self.epoch[0] = epoch
-        self.source.dataset.set_epoch(epoch)
+        self.split.dataset.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.split)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
         worker = get_worker_info()
         entropy = [self.seed, int(self.epoch), worker.id if worker else 0]
         seeds = np.random.default_rng(entropy)
-        for image, target in self.source.dataset:
-            image = self.decode(image, lambda: f'of {self.source.name}')
+        for image, target in self.split.dataset:
+            image = self.decode(image, lambda: f'of {self.split.name}')
             with preserved_rng():
                 seed_rng(int(seeds.integers(2 ** 32)))
                 sample = self.transform(image), int(target)
             yield sample
+
+
+# ---- order ----------------------------------------------------------------------------------------------------------
+
+
+class TrainSampler(Sampler):
+    """Shuffled ``(index, seed)`` pairs, another order and other seeds in every epoch.
+
+    Accelerate calls ``set_epoch`` of a sampler with its own count of iterations, which a resumed run starts at zero;
+    the epoch is therefore set by `begin_epoch`.
+
+    Args:
+        size: Number of images.
+        seed: Random seed, the same in every process.
+        aug_repeats: Times each chosen image comes in a row, every time augmented differently (Hoffer et al.,
+            "Augment your batch", 2020); the epoch keeps its length, so it chooses ``size / aug_repeats`` images.
+            Need not be whole. 0 and 1 are the same.
+        length: Images of an epoch, when not None; any number.
+    """
+
+    def __init__(self, size: int, seed: int, aug_repeats: float = 0, length: int | None = None):
+        self.size = size
+        self.seed = seed
+        self.aug_repeats = max(1., aug_repeats)
+        self.length = size if length is None else length
+        self.epoch = 0
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def draw(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices and seeds of the epoch's images, each (len(self),) of int64."""
+        entropy = int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)[0] >> 1)
+        generator = torch.Generator().manual_seed(entropy)
+        chosen = math.ceil(self.length / self.aug_repeats)
+        passes = [torch.randperm(self.size, generator=generator) for _ in range(math.ceil(chosen / self.size))]
+        place = (torch.arange(self.length) / self.aug_repeats).long()
+        order = torch.cat(passes)[place]
+        # 32 bits: what numpy's global generator takes as a seed
+        return order, torch.randint(0, 2 ** 32, (self.length,), generator=generator)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order, seeds = self.draw()
+        return zip(order.tolist(), seeds.tolist())
+
+
+def images_of_passes(size: int, epoch_repeats: float) -> int:
+    """Images of an epoch of so many passes over ``size`` images; 0 passes are the same as 1."""
+    return max(1, round(size * epoch_repeats)) if epoch_repeats > 0 else size
+
+
+def epoch_length(images: int, batch: int, update: int, least_updates: int = 0) -> int:
+    """Images that an epoch draws, so that a small data set loses none although every batch is full.
+
+    An epoch of fewer than 100 batches is filled up to a whole batch, with images that it has seen already. From 100
+    on the last incomplete batch, less than 1 % of the images, is dropped, as in timm.
+
+    Args:
+        images: Images that the epoch is to see.
+        batch: Images of a step, over all processes.
+        update: Images of an update: the same, or a multiple of it where gradients are accumulated.
+        least_updates: Updates that the epoch has at least.
+    """
+    length = images if images >= 100 * batch else -(-images // batch) * batch
+    return max(length, least_updates * update)
+
+
+class EvalSampler(Sampler):
+    """Every image once and in order, as ``(index, None)``: nothing random to seed."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[tuple[int, None]]:
+        return ((index, None) for index in range(self.size))
+
+
+def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split indices so that every class gives the same part to the second half.
+
+    Args:
+        labels: Class of each image, (N,).
+        fraction: Part of each class that goes to the second half, rounded; a class of two or more keeps at least one
+            image on either side.
+        seed: Random seed.
+
+    Returns:
+        Two sorted index arrays that together hold each of 0 .. N-1 once.
+    """
+    held = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = round(fraction * len(members))
+        if len(members) > 1:
+            count = min(max(count, 1), len(members) - 1)
+        order = np.random.default_rng([seed, int(label)]).permutation(len(members))
+        held.append(members[order[:count]])
+    second = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(labels)), second), second

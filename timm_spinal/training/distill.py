@@ -1,25 +1,52 @@
-"""Distillation in a run: its settings are checked first, then the teacher is, and WLD gets its teacher."""
-from dataclasses import fields
+"""Distillation in a run: its settings are checked, the teacher is made ready, and its logits may be kept on the disk.
+
+Logits of a teacher for every training image (``--kd-cache``) hold while the images that the student sees are the same
+in every epoch, so with --no-aug and without mixing. All images of the training split's data set are answered, also
+those that --val-split-fraction cuts out, so that runs with different seeds share them.
+"""
+import time
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import timm
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
 from timm.utils import unwrap_model
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from timm_spinal.errors import UserError
+from timm_spinal.evaluation.evaluate import evaluate
 
 from .checkpoint import read_state
 from .config import TrainConfig
-from .data import Datasets
-from .distill_options import DistillOptions
-from .evaluate import evaluate
-from .loop import Run, eval_model
-from .losses import CAPSULE_LOSSES
-from .objective import NEED_LOGITS
+from .data import TrainData
+from .dataset import ImageData, Split
+from .distill_options import BESIDE, DistillOptions
 from .progress import batches_done
+from .shards import (
+    SHARD_SIZE,
+    Wording,
+    check_space,
+    has_shard,
+    hash_source,
+    hash_weights,
+    open_cache,
+    shard_count,
+    shard_path,
+    write_shard,
+)
+from .splits import STREAMED
+from .task import CAPSULE_LOSSES, NEED_LOGITS, Task
 from .teacher import Teacher, open_teacher
-from .teacher_cache import check_cache, open_logits
+from .transforms import create_decoder, train_transform
 from .wld import WLDTask, check_options
 
+_WORDS = Wording(
+    'teacher logits', 'remove the folder, or choose another --kd-cache', 'remove it and run again',
+    'choose another --kd-cache, or leave it out')
 _NEED_TEACHER = ('kd_check', 'kd_cache')
 _OF_WLD = ('kd_fade', 'kd_fade_end', 'kd_right_only', 'kd_two_stage', 'kd_renormalize', 'kd_cache')
 
@@ -58,57 +85,206 @@ def check_distillation(config: TrainConfig) -> None:
         raise UserError('--kd-check: features have no accuracy; leave it out')
 
 
-def prepare_teacher(run: Run, datasets: Datasets, checkpoint: Path | None) -> None:
-    """Give WLD the length of the run and its teacher or cached logits; measure the teacher where --kd-check says so.
+def prepare_teacher(
+        config: TrainConfig,
+        accelerator: Accelerator,
+        task: Task,
+        data: TrainData,
+        eval_loader: DataLoader,
+        folder: Path,
+        checkpoint: Path | None,
+) -> float | None:
+    """Give WLD its teacher, or its teacher's logits from the disk; measure a teacher where --kd-check says so.
 
     When a resumed run is past the fade, the teacher is not even loaded; it is not measured again either.
+
+    Args:
+        config: The run's config.
+        accelerator: Of the run.
+        task: Prepared, and told the length of the run by `Task.set_length`.
+        data: Of the run; the training data set gets the logits.
+        eval_loader: Of the validation data, prepared.
+        folder: Of the run.
+        checkpoint: From which the run goes on, or None.
+
+    Returns:
+        Top-1 of the teacher in percent where it was measured, else None.
 
     Raises:
         UserError: A teacher that is missing, does not fit or is not good enough; a cache that does not fit.
     """
-    config, task = run.config, run.task
     if not config.kd_model_name:
-        return
+        return None
     teacher: Any = getattr(task, 'teacher', None)
     if isinstance(task, WLDTask):
-        accum, processes = run.accelerator.gradient_accumulation_steps, run.accelerator.num_processes
-        task.set_length(run.epochs, len(run.train_loader), accum)
         if checkpoint is not None:
             state = read_state(checkpoint)
-            batch = batches_done(state['progress']['batch'], state['processes'], processes, accum)
-            task.batches = state['progress']['epoch'] * task.batches_per_epoch + batch
+            progress = state['progress']
+            batch = batches_done(
+                progress['batch'], state['processes'], accelerator.num_processes, task.grad_accum_steps)
+            task.start_epoch(progress['epoch'], batch, task.batches_per_epoch)
         if not task.distill_weight:
-            return
-        with run.accelerator.main_process_first():
+            return None
+        with accelerator.main_process_first():
             teacher = open_teacher(
-                config.kd_model_name, _student(run), run.data.data_config, config.kd_renormalize, run.data.class_names)
-        teacher.to(run.accelerator.device)
+                config.kd_model_name, unwrap_model(task.trainable_module), data.data_config, config.kd_renormalize,
+                data.class_names)
+        teacher.to(accelerator.device)
         if config.kd_cache is None:
             task.teacher = teacher
+    top1 = None
     if config.kd_check is not None and checkpoint is None:
-        _check_accuracy(run, teacher)
+        top1 = _check_accuracy(config, accelerator, teacher, eval_loader, data.num_classes)
     if config.kd_cache is not None:
-        dataset: Any = run.train_loader.dataset
-        dataset.rows = open_logits(run, datasets, teacher)
+        dataset: Any = data.train_loader.dataset
+        dataset.rows = open_logits(config, accelerator, data, teacher, folder)
+    return top1
 
 
-def _student(run: Run) -> Any:
-    return unwrap_model(eval_model(run.task))
-
-
-def _check_accuracy(run: Run, teacher: Teacher) -> None:
-    """Evaluate the teacher on the validation data; nothing that the run draws depends on it."""
-    config = run.config
-    metrics = evaluate(run.accelerator, teacher, run.eval_loader, config.channels_last, 'teacher')
-    top1, chance = metrics['top1'], 100. / run.data.num_classes
-    run.accelerator.print(
-        f'teacher {config.kd_model_name}: top-1 {top1:.2f} % of {metrics["images"]} validation images')
-    run.progress.teacher_top1 = top1
+def _check_accuracy(
+        config: TrainConfig,
+        accelerator: Accelerator,
+        teacher: Teacher,
+        loader: DataLoader,
+        num_classes: int,
+) -> float:
+    """Top-1 of the teacher on the validation data; nothing that the run draws depends on it."""
+    metrics = evaluate(accelerator, teacher, loader, config.channels_last, 'teacher')
+    top1, chance = metrics['top1'], 100. / num_classes
+    accelerator.print(f'teacher {config.kd_model_name}: top-1 {top1:.2f} % of {metrics["images"]} validation images')
     if top1 < (config.kd_check or 0.) or top1 <= chance:
         limit = f'below the {config.kd_check:g} % of --kd-check' if config.kd_check else 'no better than chance'
         raise UserError(f'teacher {config.kd_model_name}: top-1 {top1:.2f} % on the validation data is {limit}; check '
                         'its classes and input, or choose another teacher')
+    return top1
 
 
 def _flag(name: str) -> str:
     return '--' + name.replace('_', '-')
+
+
+# ---- logits on the disk ---------------------------------------------------------------------------------------------
+
+
+class TeacherLogits:
+    """``logits[i]`` is the row (K,) of image i. Shards are mapped, not read, so all workers share one copy."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._open: dict[int, Any] = {}
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        shard, row = divmod(index, SHARD_SIZE)
+        if shard not in self._open:
+            file = safe_open(shard_path(self.folder, 'train', 0, shard), framework='pt')
+            self._open[shard] = file.get_slice('logits')
+        return self._open[shard][row]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(folder=self.folder, _open={})  # a process that gets a copy maps the shards itself
+
+
+def check_cache(config: TrainConfig) -> None:
+    """Refuse a cache where the images change from epoch to epoch.
+
+    Raises:
+        UserError: Augmentation, mixing or a streamed data set.
+    """
+    if config.dataset.partition('/')[0].lower() in STREAMED:
+        raise UserError('--kd-cache: images of a streamed source have no numbers; leave it out')
+    if config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None:
+        raise UserError('--kd-cache: the teacher must see the mixed images, which are new in every epoch; leave out '
+                        '--mixup and --cutmix, or --kd-cache')
+    if not config.no_aug:
+        raise UserError('--kd-cache: augmented images are new in every epoch; add --no-aug, or leave out --kd-cache')
+
+
+def open_logits(
+        config: TrainConfig,
+        accelerator: Accelerator,
+        data: TrainData,
+        teacher: Teacher,
+        folder: Path,
+) -> TeacherLogits:
+    """The logits of the training images; those that are not in the cache are made, by all processes.
+
+    Args:
+        config: The run's config.
+        accelerator: Of the run.
+        data: Of the run.
+        teacher: On its device.
+        folder: Of the run.
+
+    Raises:
+        UserError: The cache was made with other data, another teacher or transform; no space; an unreadable image.
+    """
+    dataset: Any = data.train_loader.dataset
+    whole = replace(dataset.split, labels=None, indices=None)
+    cache = Path(config.kd_cache or '')
+    if config.kd_cache == BESIDE:
+        cache = folder.parent / 'teacher-logits'
+    with accelerator.main_process_first():
+        mark = open_cache(cache, _identity(config, accelerator, data, whole, teacher), _WORDS)
+    missing = [i for i in range(shard_count(len(whole))) if not has_shard(shard_path(cache, 'train', 0, i), mark)]
+    check_space(cache, len(missing) * SHARD_SIZE * 4 * data.num_classes, _WORDS)
+    accelerator.wait_for_everyone()  # no process may write before all have seen what is missing
+    start = time.perf_counter()
+    for index in missing[accelerator.process_index::accelerator.num_processes]:
+        loader = _shard_loader(config, data, whole, index)
+        bar = tqdm(loader, desc=f'teacher logits {index}', leave=False,
+                   disable=None if accelerator.is_main_process else True)
+        logits = [_answer(config, accelerator, teacher, images) for images, _ in bar]
+        write_shard(shard_path(cache, 'train', 0, index), dict(logits=torch.cat(logits).contiguous()), mark)
+    accelerator.wait_for_everyone()
+    if missing:
+        accelerator.print(f'teacher logits: {len(whole)} images in {cache}, {time.perf_counter() - start:.1f} s')
+    return TeacherLogits(cache)
+
+
+def _identity(
+        config: TrainConfig,
+        accelerator: Accelerator,
+        data: TrainData,
+        whole: Split,
+        teacher: Teacher,
+) -> dict[str, Any]:
+    """What the logits depend on."""
+    model: Any = teacher.model
+    return dict(
+        model=str(model.pretrained_cfg.get('architecture', type(model).__name__)),
+        weights=hash_weights(model),
+        num_classes=data.num_classes,
+        data=hash_source(whole),
+        transform=f'{create_decoder(config, data.data_config["input_size"][0])} '
+                  f'{train_transform(config, data.data_config)}',
+        mean=[float(v) for v in data.data_config['mean']],
+        std=[float(v) for v in data.data_config['std']],
+        timm=timm.__version__,
+        precision=accelerator.mixed_precision,
+    )
+
+
+def _shard_loader(config: TrainConfig, data: TrainData, whole: Split, index: int) -> DataLoader:
+    """The images of a shard in order, as the student sees them."""
+    first = index * SHARD_SIZE
+    dataset = ImageData(
+        whole, train_transform(config, data.data_config), create_decoder(config, data.data_config['input_size'][0]),
+        'mark' if config.skip_unreadable else 'raise')
+    return DataLoader(
+        dataset,
+        batch_size=config.validation_batch_size or config.batch_size,
+        sampler=[(number, None) for number in range(first, min(first + SHARD_SIZE, len(whole)))],
+        num_workers=config.workers,
+        pin_memory=config.pin_mem,
+        collate_fn=dataset.collate,
+        generator=torch.Generator(),
+    )
+
+
+def _answer(config: TrainConfig, accelerator: Accelerator, teacher: Teacher, images: torch.Tensor) -> torch.Tensor:
+    """Logits of a batch, on the CPU."""
+    images = images.to(accelerator.device)
+    if config.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    with accelerator.autocast():
+        return teacher(images).float().cpu()

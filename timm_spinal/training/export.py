@@ -8,9 +8,8 @@ import torch.nn as nn
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
+from timm_spinal.files import write_atomically
 from timm_spinal.models.attach_head import HEAD_NAME
-
-from .files import write_atomically
 
 WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
 # entries of pretrained_cfg that tell of the weights a model started from, or of the default ones of its name

@@ -26,11 +26,11 @@ from .data import TrainData
 from .freeze import HeadFirst
 from .identity import FIXED
 from .meter import Meter, NotFinite
-from .objective import Penalty
 from .optim import clip_gradients, scheduler_state
 from .progress import Progress
 from .report import epoch_title
 from .signals import SignalFlag, StopRequested
+from .task import Penalty
 from .wld import WLDTask
 
 ConfigT = TypeVar('ConfigT', bound=LoopConfig)
@@ -193,7 +193,7 @@ def _micro_step(
     config, accelerator, task = run.config, run.accelerator, run.task
     accum = accelerator.gradient_accumulation_steps
     window = min(accum, batches - batch // accum * accum)  # batches of this update: fewer in the last one
-    images, target = run.data.arrange(images, target)
+    images, target = run.data.to_batch(images, target)
     with accelerator.accumulate(trainable(task)):
         with accelerator.autocast():
             parts = task(images, target, *given)

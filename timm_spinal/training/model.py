@@ -14,12 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import timm_spinal
 from timm_spinal.errors import UserError
 from timm_spinal.models.fill_weights import LoadedWeights, watch_load
+from timm_spinal.models.hub_checksums import check_download
+from timm_spinal.models.hub_errors import explain, one_line
 from timm_spinal.models.load_weights import create_from_file, load_exactly
 from timm_spinal.models.weight_files import MisfitError, WeightsError, first_names
 
 from .config import TrainConfig, ValidateConfig
-from .damage import check_download
-from .remote import explain, one_line
 
 _REGISTERED_ON_IMPORT = frozenset(timm_spinal.list_models())
 

@@ -244,7 +244,7 @@ class ObjectiveOptions:
     """Loss"""
     loss: str | None = option(
         None, 'loss, as in timm.loss.create_classification_loss; margin and squared_hinge are those of capsule lengths '
-        '(timm_spinal/training/losses.py); not given: ce', choices=LOSSES)
+        '(timm_spinal/training/task.py); not given: ce', choices=LOSSES)
     smoothing: float = option(0.1, 'label smoothing', low=0., high=1.)
     bce_loss: bool = option(False, 'the same as --loss bce')
     bce_sum: bool = option(False, 'sum the bce loss over the classes')

@@ -8,12 +8,13 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from timm.utils import unwrap_model
 
+from timm_spinal.evaluation.metrics import same_answer_warning
+
 from . import report
 from .agree import agree
 from .config import TrainConfig
 from .export import WEIGHTS, export_model
 from .loop import Run, eval_model
-from .metrics import same_answer_warning
 from .model import needs_registration
 from .signs import changed_percent
 

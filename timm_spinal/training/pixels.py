@@ -72,7 +72,7 @@ class Decoder:
     - Transparent parts show `BACKGROUND`, unless the mode keeps transparency.
     - All others (CMYK, YCbCr, LAB, HSV, palettes, 1 bit) as Pillow converts them.
 
-    What a user should know about the data is told once, by the first process of a launch or one of its loader workers.
+    It warns of what a user should know about the data once, in the first process of a launch or one of its workers.
 
     Args:
         mode: Mode of Pillow that `usable_modes` has.
@@ -82,8 +82,8 @@ class Decoder:
     def __init__(self, mode: str = 'RGB', exif_transpose: bool = False):
         self.mode = mode
         self.exif_transpose = exif_transpose
-        self._telling_keys = _EXIF_KEYS | {'transparency'}
-        self._untold = {topic: multiprocessing.Semaphore(1) for topic in ('orientation', 'levels')}
+        self._keys_of_interest = _EXIF_KEYS | {'transparency'}
+        self._to_warn_of = {topic: multiprocessing.Semaphore(1) for topic in ('orientation', 'levels')}
 
     def __repr__(self) -> str:
         return f'{self.mode} upright' if self.exif_transpose else self.mode
@@ -99,11 +99,11 @@ class Decoder:
         Args:
             image: From `open_image`, or as a data set gives it.
             name: Gives the image's name for messages.
-            size: Width and height that annotations say. Where they fit the image either as stored or upright, and not
+            size: Width and height by the annotations. Where they fit the image either as stored or upright, and not
                 both, they decide whether it is turned.
         """
         info = image.info
-        if image.mode == self.mode and (not info or info.keys().isdisjoint(self._telling_keys)):
+        if image.mode == self.mode and (not info or info.keys().isdisjoint(self._keys_of_interest)):
             return image
         orientation = _orientation(image)
         if image.mode in ('I', 'F') or image.mode.startswith('I;16'):
@@ -118,7 +118,7 @@ class Decoder:
         levels = _known_levels(image)
         if levels is None:
             levels = low, high, _ = _fitting_levels(values)
-            self._tell('levels', lambda: (
+            self._warn_once('levels', lambda: (
                 f'image {name()} has grey levels of 32 bits (mode {image.mode}), read as {low:g} (black) to {high:g} '
                 f'(white), others by their own levels; save them with 8 or 16 bits to have it the same everywhere'))
         grey = Image.fromarray(_to_bytes(values, *levels))
@@ -133,24 +133,24 @@ class Decoder:
         if stored != upright and size in (stored, upright):
             return size == upright
         if not self.exif_transpose:
-            self._tell('orientation', lambda: (
+            self._warn_once('orientation', lambda: (
                 f'image {name()} has EXIF orientation {orientation} and is used as it is stored, as others may be; '
                 f'--exif-transpose turns images upright'))
         return self.exif_transpose
 
-    def _tell(self, topic: str, text: Callable[[], str]) -> None:
-        if int(os.environ.get('RANK') or 0) == 0 and self._untold[topic].acquire(block=False):
+    def _warn_once(self, topic: str, text: Callable[[], str]) -> None:
+        if int(os.environ.get('RANK') or 0) == 0 and self._to_warn_of[topic].acquire(block=False):
             _logger.warning(text())
 
 
 def decoded_size(image: Image.Image, exif_transpose: bool) -> tuple[int, int]:
-    """Width and height that a `Decoder` gives an opened image, from its head alone, where nothing says its size."""
+    """Width and height of an opened image after a `Decoder` without ``size``; the pixels are not decoded for it."""
     return _upright(image.size, _orientation(image)) if exif_transpose else image.size
 
 
 def usable_modes() -> dict[str, int]:
     """Modes of Pillow that a model can take, and their channels: 8 bits each, and no numbers of a palette."""
-    found = {}
+    usable = {}
     for mode in dict.fromkeys((*Image.MODES, 'LA')):  # which Pillow 10 has, and does not list
         described = ImageMode.getmode(mode)
         if described.typestr != '|u1' or 'P' in described.bands:
@@ -159,8 +159,8 @@ def usable_modes() -> dict[str, int]:
             _convert(Image.new('L', (1, 1)), mode)
         except (ValueError, KeyError):
             continue
-        found[mode] = len(described.bands)
-    return found
+        usable[mode] = len(described.bands)
+    return usable
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
@@ -204,7 +204,7 @@ def _upright(stored: tuple[int, int], orientation: int) -> tuple[int, int]:
 
 
 def _known_levels(image: Image.Image) -> Levels | None:
-    """What a file of this kind can have; None where that says nothing."""
+    """The grey levels that a file of this format can have; None where the format does not say."""
     tags = getattr(image, 'tag_v2', {})
     usual = 16 if image.mode.startswith('I;16') or image.format in ('PNG', 'PPM') else 32
     bits = tags.get(_BITS, (usual,))[0]

@@ -8,10 +8,9 @@ from typing import Any
 import timm
 import torch
 
+from timm_spinal.evaluation.metrics import TITLES, main_accuracy
+from timm_spinal.files import write_atomically
 from timm_spinal.version import __version__
-
-from .files import write_atomically
-from .metrics import TITLES, main_accuracy
 
 
 def write_text(path: Path, text: str) -> None:

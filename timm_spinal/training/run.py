@@ -10,22 +10,22 @@ from timm.layers import convert_sync_batchnorm
 from timm.models import safe_model_name
 from torch.utils.data import DataLoader
 
-from . import overview
+from timm_spinal.evaluation.evaluate import evaluate
+from timm_spinal.evaluation.metrics import accuracies, choosing_metric
+from timm_spinal.evaluation.predictions import Predictions
+
 from .agree import agree
 from .config import TrainConfig
-from .data import Datasets, TrainData, create_data, create_datasets
+from .data import TrainData, create_data
 from .distill import check_distillation, prepare_teacher
-from .evaluate import evaluate
 from .freeze import apply_freeze, head_first
 from .identity import FIXED
 from .loop import Run
-from .metrics import accuracies, choosing_metric
 from .model import check_batch_of_one, check_model_name, count_statistics_once, create_model
-from .objective import build_penalties, build_task
 from .outcome import export_best, finish, write_reports
 from .plan import fit_momentum, updates_per_epoch
-from .predictions import Predictions
 from .signs import signs_of
+from .splits import Datasets, create_datasets, describe_splits
 from .start import (
     assemble,
     begin,
@@ -35,6 +35,7 @@ from .start import (
     make_accelerator,
     used_precision,
 )
+from .task import build_penalties, build_task
 from .warm_start import check_warm_start, warm_start
 
 
@@ -86,7 +87,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
     check_warm_start(config)
     with accelerator.main_process_first():
         datasets = create_datasets(config)
-    accelerator.print(overview.describe(datasets.named(config)), flush=True)
+    accelerator.print(describe_splits(datasets.named(config)), flush=True)
     config = replace(
         config, num_classes=datasets.num_classes, mixed_precision=used_precision(config, accelerator))
     metric = choosing_metric(config.eval_metric, datasets.multi_label)
@@ -137,7 +138,9 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
         updates = updates_per_epoch(run) * run.epochs
         for line in fit_momentum(model, updates, config.model_kwargs, kept_in_eval):
             accelerator.print(line)
-    prepare_teacher(run, datasets, checkpoint)
+    task.set_length(run.epochs, len(run.train_loader), accelerator.gradient_accumulation_steps)
+    run.progress.teacher_top1 = prepare_teacher(
+        config, accelerator, task, data, run.eval_loader, folder, checkpoint)
     begin(run, checkpoint)
     return run
 

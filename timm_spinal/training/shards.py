@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from timm_spinal.errors import UserError
+from timm_spinal.files import read_json, write_atomically, write_json
 
-from .dataset import Source
-from .files import read_json, write_atomically, write_json
-from .readers import ClassReader
+from .dataset import Split
+from .image_files import ClassReader
 
 SHARD_SIZE = 2048  # images; what an interruption can lose of each process
 _SHARD = re.compile(r'[a-z]+-\d+-\d{5}\.safetensors')
@@ -63,7 +63,7 @@ def hash_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def hash_source(source: Source) -> str:
+def hash_source(source: Split) -> str:
     """Hash of a split: its name, labels and images.
 
     Images in files count by path, size and date, those in memory by their values; of other readers only name, length

@@ -9,14 +9,13 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, gather_object, set_seed
 from timm.task import TrainingTask
 
-from timm_spinal.errors import UserError
+from timm_spinal.errors import UserError, dead_workers_named
 
 from . import report
 from .agree import agree, new_accelerator
 from .checkpoint import candidates, choose_checkpoint, find_checkpoints, load_checkpoint, read_state
 from .config import LoopConfig, to_yaml
-from .data import TrainData, dead_workers_named
-from .dataset import preserved_rng
+from .data import TrainData
 from .folder import FolderLock, Occupied, check_free, run_folder
 from .identity import SCHEDULE, SILENT, changed_settings, check_same_run
 from .loop import ConfigT, Run, fit, trainable
@@ -24,6 +23,7 @@ from .optim import apply_settings, create_optimizer, create_scheduler, load_sche
 from .outcome import SHARDED
 from .plan import plan_lines
 from .progress import Progress, batches_done
+from .transforms import preserved_rng
 
 Refused = list[tuple[bool, str]]  # whether an option was asked for, and its flag
 _claimed = ExitStack()  # lets go of the folder of the run, of which a process has one at a time

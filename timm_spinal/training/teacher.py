@@ -9,12 +9,12 @@ from timm.models import parse_model_name
 from timm.task import DistillationTeacher
 
 from timm_spinal.errors import UserError
+from timm_spinal.models.hub_checksums import check_download
+from timm_spinal.models.hub_errors import explain, one_line
 
 from .config import TrainConfig
-from .damage import check_download
 from .export import CONFIG, WEIGHTS
 from .model import check_model_name
-from .remote import explain, one_line
 from .transforms import resolve_data
 
 _NO_TEACHER = (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError)

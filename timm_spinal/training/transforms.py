@@ -1,9 +1,18 @@
-"""Images to tensors: timm's transforms, with torchvision's rotation and perspective in front of them."""
-from typing import Any, Callable
+"""Images to tensors: timm's transforms, with torchvision's rotation and perspective in front of them.
 
+timm's policies of augmentation are read strictly, mended for the installed Pillow, and tried out before a run starts.
+"""
+import contextlib
+import copy
+import math
+import random
+import re
+from typing import Any, Callable, Iterator
+
+import numpy as np
 import torch
-from PIL import Image
-from timm.data import create_transform, resolve_data_config
+from PIL import Image, ImageOps
+from timm.data import auto_augment, create_transform, resolve_data_config
 from timm.data.transforms import MaybeToTensor
 from torch import nn
 from torchvision import transforms
@@ -12,7 +21,6 @@ from timm_spinal.errors import UserError
 
 from .config import TrainConfig, ValidateConfig
 from .pixels import Decoder, usable_modes
-from .policies import check_policy, mend_policies, try_out
 
 
 def resolve_data(config: TrainConfig | ValidateConfig, model: nn.Module) -> dict[str, Any]:
@@ -70,8 +78,7 @@ def image_mode(config: TrainConfig | ValidateConfig, channels: int) -> str:
 
 
 def create_decoder(config: TrainConfig | ValidateConfig, channels: int) -> Decoder:
-    """What brings the images of any data set into the mode for a model with so many input channels; see `image_mode`.
-    """
+    """The decoder to the mode of images for a model with so many input channels; see `image_mode`."""
     return Decoder(image_mode(config, channels), config.exif_transpose)
 
 
@@ -186,3 +193,136 @@ def split_transform(transform: Callable) -> tuple[Callable, Callable[[torch.Tens
         return transform, nn.Identity()
     begin = transforms.Compose([*steps[:-2], transforms.PILToTensor()])
     return begin, BatchNormalize(steps[-1].mean, steps[-1].std)
+
+
+# ---- policies of augmentation ---------------------------------------------------------------------------------------
+
+
+# sections of a policy's name as timm reads them, and the values that have a meaning (others: 0 or more)
+_SECTIONS: dict[str, dict[str, type]] = {
+    'rand': dict(m=int, n=int, p=float, mstd=float, mmax=int, inc=int, t=str),
+    'augmix': dict(m=int, w=int, d=int, a=float, b=int, mstd=float),
+    **dict.fromkeys(('original', 'originalr', 'v0', 'v0r', '3a'), dict(mstd=float)),
+}
+_BOUNDS = dict(n=(1, math.inf), w=(1, math.inf), mmax=(1, math.inf), a=(1e-6, math.inf), p=(0, 1), inc=(0, 1), b=(0, 1))
+_PATTERNS = {int: r'\d+', float: r'\d+(\.\d*)?', str: 'weights|3aw|3a'}
+
+
+def check_policy(text: str) -> None:
+    """Refuse the name of a policy of which timm would ignore a part, or which would fail in the middle of a run.
+
+    Raises:
+        UserError: Names the part.
+    """
+    name, *sections = text.split('-')
+    if name not in _SECTIONS:
+        raise UserError(f'augmentation: --aa {text}: unknown policy {name!r}; use {", ".join(_SECTIONS)}')
+    known = _SECTIONS[name]
+    keys = [next((key for key in known if _is_section(key, known[key], section)), None) for section in sections]
+    for key, section in zip(keys, sections):
+        if key is None or keys.count(key) > 1:
+            wrong = f'-{key} comes twice' if key else f'{section!r} is not understood'
+            takes = ', '.join('-tweights, -t3aw, -t3a' if kind is str else f'-{k}NUMBER' for k, kind in known.items())
+            raise UserError(f'augmentation: --aa {text}: {wrong}; {name} takes {takes}')
+
+
+def _is_section(key: str, kind: type, section: str) -> bool:
+    match = re.fullmatch(f'{key}({_PATTERNS[kind]})', section)
+    if match is None or kind is str:
+        return match is not None
+    low, high = _BOUNDS.get(key, (0, math.inf))
+    return low <= float(match[1]) <= high
+
+
+def operations(step: Any) -> Iterator[Any]:
+    """The operations of one of timm's policies."""
+    if isinstance(step, auto_augment.AutoAugment):
+        for part in step.policy:
+            yield from part
+    elif isinstance(step, (auto_augment.RandAugment, auto_augment.AugMixAugment)):
+        yield from step.ops
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """As timm's, also for 0 bits: that is a black image, for which Pillow raises an error from release 12 on."""
+    if bits_to_keep >= 8:
+        return image
+    kept = ImageOps.posterize(image, max(bits_to_keep, 1))
+    return kept if bits_to_keep >= 1 else kept.point(lambda _: 0)
+
+
+def mend_policies(transform: Any) -> None:
+    """Give the policies of a transform our `posterize`."""
+    for step in transform.transforms:
+        for operation in operations(step):
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = posterize
+
+
+def try_out(transform: Any, mode: str, size: tuple[int, ...]) -> None:
+    """Run every step of a training transform, and every operation of its policy, on one image of noise.
+
+    Args:
+        transform: A `Compose` from image to tensor.
+        mode: Mode of the images.
+        size: (C, H, W) of the tensor.
+
+    Raises:
+        UserError: A step that does not go with the mode or with another setting, by its name.
+    """
+    _, height, width = size
+    noise = np.random.default_rng(0).integers(0, 256, (height + 8, width + 16, 3), dtype=np.uint8)
+    image: Any = Decoder(mode)(Image.fromarray(noise), lambda: 'of noise')
+    with preserved_rng():
+        seed_rng(0)
+        for step in transform.transforms:
+            for part in {operation.name: operation for operation in operations(step)}.values():
+                _run(part, f'{part.name} of {type(step).__name__}', image, mode)
+            image = _run(step, type(step).__name__, image, mode)
+    if not isinstance(image, torch.Tensor) or image.shape != size:
+        got = tuple(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
+        raise UserError(f'augmentation: gives {got} for images of mode {mode}, the model takes {size}; leave some out')
+
+
+def _run(step: Any, name: str, image: Any, mode: str) -> Any:
+    if isinstance(step, transforms.RandomApply):
+        for part in step.transforms:
+            image = _run(part, type(part).__name__, image, mode)
+        return image
+    try:
+        return _always(step)(image)
+    except Exception as e:  # steps raise all kinds of errors for modes and settings that they do not support
+        reason = ' '.join(str(e).split())[:200] or type(e).__name__
+        raise UserError(f'augmentation: {name} fails on images of mode {mode} ({reason}); leave it out, or change its '
+                        f'settings, --train-interpolation or --input-img-mode') from e
+
+
+def _always(step: Any) -> Any:
+    """A copy of a step with probability 1."""
+    step = copy.copy(step)
+    for name in ('p', 'prob', 'probability'):
+        if isinstance(getattr(step, name, None), float):
+            setattr(step, name, 1.)
+    return step
+
+
+# ---- random numbers of transforms -----------------------------------------------------------------------------------
+
+
+def seed_rng(seed: int) -> None:
+    """Seed the three global generators of the CPU; ``seed`` is below 2^32."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which also seeds every accelerator
+
+
+@contextlib.contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Put the three global generators of the CPU back as they were."""
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])

@@ -9,27 +9,27 @@ import timm
 import torch
 from accelerate import Accelerator
 
-from timm_spinal.errors import UserError
+from timm_spinal.errors import UserError, dead_workers_named
+from timm_spinal.evaluation.evaluate import evaluate
+from timm_spinal.evaluation.metrics import accuracies, same_answer_warning
 from timm_spinal.models.load_weights import load_exactly
 from timm_spinal.models.weight_files import WeightsError
 
-from . import overview, report
+from . import report
 from .agree import new_accelerator
 from .checkpoint import EMA, STATE, damage, find_checkpoints, read_state
 from .config import ValidateConfig
-from .data import count_skipped, create_datasets, create_eval_loader, dead_workers_named
-from .evaluate import evaluate
+from .data import count_skipped, create_eval_loader
 from .export import CONFIG, WEIGHTS
-from .metrics import accuracies, same_answer_warning
 from .model import check_classifier, create_model
 from .option_checks import RESULTS, check_output_file
 from .options import ModelOptions
+from .splits import create_datasets, passed_over_lines
 
 
 @dataclass
 class Candidate:
-    """A model to evaluate: the name in the table, its config and the file of its weights, if it is none of the config.
-    """
+    """A model to evaluate: its name in the table, its config, and a file of weights where the config names none."""
     name: str
     config: ValidateConfig
     file: Path | None = None
@@ -53,10 +53,10 @@ def validate(config: ValidateConfig) -> list[dict[str, Any]]:
     accelerator = new_accelerator(config.mixed_precision)
     names = find_models(config)
     rows: list[dict[str, Any]] = []
-    told: set[str] = set()
+    printed: set[str] = set()
     for name in names:
         try:
-            rows.append(validate_one(accelerator, open_candidate(config, name), told))
+            rows.append(validate_one(accelerator, open_candidate(config, name), printed))
             line = _line(rows[-1])
         except UserError as e:
             if len(names) == 1:
@@ -77,10 +77,10 @@ def find_models(config: ValidateConfig) -> list[str]:
         UserError: A wildcard that matches nothing.
     """
     if config.checkpoint:
-        found = sorted(glob.glob(config.checkpoint)) if glob.has_magic(config.checkpoint) else [config.checkpoint]
-        if not found:
+        paths = sorted(glob.glob(config.checkpoint)) if glob.has_magic(config.checkpoint) else [config.checkpoint]
+        if not paths:
             raise UserError(f'checkpoint {config.checkpoint}: nothing there matches')
-        return found
+        return paths
     if not glob.has_magic(config.model):
         return [config.model]
     names = timm.list_models(config.model, pretrained=config.pretrained)
@@ -130,15 +130,18 @@ def _open_checkpoint(config: ValidateConfig, path: Path) -> Candidate:
     return Candidate(str(path), replace(config, **of_run), path / (EMA if config.use_ema else WEIGHTS))
 
 
-def validate_one(accelerator: Accelerator, candidate: Candidate, told: set[str]) -> dict[str, Any]:
-    """The row of one model; see `validate`. What of the data is passed over is told unless it is in `told`."""
+def validate_one(accelerator: Accelerator, candidate: Candidate, printed: set[str]) -> dict[str, Any]:
+    """The row of one model; see `validate`.
+
+    A line about data that are passed over is printed unless it is in ``printed``, and added there.
+    """
     config = candidate.config
     with accelerator.main_process_first():
         datasets = create_datasets(config, train=False)
         model: Any = create_model(config, config.num_classes)
-    line = overview.passed_over(dict(eval=datasets.eval))
-    if line and line not in told:
-        told.add(line)
+    line = passed_over_lines(dict(eval=datasets.eval))
+    if line and line not in printed:
+        printed.add(line)
         accelerator.print(line, flush=True)
     if candidate.file is not None:
         try:
@@ -184,11 +187,11 @@ def validate_one(accelerator: Accelerator, candidate: Candidate, told: set[str])
     )
 
 
-def _check_class_names(model: Any, found: list[str] | None, name: str) -> None:
+def _check_class_names(model: Any, class_names: list[str] | None, name: str) -> None:
     """Refuse data whose folders are other classes, or in another order, than the model was trained for."""
     known = model.pretrained_cfg.get('label_names')
-    if known and found and list(known) != list(found) and len(known) == len(found):
-        wrong = next((a, b) for a, b in zip(known, found) if a != b)
+    if known and class_names and list(known) != list(class_names) and len(known) == len(class_names):
+        wrong = next((a, b) for a, b in zip(known, class_names) if a != b)
         raise UserError(f'classes: {name} was trained for other classes than the data have ({wrong[0]!r} is '
                         f'{wrong[1]!r} there); use --class-map')
 

@@ -1,4 +1,4 @@
-"""Weak logit distillation (WLD) of IC networks, as a timm `TrainingTask` (spec ic_networks_wld 4).
+"""Weak logit distillation (WLD) of IC networks, as a timm `TrainingTask`.
 
     L(t) = CE(z_s, y) + lambda(t) D(z_s, z_t)
 
@@ -19,12 +19,12 @@ from typing import Any, Callable
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.task import TrainingTask
 from timm.task.classification import resolve_classification_loss
 from timm.utils import unwrap_model
 
 from timm_spinal.errors import UserError
 
+from .task import Task
 from .teacher import Teacher, open_teacher
 
 _logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ FADES: dict[str, Callable[[float], float]] = {
 FIRST_WEIGHT = {'mse': 1., 'kl': 0.5}
 
 
-class WLDTask(TrainingTask):
+class WLDTask(Task):
     """Cross-entropy and a distance to a teacher's logits whose weight fades out.
 
     The task counts its training batches, so it needs no call from the loop: it runs in timm's as it stands. Once
@@ -115,6 +115,10 @@ class WLDTask(TrainingTask):
     def set_length(self, epochs: int, batches_per_epoch: int, grad_accum_steps: int = 1) -> None:
         """Set T: epochs times updates of an epoch, of which the last may have fewer batches."""
         self.epochs, self.batches_per_epoch, self.grad_accum_steps = epochs, batches_per_epoch, grad_accum_steps
+
+    def start_epoch(self, epoch: int, batch: int, batches: int) -> None:
+        """Set t, which then goes on by itself."""
+        self.batches = epoch * batches + batch
 
     @property
     def total(self) -> int:

@@ -8,9 +8,15 @@ from PIL import Image, ImageOps
 from timm.data import auto_augment
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.policies import check_policy, operations, posterize
-from timm_spinal.training.sampling import seed_rng
-from timm_spinal.training.transforms import eval_transform, resolve_data, train_transform
+from timm_spinal.training.transforms import (
+    check_policy,
+    eval_transform,
+    operations,
+    posterize,
+    resolve_data,
+    seed_rng,
+    train_transform,
+)
 
 from .images import TinyModel, quick_config
 

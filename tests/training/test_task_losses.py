@@ -5,8 +5,7 @@ import torch
 import timm_spinal
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig, parse_config
-from timm_spinal.training.losses import MarginLoss, SquaredHingeLoss
-from timm_spinal.training.objective import build_task
+from timm_spinal.training.task import MarginLoss, SquaredHingeLoss, build_task
 
 CPU = torch.device('cpu')
 

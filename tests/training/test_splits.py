@@ -9,9 +9,8 @@ import pytest
 import torchvision.datasets as tv
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.data import create_datasets
-from timm_spinal.training.sources import open_source
-from timm_spinal.training.torch_sources import TORCH_SETS, torch_labels, torch_split
+from timm_spinal.training.named_datasets import TORCH_SETS, torch_labels, torch_split
+from timm_spinal.training.splits import create_datasets, open_split
 
 from .images import make_folder, make_split, need_cifar10, need_mnist, quick_config, write_idx
 
@@ -33,7 +32,7 @@ def pack(folder, path):
 def test_folder_splits_are_found_by_name_and_synonym(tmp_path):
     root = make_folder(tmp_path / 'data', splits=('train', 'val', 'test'))
     for split, name in (('train', 'train'), ('validation', 'val'), ('test', 'test')):
-        source = open_source(quick_config(data_dir=str(root)), split)
+        source = open_split(quick_config(data_dir=str(root)), split)
         assert source.name == str(root / name) and len(source) == 12
         assert source.class_names == ['ant', 'bee'] and source.labels.tolist() == [0] * 6 + [1] * 6
 

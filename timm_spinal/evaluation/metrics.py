@@ -14,7 +14,7 @@ TITLES = {
     'ap': 'AP', 'ap50': 'AP50', 'ap75': 'AP75', 'ap_small': 'AP small', 'ap_medium': 'AP medium',
     'ap_large': 'AP large',
 }
-MAIN = ('top1', 'exact', 'ap')  # the one of each kind of target
+MAIN = ('top1', 'exact', 'ap')  # the main accuracy of each kind of target
 
 
 class PairEvaluator(ClassificationEvaluator):
@@ -23,7 +23,7 @@ class PairEvaluator(ClassificationEvaluator):
     ``loss`` is timm's for several classes per image, binary cross-entropy on the scores. The answer to an image are the
     two classes with the highest scores. ``exact``: images of which both are right; ``digit``: classes that are among
     the two of their image; ``top2``: images whose class of the smaller index is among the two, which is what the
-    authors of XnODR call top 2 (spec capsule_xnor_heads 5). In percent.
+    authors of XnODR call top 2. In percent.
     """
 
     default_metric = 'exact'
@@ -44,8 +44,8 @@ class PairEvaluator(ClassificationEvaluator):
         self._accumulate_loss(self.criterion(output, target), output.shape[0])
         answers = output.topk(2, dim=-1).indices
         classes = target.nonzero()[:, 1].view(-1, 2)  # the smaller first
-        found = (answers[:, None] == classes[:, :, None]).any(-1)
-        self.counts[1:] += torch.stack([found.all(-1).sum(), found.sum(), found[:, 0].sum()])
+        right = (answers[:, None] == classes[:, :, None]).any(-1)
+        self.counts[1:] += torch.stack([right.all(-1).sum(), right.sum(), right[:, 0].sum()])
 
     def _summary(self, loss_sum: torch.Tensor, counts: torch.Tensor) -> OrderedDict:
         images, exact, digits, smaller = counts.tolist()
@@ -128,5 +128,5 @@ def choosing_metric(name: str, multi_label: bool) -> str:
 
 def main_accuracy(names: Iterable[str], prefix: str = '') -> str:
     """Which of the columns of a result, such as ``eval_top1`` for the prefix ``eval_``, is the main accuracy."""
-    found = set(names)
-    return next((name for name in MAIN if prefix + name in found), MAIN[0])
+    columns = set(names)
+    return next((name for name in MAIN if prefix + name in columns), MAIN[0])

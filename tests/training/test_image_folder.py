@@ -14,14 +14,11 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from timm_spinal.errors import UserError
-from timm_spinal.training import overview
 from timm_spinal.training.config import ValidateConfig
-from timm_spinal.training.data import create_datasets
-from timm_spinal.training.image_files import image_suffixes
-from timm_spinal.training.readers import FolderReader
+from timm_spinal.training.image_files import TarReader, image_suffixes
+from timm_spinal.training.image_folder import FolderReader
 from timm_spinal.training.shards import hash_source
-from timm_spinal.training.sources import folder_source
-from timm_spinal.training.tar_reader import TarReader
+from timm_spinal.training.splits import create_datasets, describe_splits, folder_split
 
 from .images import make_folder, make_split, quick_config
 
@@ -49,9 +46,9 @@ def opened(request, tmp_path):
     """Opens a split as it is, and packed in several ways."""
     def open_split(root):
         if request.param == 'folder':
-            return folder_source(root)
+            return folder_split(root)
         name = {'tar': '.', 'tar of the folder': 'train', 'tar with long paths': '/home/me/data/train'}[request.param]
-        return folder_source(pack(root, tmp_path / 'packed.tar', name))
+        return folder_split(pack(root, tmp_path / 'packed.tar', name))
 
     return open_split
 
@@ -102,7 +99,7 @@ def test_the_class_is_the_first_folder(tmp_path, opened):
 def test_a_tar_of_one_class_has_that_class(tmp_path):
     save(tmp_path / 'validation' / 'cat' / '1.png')
     for name in ('.', 'validation', 'data/validation'):
-        assert folder_source(pack(tmp_path / 'validation', tmp_path / 'v.tar', name)).class_names == ['cat']
+        assert folder_split(pack(tmp_path / 'validation', tmp_path / 'v.tar', name)).class_names == ['cat']
 
 
 def test_tars_within_a_tar_are_classes(tmp_path):
@@ -111,7 +108,7 @@ def test_tars_within_a_tar_are_classes(tmp_path):
             for i in range(3):
                 save(tmp_path / name / f'{name}_{i}.png', level + i)
             outer.add(pack(tmp_path / name, tmp_path / f'{name}.tar'), arcname=f'{name}.tar')
-    source = folder_source(tmp_path / 'train.tar')
+    source = folder_split(tmp_path / 'train.tar')
     assert source.class_names == ['n01', 'n02']
     levels = [(int(np.asarray(image)[0, 0, 0]), label) for image, label in map(source.read, range(6))]
     assert levels == [(10, 0), (11, 0), (12, 0), (200, 1), (201, 1), (202, 1)]
@@ -120,10 +117,10 @@ def test_tars_within_a_tar_are_classes(tmp_path):
 def test_class_maps_keep_what_they_name_and_the_rest_is_counted(tmp_path):
     make_split(tmp_path / 'train', classes=('ant', 'bee', 'wasp'), per_class=2)
     (tmp_path / 'map.txt').write_text('wasp\nant\n')
-    source = folder_source(tmp_path / 'train', str(tmp_path / 'map.txt'))
+    source = folder_split(tmp_path / 'train', str(tmp_path / 'map.txt'))
     assert source.class_names == ['wasp', 'ant'] and source.labels.tolist() == [1, 1, 0, 0]
     assert source.passed_over == '2 of classes that the class map has not (2 bee)'
-    said = refusal(folder_source, tmp_path / 'train', {'fly': 0})
+    said = refusal(folder_split, tmp_path / 'train', {'fly': 0})
     assert 'in folders named by class of the class map' in said and '2 wasp' in said
 
 
@@ -146,7 +143,7 @@ def test_what_editors_and_systems_leave_behind_makes_no_class(tmp_path, opened):
                  '5 of other types (2 .txt, ', '1 outside the class folders (cover.png)', '1 without images (wasp)'):
         assert kind in source.passed_over
     assert '\n' not in source.passed_over and len(source.passed_over.split('), ')) == 5
-    assert folder_source(make_split(tmp_path / 'clean')).passed_over == ''
+    assert folder_split(make_split(tmp_path / 'clean')).passed_over == ''
 
 
 def test_the_names_of_splits_are_not_those_of_hidden_folders(tmp_path):
@@ -161,7 +158,7 @@ def test_the_names_of_splits_are_not_those_of_hidden_folders(tmp_path):
 def test_a_split_without_class_folders_says_what_is_there(tmp_path):
     save(tmp_path / 'train' / '1.png')
     write(tmp_path / 'train' / 'a' / '1.HEIC')
-    said = refusal(folder_source, tmp_path / 'train')
+    said = refusal(folder_split, tmp_path / 'train')
     assert 'holds no images' in said and '1 outside the class folders (1.png)' in said and 'pillow-heif' in said
 
 
@@ -175,7 +172,7 @@ def test_a_split_that_is_a_file_is_named(tmp_path):
 def test_a_folder_that_cannot_be_read_is_named(tmp_path):
     root = make_split(tmp_path / 'train')
     (root / 'bee').chmod(0)
-    assert f'{root / "bee"}: cannot be read (Permission denied)' in refusal(folder_source, root)
+    assert f'{root / "bee"}: cannot be read (Permission denied)' in refusal(folder_split, root)
 
 
 # ---- types of files ----
@@ -192,7 +189,7 @@ def test_every_format_that_pillow_writes_is_read(tmp_path):
                 path = tmp_path / 'train' / 'a' / f'x{written}{end}'
                 assert any(can_save(path, name, mode) for mode in ('RGB', 'L', '1', 'P'))
                 written += 1
-    source = folder_source(tmp_path / 'train')
+    source = folder_split(tmp_path / 'train')
     assert len(source) == written > 60 and source.passed_over == ''
     sizes = {source.read(i)[0].size for i in range(written)}
     assert sizes == {(16, 16), (1024, 1024)}  # Pillow makes its own sizes of .icns
@@ -215,7 +212,7 @@ def test_animations_give_their_first_frame(tmp_path):
         (tmp_path / 's' / name[0]).mkdir(parents=True)
         lossless = dict(lossless=True) if name.endswith('webp') else {}
         frames[0].save(tmp_path / 's' / name[0] / name, save_all=True, append_images=frames[1:], **lossless)
-    source = folder_source(tmp_path / 's')
+    source = folder_split(tmp_path / 's')
     assert [source.read(i)[0].convert('RGB').getpixel((0, 0)) for i in range(4)] == [(40,) * 3] * 4
 
 
@@ -224,14 +221,14 @@ def test_heif_is_read_where_its_package_is_installed(tmp_path):
     for level in (10, 200):
         (tmp_path / 's' / str(level)).mkdir(parents=True)
         heif.from_pillow(Image.new('RGB', (64, 64), (level,) * 3)).save(tmp_path / 's' / str(level) / 'x.HEIC')
-    source = folder_source(tmp_path / 's')
+    source = folder_split(tmp_path / 's')
     assert [np.asarray(source.read(i)[0]).mean() for i in range(2)] == pytest.approx([10, 200], abs=1)
 
 
 def test_input_key_limits_the_suffixes(tmp_path):
     save(tmp_path / 's' / 'a' / '1.png')
     save(tmp_path / 's' / 'a' / '1.bmp')
-    assert len(folder_source(tmp_path / 's', '', '.bmp')) == 1 and len(folder_source(tmp_path / 's')) == 2
+    assert len(folder_split(tmp_path / 's', '', '.bmp')) == 1 and len(folder_split(tmp_path / 's')) == 2
 
 
 # ---- links ----
@@ -247,7 +244,7 @@ def test_links_are_followed_and_no_folder_is_read_twice(tmp_path):
         (root / 'ant' / name).symlink_to(target)
     (root / 'antler').symlink_to('ant')
     (root / 'self').symlink_to('self')
-    source = folder_source(root)
+    source = folder_split(root)
     assert source.class_names == ['a_owl', 'ant', 'bee'] and source.labels.tolist() == [0, 1, 1, 1, 2, 2]
     assert source.read(0)[0].getpixel((0, 0)) == (77,) * 3
     assert '6 linked a second time (' in source.passed_over and '1 linked to nothing (self)' in source.passed_over
@@ -257,7 +254,7 @@ def test_a_link_to_nothing_is_not_lost_without_a_word(tmp_path):
     root = make_split(tmp_path / 'train', per_class=2)
     (root / 'ant' / 'gone.png').symlink_to('nowhere.png')
     os.mkfifo(root / 'ant' / 'pipe.png')
-    source = folder_source(root)
+    source = folder_split(root)
     assert len(source) == 5 and source.passed_over == '1 special (pipe.png)'
     with pytest.raises(FileNotFoundError):
         source.read(2)
@@ -272,7 +269,7 @@ def test_links_in_a_tar_have_the_content_of_their_targets(tmp_path):
     (root / 'bee' / '2.png').symlink_to('1.png')
     (root / 'bee' / '3.png').symlink_to('3.png')
     (root / 'wasp').symlink_to('bee')
-    source = folder_source(pack(root, tmp_path / 'train.tar', 'train'))
+    source = folder_split(pack(root, tmp_path / 'train.tar', 'train'))
     levels = [(source.read(i)[0].getpixel((0, 0))[0], source.read(i)[1]) for i in range(len(source))]
     assert levels == [(10, 0), (10, 0), (90, 1), (10, 1), (10, 1)]
     assert source.passed_over == '1 linked to nothing (3.png), 1 linked a second time (wasp)'
@@ -295,16 +292,16 @@ def test_unicode_forms_that_differ_between_the_splits_or_from_the_class_map_are_
         save(tmp_path / split / 'tea' / '0.png')
     said = refusal(create_datasets, quick_config(data_dir=str(tmp_path)))
     assert 'Unicode form' in said and f'{tmp_path / "validation"}: ' in said
-    assert 'Unicode form' in refusal(folder_source, tmp_path / 'train', {NFD: 0, 'tea': 1})
+    assert 'Unicode form' in refusal(folder_split, tmp_path / 'train', {NFD: 0, 'tea': 1})
 
 
 def test_names_that_are_no_text(tmp_path):
     root = make_split(tmp_path / 'train')
     shutil.copy(root / 'ant' / '0.png', os.fsencode(root / 'ant') + b'/caf\xe9.png')
-    source = folder_source(root)
+    source = folder_split(root)
     assert len(source) == 13 and len(hash_source(source)) == 64
     shutil.copytree(root / 'ant', root / os.fsdecode(b'caf\xe9'))
-    assert 'has a name that is not UTF-8' in refusal(folder_source, root)
+    assert 'has a name that is not UTF-8' in refusal(folder_split, root)
 
 
 # ---- damaged tars ----
@@ -319,8 +316,8 @@ def test_bad_tars_are_named(tmp_path):
     write(tmp_path / 'inner' / 'ant' / 'x.tar', b'x' * 1000)
     pack(tmp_path / 'inner', tmp_path / 'nested.tar')
     for name in ('short', 'packed', 'nested'):
-        assert f'{name}.tar: is not a tar file that can be read' in refusal(folder_source, tmp_path / f'{name}.tar')
-    source = folder_source(tmp_path / 'good.tar')
+        assert f'{name}.tar: is not a tar file that can be read' in refusal(folder_split, tmp_path / f'{name}.tar')
+    source = folder_split(tmp_path / 'good.tar')
     write(tmp_path / 'good.tar', good[:2000])
     with pytest.raises(OSError, match='ends within'):
         source.read(len(source) - 1)
@@ -329,7 +326,7 @@ def test_bad_tars_are_named(tmp_path):
 def test_readers_survive_another_process(tmp_path):
     root = make_split(tmp_path / 's')
     for path in (root, pack(root, tmp_path / 's.tar')):
-        source = folder_source(path)
+        source = folder_split(path)
         copied = pickle.loads(pickle.dumps(source))
         assert np.array_equal(copied.read(7)[0], source.read(7)[0]) and copied.describe(7) == source.describe(7)
         assert copied.describe(7).startswith(str(path)) and copied.describe(7).endswith('bee/1.png')
@@ -367,7 +364,7 @@ def test_table_of_splits(tmp_path):
     make_split(tmp_path / 'validation', classes=('bee',), per_class=2)
     write(tmp_path / 'train' / 'ant' / 'x.txt')
     config = quick_config(data_dir=str(tmp_path))
-    assert overview.describe(create_datasets(config).named(config)).splitlines() == [
+    assert describe_splits(create_datasets(config).named(config)).splitlines() == [
         'split       images  classes  smallest class                      largest class',
         'train            7        3  a class with a name that is... (1)  bee (3)',
         'validation       2        1  a class with a name that is... (0)  bee (2)',
@@ -375,7 +372,7 @@ def test_table_of_splits(tmp_path):
     ]
     config = quick_config(data_dir=str(tmp_path / 'train'), val_split_fraction=0.4)
     (tmp_path / 'train' / 'ant' / 'x.txt').unlink()
-    lines = overview.describe(create_datasets(config).named(config)).splitlines()
+    lines = describe_splits(create_datasets(config).named(config)).splitlines()
     assert [line.split('  ')[0] for line in lines] == ['split', 'train', 'part of train']
 
 

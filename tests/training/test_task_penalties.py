@@ -8,8 +8,8 @@ import torch
 from timm_spinal.errors import UserError
 from timm_spinal.models._shared_model import SharedBasisModel
 from timm_spinal.training.config import TrainConfig, parse_config
-from timm_spinal.training.objective import build_penalties
 from timm_spinal.training.run import train
+from timm_spinal.training.task import build_penalties
 
 from .runs import small_config
 

@@ -9,18 +9,21 @@ from timm.loss import (
     PolyBinaryCrossEntropy,
     SoftTargetCrossEntropy,
 )
-from timm.task import (
+
+from timm_spinal.errors import UserError
+from timm_spinal.training import task as task_module
+from timm_spinal.training.config import TrainConfig
+from timm_spinal.training.task import (
+    OBJECTIVES,
     ClassificationTask,
     FeatureDistillationTask,
     LogitDistillationTask,
     MultiLabelClassificationTask,
+    Task,
     TokenDistillationTask,
+    build_penalties,
+    build_task,
 )
-
-from timm_spinal.errors import UserError
-from timm_spinal.training import objective
-from timm_spinal.training.config import TrainConfig
-from timm_spinal.training.objective import build_penalties, build_task
 
 CPU = torch.device('cpu')
 
@@ -80,6 +83,19 @@ def test_value_of_several_classes_per_image():
     assert parts['loss'].item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize('name', OBJECTIVES)
+def test_every_objective_can_be_told_how_long_the_run_is_and_where_it_stands(name, teacher):
+    kind = dict(kd_model_name=teacher, kd_distill_type=name) if 'class' not in name and 'label' not in name else {}
+    model = student('deit_tiny_distilled_patch16_224', img_size=32) if name == 'token' else student()
+    task = build_task(TrainConfig(**kind), model, False, CPU, multi_label=name == 'multi_label')
+    assert isinstance(task, Task) and task.get_trainable_module() is task.trainable_module
+    before = task.get_checkpoint_state()['state_dict']
+    task.set_length(4, 10, 2)
+    task.start_epoch(2, 3, 10)
+    assert task.get_task_state().get('batches') == (23 if name == 'wld' else None)
+    assert all(torch.equal(value, before[key]) for key, value in task.get_checkpoint_state()['state_dict'].items())
+
+
 def test_options_reach_bce():
     task = build_task(TrainConfig(bce_loss=True, smoothing=0.2, bce_target_thresh=0.3, bce_sum=True, bce_pos_weight=2.),
                       student(), False, CPU)
@@ -129,7 +145,7 @@ def test_errors_are_one_line(options):
 
 
 def test_penalties(monkeypatch):
-    monkeypatch.setattr(objective, 'PENALTIES', dict(
+    monkeypatch.setattr(task_module, 'PENALTIES', dict(
         weights=lambda config, model: lambda: model.head.weight.square().sum(), off=lambda config, model: None))
     model = student()
     penalties = build_penalties(TrainConfig(), model)

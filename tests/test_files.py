@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.files import sha256, write_atomically, write_error
+from timm_spinal.files import sha256, write_atomically, write_error
 
 
 def test_replaces_in_one_step(tmp_path):

@@ -7,7 +7,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.evaluate import evaluate
+from timm_spinal.evaluation.evaluate import evaluate
 
 
 class Answers(torch.nn.Module):
@@ -88,8 +88,8 @@ TWO_PROCESSES = """
 import json, sys, torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
-from tests.training.test_evaluate import Answers, dataset
-from timm_spinal.training.evaluate import evaluate
+from tests.evaluation.test_evaluate import Answers, dataset
+from timm_spinal.evaluation.evaluate import evaluate
 
 accelerator = Accelerator()
 assert accelerator.num_processes == 2

@@ -1,4 +1,4 @@
-"""What goes wrong between here and the Hub, in one line."""
+"""Errors of the Hugging Face Hub, and of the network before it, explained in one line."""
 import errno
 import os
 import re
@@ -55,9 +55,9 @@ def answer_of(error: BaseException) -> Answer | None:
         said = re.sub('<[^>]*>', ' ', getattr(error, 'server_message', None) or '')  # a storage answers in XML
         return Answer(response.status_code, one_line(said), str(response.url), by_xet=False)
     text = xet_text(error)
-    if found := _XET_STATUS.search(text):
+    if match := _XET_STATUS.search(text):
         url = re.search(r'''https?://[^\s)'"]+''', text)
-        return Answer(int(found[1]), '', url[0] if url else '', by_xet=True)
+        return Answer(int(match[1]), '', url[0] if url else '', by_xet=True)
     return None
 
 
@@ -119,8 +119,8 @@ def explain(error: BaseException) -> str | None:
 
 def _disk_full(error: BaseException) -> str:
     """The operating system's words when it has no room for a file; empty for other errors."""
-    found = _XET_SYSTEM.search(xet_text(error))
-    code = int(found[1]) if found else getattr(error, 'errno', None)
+    match = _XET_SYSTEM.search(xet_text(error))
+    code = int(match[1]) if match else getattr(error, 'errno', None)
     return os.strerror(code) if code in DISK_FULL else ''
 
 

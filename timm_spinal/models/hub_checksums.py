@@ -16,9 +16,7 @@ from timm.models._builder import _resolve_pretrained_source
 from timm.models._hub import _PREFERRED_FILES, HF_WEIGHTS_NAME, _get_safe_alternatives, hf_split
 
 from timm_spinal.errors import UserError
-
-from .export import CONFIG
-from .files import sha256
+from timm_spinal.files import sha256
 
 _CHECKSUM = re.compile('[0-9a-f]{40}|[0-9a-f]{64}')  # git's SHA-1 of small files, SHA-256 of large ones
 
@@ -37,7 +35,7 @@ def check_download(what: str, source: str | dict[str, Any], cache_dir: str | Non
     cfg = _named_cfg(source) if isinstance(source, str) else source
     for path in _files(cfg, cache_dir):
         if is_damaged(path):
-            part = f'{CONFIG} is' if path.name == CONFIG else 'weights are'
+            part = f'{constants.CONFIG_NAME} is' if path.name == constants.CONFIG_NAME else 'weights are'
             raise UserError(f'{what}: its {part} damaged (another checksum than on the Hub); delete {path.resolve()} '
                             'and try again')
 
@@ -72,10 +70,10 @@ def checksum_on_hub(path: Path) -> str | None:
 
 def _asked(path: Path) -> str | None:
     """The checksum of a file that lies in a commit's folder of the cache itself, from the Hub."""
-    found = re.search(r'/models--([^/]+)/snapshots/([0-9a-f]{40})/(.+)$', path.absolute().as_posix())
-    if not found:
+    match = re.search(r'/models--([^/]+)/snapshots/([0-9a-f]{40})/(.+)$', path.absolute().as_posix())
+    if not match:
         return None
-    url = hf_hub_url(found[1].replace('--', '/'), found[3], revision=found[2])
+    url = hf_hub_url(match[1].replace('--', '/'), match[3], revision=match[2])
     try:
         etag = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT).etag or ''
     except Exception:  # offline, or the Hub has a fault: then nothing can be said of the file
@@ -117,7 +115,7 @@ def _files(cfg: dict[str, Any], cache_dir: str | None) -> list[Path]:
     if source == 'file':
         return [Path(where)]
     if source == 'local-dir':
-        here = [Path(where) / name for name in (CONFIG, *_PREFERRED_FILES)]
+        here = [Path(where) / name for name in (constants.CONFIG_NAME, *_PREFERRED_FILES)]
         return _config_and_first([path for path in here if path.is_file()])
     if source != 'hf-hub':
         return []
@@ -125,7 +123,7 @@ def _files(cfg: dict[str, Any], cache_dir: str | None) -> list[Path]:
     try:
         repo, revision = hf_split(repo)
         cached = [try_to_load_from_cache(repo, file, cache_dir=cache_dir, revision=revision)
-                  for file in (CONFIG, *_get_safe_alternatives(name), name)]
+                  for file in (constants.CONFIG_NAME, *_get_safe_alternatives(name), name)]
     except (HFValidationError, AssertionError):  # no such name can be in the cache
         return []
     return _config_and_first([Path(path) for path in cached if isinstance(path, str)])
@@ -133,5 +131,5 @@ def _files(cfg: dict[str, Any], cache_dir: str | None) -> list[Path]:
 
 def _config_and_first(paths: list[Path]) -> list[Path]:
     """Of a config and several forms of the weights, the config and the form that timm prefers."""
-    configs = [path for path in paths if path.name == CONFIG]
-    return configs + [path for path in paths if path.name != CONFIG][:1]
+    configs = [path for path in paths if path.name == constants.CONFIG_NAME]
+    return configs + [path for path in paths if path.name != constants.CONFIG_NAME][:1]

@@ -9,11 +9,11 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from timm_spinal.errors import UserError
-from timm_spinal.training import teacher_cache
-from timm_spinal.training.data import create_datasets
+from timm_spinal.training import distill
+from timm_spinal.training.distill import TeacherLogits
 from timm_spinal.training.run import prepare, train
+from timm_spinal.training.splits import create_datasets
 from timm_spinal.training.teacher import Teacher
-from timm_spinal.training.teacher_cache import TeacherLogits
 
 from .runs import assert_same_state, command, last_state, resumed, small_config, train_until
 
@@ -27,7 +27,7 @@ def save_teacher(folder, seed=1, name='test_resnet'):
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     """WLD with a cache; shards of 8, so 22 images make three."""
-    monkeypatch.setattr(teacher_cache, 'SHARD_SIZE', 8)
+    monkeypatch.setattr(distill, 'SHARD_SIZE', 8)
     monkeypatch.setattr('timm_spinal.training.shards.SHARD_SIZE', 8)
     return small_config(
         tmp_path, kd_model_name=save_teacher(tmp_path / 'teacher'), kd_distill_type='wld', no_aug=True,
@@ -157,7 +157,7 @@ def test_unreadable_images(config, tmp_path):
     run.data.set_epoch(0)
     rows, dataset = run.train_loader.dataset.rows, run.train_loader.dataset
     (_, _, logits), = dataset.__getitems__([(13, None)])
-    assert dataset.source.describe(13).endswith('bee/2.png')
+    assert dataset.split.describe(13).endswith('bee/2.png')
     assert torch.equal(logits, rows[14]) and not torch.equal(rows[13], rows[14])  # of the image that took its place
 
 

@@ -1,34 +1,149 @@
-"""What is minimised: a timm `TrainingTask` by name, and penalties around it.
+"""What is minimised: a task by name, the penalties around it, and losses on capsule lengths.
 
-`OBJECTIVES` maps the name of an objective to its builder; timm's classification and distillation tasks are used as
-they are, `wld` is ours. `PENALTIES` maps the name of a penalty to a factory that looks at the config and the model and
-returns a function without arguments (the penalty, a scalar tensor), or None when the config does not ask for it. The
-loop adds every penalty once per optimizer update, whatever the gradient accumulation, and logs it under its own name.
+`OBJECTIVES` maps the name of an objective to the function that makes its `Task`: timm's for classification and for its
+kinds of distillation, ours for `wld`. `PENALTIES` maps the name of a penalty to a factory that looks at the config and
+the model and returns a function without arguments (the penalty, a scalar tensor), or None when the config does not ask
+for it. The loop adds every penalty once per optimizer update, whatever the gradient accumulation, and logs it under its
+own name.
 """
 from typing import Any, Callable
 
 import torch
 import torch.nn as nn
-from timm.task import (
-    ClassificationTask,
-    FeatureDistillationTask,
-    LogitDistillationTask,
-    MultiLabelClassificationTask,
-    TokenDistillationTask,
-    TrainingTask,
-)
+import torch.nn.functional as F
+from timm import task as timm_task
 
 from timm_spinal.errors import UserError
 
 from .config import TrainConfig
-from .losses import CAPSULE_LOSSES
-from .penalties import Penalty as Penalty
-from .penalties import orthogonality
 from .teacher import check_logits, open_teacher
 from .transforms import resolve_data
-from .wld import WLDTask
 
-Builder = Callable[[TrainConfig, nn.Module, dict[str, Any]], TrainingTask]
+
+class Task(timm_task.TrainingTask):
+    """timm's `TrainingTask`, which the loop tells how long the run is and where it stands.
+
+    Most tasks need to know neither, so both methods do nothing here.
+    """
+
+    def set_length(self, epochs: int, batches_per_epoch: int, grad_accum_steps: int = 1) -> None:
+        """Called once, when loaders and schedule are made.
+
+        Args:
+            epochs: Epochs of the schedule.
+            batches_per_epoch: Batches of this process in an epoch.
+            grad_accum_steps: Batches of an update.
+        """
+
+    def start_epoch(self, epoch: int, batch: int, batches: int) -> None:
+        """Called before the first batch of an epoch, and before the next one of an epoch that a resumed run is in.
+
+        Args:
+            epoch: Epochs that are done.
+            batch: Batches of this epoch that are done.
+            batches: Batches of this process in an epoch.
+        """
+
+
+class ClassificationTask(Task, timm_task.ClassificationTask):
+    """timm's."""
+
+
+class MultiLabelClassificationTask(Task, timm_task.MultiLabelClassificationTask):
+    """timm's."""
+
+
+class LogitDistillationTask(Task, timm_task.LogitDistillationTask):
+    """timm's."""
+
+
+class FeatureDistillationTask(Task, timm_task.FeatureDistillationTask):
+    """timm's."""
+
+
+class TokenDistillationTask(Task, timm_task.TokenDistillationTask):
+    """timm's."""
+
+# ---- losses on capsule lengths --------------------------------------------------------------------------------------
+
+
+class CapsuleLoss(nn.Module):
+    """Base class of losses on capsule lengths, which are defined on scores (B, C) >= 0.
+
+    Targets are class indices (B,), or memberships (B, C) in [0, 1], as mixup gives them or as several classes per image
+    have them. Label smoothing s is timm's: a class index becomes the membership 1 - s + s / C, the others s / C;
+    memberships y become (1 - s) y + s / 2. The papers use none (``--smoothing 0``).
+
+    Args:
+        smoothing: Label smoothing s in [0, 1); 0 with mixup, which smooths by itself.
+    """
+
+    def __init__(self, smoothing: float = 0.):
+        super().__init__()
+        self.smoothing = smoothing
+
+    def memberships(self, scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Targets (B,) or (B, C) as (B, C)."""
+        if target.ndim == scores.ndim:
+            return target.to(scores.dtype) * (1. - self.smoothing) + 0.5 * self.smoothing
+        one_hot = F.one_hot(target, scores.shape[-1]).to(scores.dtype)
+        return one_hot * (1. - self.smoothing) + self.smoothing / scores.shape[-1]
+
+
+class MarginLoss(CapsuleLoss):
+    """Sum over classes of y max(0, 0.9 - p)^2 + 0.5 (1 - y) max(0, p - 0.1)^2, mean over the batch (Sabour et al.)."""
+
+    def forward(self, scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        scores = scores.float()
+        y = self.memberships(scores, target)
+        present, absent = (0.9 - scores).relu().square(), (scores - 0.1).relu().square()
+        return (y * present + 0.5 * (1. - y) * absent).sum(-1).mean()
+
+
+class SquaredHingeLoss(CapsuleLoss):
+    """Mean over batch and classes of max(0, 1 - t p)^2 with t = 2 y - 1.
+
+    Lengths are >= 0, so a class that is absent costs at least 1: the floor is 0.9 for one class of ten.
+    """
+
+    def forward(self, scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        scores = scores.float()
+        sign = 2. * self.memberships(scores, target) - 1.
+        return (1. - sign * scores).relu().square().mean()
+
+
+CAPSULE_LOSSES: dict[str, type[CapsuleLoss]] = {'margin': MarginLoss, 'squared_hinge': SquaredHingeLoss}
+
+
+# ---- penalties on weights -------------------------------------------------------------------------------------------
+
+
+Penalty = Callable[[], torch.Tensor]
+
+
+def orthogonality(config: TrainConfig, model: nn.Module) -> Penalty | None:
+    """``sb_ortho`` times the distance of a model's shared filter bases from orthonormal.
+
+    Raises:
+        UserError: The model shares no filters.
+    """
+    if not config.sb_ortho:
+        return None
+    distance = getattr(model, 'orthogonality_loss', None)
+    if distance is None:
+        raise UserError(f'--sb-ortho {config.sb_ortho:g}: {config.model} has no shared filter bases; take a model such '
+                        'as resnet34_sb_s48u1d, or leave it out')
+    try:
+        distance(config.sb_ortho_mode)
+    except ValueError as e:
+        raise UserError(f'--sb-ortho {config.sb_ortho:g}: {e} Leave it out') from e
+    return lambda: config.sb_ortho * distance(config.sb_ortho_mode)
+
+
+# ---- objectives -----------------------------------------------------------------------------------------------------
+
+
+Builder = Callable[[TrainConfig, nn.Module, dict[str, Any]], Task]
 
 
 def criterion_kwargs(config: TrainConfig, mixup_active: bool, multi_label: bool = False) -> dict[str, Any]:
@@ -63,20 +178,20 @@ def criterion_options(
     return dict(criterion=CAPSULE_LOSSES[config.loss](0. if mixup_active else config.smoothing))
 
 
-def _classification(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
+def _classification(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> Task:
     return ClassificationTask(model, **common)
 
 
-def _multi_label(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
+def _multi_label(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> Task:
     return MultiLabelClassificationTask(model, **common)
 
 
-def _logit(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
+def _logit(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> Task:
     return LogitDistillationTask(
         model, loss_type=config.kd_loss_type or 'kl', temperature=config.kd_temperature, **_weights(config), **common)
 
 
-def _feature(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
+def _feature(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> Task:
     return FeatureDistillationTask(
         model,
         student_feature_dim=config.kd_student_feature_dim,
@@ -86,7 +201,7 @@ def _feature(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> T
     )
 
 
-def _token(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
+def _token(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> Task:
     return TokenDistillationTask(
         model,
         distill_type=config.kd_token_distill_type,
@@ -96,8 +211,9 @@ def _token(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> Tra
     )
 
 
-def _wld(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> TrainingTask:
-    # the length of the run and the teacher are set by `distill.prepare_teacher`
+def _wld(config: TrainConfig, model: nn.Module, common: dict[str, Any]) -> Task:
+    from .wld import WLDTask  # which is a `Task`
+    # `set_length` gives it the length of the run, `distill.prepare_teacher` its teacher
     return WLDTask(
         model,
         teacher_model=None,
@@ -140,7 +256,7 @@ def build_task(
         data_config: dict[str, Any] | None = None,
         class_names: list[str] | None = None,
         multi_label: bool = False,
-) -> TrainingTask:
+) -> Task:
     """The training task of a config around a model that is on its device and not yet prepared.
 
     A teacher is frozen, on the same device, and must not be prepared: wrap ``task.trainable_module`` only. WLD has

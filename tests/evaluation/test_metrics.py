@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.metrics import (
+from timm_spinal.evaluation.metrics import (
     PairEvaluator,
     SameAnswer,
     accuracies,
