@@ -4,9 +4,10 @@ import torch
 
 import timm_spinal
 from timm_spinal.errors import UserError
-from timm_spinal.training.config import TrainConfig, parse_config
+from timm_spinal.training.config import TrainConfig
 from timm_spinal.training.losses import MarginLoss, SquaredHingeLoss
 from timm_spinal.training.objective import build_task
+from timm_spinal.training.parser import parse_config
 
 CPU = torch.device('cpu')
 

@@ -3,9 +3,9 @@ from pathlib import Path
 from typing import Any
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.config import load_yaml
 from timm_spinal.training.folder import FolderLock
-from timm_spinal.training.variants import complete, differing, label
+from timm_spinal.training.parser import load_yaml
+from timm_spinal.training.resume_checks import config_diff, diff_label, with_defaults
 
 from .runs import RESULT, Comparison, read_comparison, read_json, write_comparison
 
@@ -53,11 +53,11 @@ def _known_control(control: str, variants: list[str]) -> str:
 
 
 def _from_runs(folders: list[Path], control: str, command: str) -> Comparison:
-    settings = [complete(load_yaml(folder / 'args.yaml')) for folder in folders]
-    names = differing(settings)
+    settings = [with_defaults(load_yaml(folder / 'args.yaml')) for folder in folders]
+    names = config_diff(settings)
     by_variant: dict[str, dict[str, str]] = {}
     for folder, values in zip(folders, settings):
-        seeds = by_variant.setdefault(label(values, names), {})
+        seeds = by_variant.setdefault(diff_label(values, names), {})
         if str(values['seed']) in seeds:
             raise UserError(f'{folder}: has the settings and the seed of {seeds[str(values["seed"])]}; leave one out')
         seeds[str(values['seed'])] = str(folder)

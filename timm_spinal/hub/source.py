@@ -14,9 +14,10 @@ from torch import nn
 from timm_spinal.errors import UserError
 from timm_spinal.models.weight_files import read_weights
 from timm_spinal.training.checkpoint import find_checkpoints, read_state
-from timm_spinal.training.config import TrainConfig, ValidateConfig, load_yaml
+from timm_spinal.training.config import TrainConfig, ValidateConfig
 from timm_spinal.training.export import CONFIG, WEIGHTS
 from timm_spinal.training.model import check_model_name
+from timm_spinal.training.parser import load_yaml
 from timm_spinal.training.validation import open_candidate
 
 from .scores import Score, accuracies_in, scores_of, validation_split

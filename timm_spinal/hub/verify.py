@@ -18,9 +18,10 @@ from huggingface_hub import HfApi
 
 from timm_spinal.arguments import Parser, number
 from timm_spinal.errors import UserError
-from timm_spinal.training.config import TrainConfig, load_yaml
+from timm_spinal.training.config import TrainConfig
 from timm_spinal.training.damage import is_damaged
 from timm_spinal.training.metrics import TITLES
+from timm_spinal.training.parser import load_yaml
 from timm_spinal.training.validation import validate
 
 from .card_check import check_card

@@ -26,10 +26,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from timm_spinal.errors import UserError
 
-from .config import LoopConfig, TrainConfig, ValidateConfig
+from .config import LoaderOptions, LoopConfig, TrainConfig, ValidateConfig
 from .dataset import ImageData, Source, StreamData
 from .image_files import shown
-from .options import LoaderOptions
 from .overview import check_classes
 from .pixels import Decoder
 from .readers import check_names

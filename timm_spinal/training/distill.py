@@ -8,20 +8,17 @@ from timm.utils import unwrap_model
 from timm_spinal.errors import UserError
 
 from .checkpoint import read_state
-from .config import TrainConfig
+from .config import WLD, DistillOptions, TrainConfig
 from .data import Datasets
-from .distill_options import DistillOptions
 from .evaluate import evaluate
 from .loop import Run, eval_model
 from .losses import CAPSULE_LOSSES
 from .objective import NEED_LOGITS
+from .options import option_names, to_flag
 from .progress import batches_done
 from .teacher import Teacher, open_teacher
 from .teacher_cache import check_cache, open_logits
 from .wld import WLDTask, check_options
-
-_NEED_TEACHER = ('kd_check', 'kd_cache')
-_OF_WLD = ('kd_fade', 'kd_fade_end', 'kd_right_only', 'kd_two_stage', 'kd_renormalize', 'kd_cache')
 
 
 def check_distillation(config: TrainConfig) -> None:
@@ -32,7 +29,8 @@ def check_distillation(config: TrainConfig) -> None:
     """
     kind = config.kd_distill_type
     if not config.kd_model_name:
-        asked = [_flag(name) for name in _NEED_TEACHER if getattr(config, name) is not None]
+        asked = [to_flag(name) for name in option_names(DistillOptions, requires='kd_model_name')
+                 if getattr(config, name) is not None]
         if kind == 'wld' or asked:
             raise UserError(f'{(asked or ["--kd-distill-type wld"])[0]}: there is no teacher; give one with '
                             '--kd-model-name')
@@ -49,9 +47,9 @@ def check_distillation(config: TrainConfig) -> None:
             check_cache(config)
         return
     default = {f.name: f.default for f in fields(DistillOptions)}
-    for name in _OF_WLD:
+    for name in option_names(DistillOptions, requires=WLD):
         if getattr(config, name) != default[name]:
-            raise UserError(f'{_flag(name)}: has no effect on --kd-distill-type {kind}; use wld, or leave it out')
+            raise UserError(f'{to_flag(name)}: has no effect on --kd-distill-type {kind}; use wld, or leave it out')
     if config.kd_loss_type == 'mse':
         raise UserError(f'--kd-loss-type mse: is one of wld; use --kd-distill-type wld, or kl for {kind}')
     if kind == 'feature' and config.kd_check is not None:
@@ -108,7 +106,3 @@ def _check_accuracy(run: Run, teacher: Teacher) -> None:
         limit = f'below the {config.kd_check:g} % of --kd-check' if config.kd_check else 'no better than chance'
         raise UserError(f'teacher {config.kd_model_name}: top-1 {top1:.2f} % on the validation data is {limit}; check '
                         'its classes and input, or choose another teacher')
-
-
-def _flag(name: str) -> str:
-    return '--' + name.replace('_', '-')

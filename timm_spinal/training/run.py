@@ -17,7 +17,6 @@ from .data import Datasets, TrainData, create_data, create_datasets
 from .distill import check_distillation, prepare_teacher
 from .evaluate import evaluate
 from .freeze import apply_freeze, head_first
-from .identity import FIXED
 from .loop import Run
 from .metrics import accuracies, choosing_metric
 from .model import check_batch_of_one, check_model_name, count_statistics_once, create_model
@@ -104,7 +103,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
         check_batch_of_one(model, data.data_config['input_size'], kept_in_eval)
     name = f'{safe_model_name(config.model)}-{data.data_config["input_size"][-1]}'
     description = describe(config, datasets, data)
-    folder, checkpoint = folder_and_checkpoint(accelerator, config, name, description, FIXED)
+    folder, checkpoint = folder_and_checkpoint(accelerator, config, name, description)
 
     if config.sync_bn and accelerator.num_processes > 1:
         model = convert_sync_batchnorm(model)

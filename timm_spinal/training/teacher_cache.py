@@ -17,10 +17,9 @@ from tqdm import tqdm
 
 from timm_spinal.errors import UserError
 
-from .config import TrainConfig
+from .config import BESIDE, TrainConfig
 from .data import Datasets
 from .dataset import ImageData, Source
-from .distill_options import BESIDE
 from .loop import Run
 from .shards import (
     SHARD_SIZE,

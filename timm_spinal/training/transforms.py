@@ -1,4 +1,5 @@
 """Images to tensors: timm's transforms, with torchvision's rotation and perspective in front of them."""
+from dataclasses import fields
 from typing import Any, Callable
 
 import torch
@@ -10,7 +11,7 @@ from torchvision import transforms
 
 from timm_spinal.errors import UserError
 
-from .config import TrainConfig, ValidateConfig
+from .config import InputOptions, TrainConfig, ValidateConfig
 from .pixels import Decoder, usable_modes
 from .policies import check_policy, mend_policies, try_out
 
@@ -46,7 +47,7 @@ def resolve_data(config: TrainConfig | ValidateConfig, model: nn.Module) -> dict
 
 # those that timm knows: torchvision's without the ones that Pillow does not have, and the other way round
 INTERPOLATIONS = tuple(m.value for m in transforms.InterpolationMode if hasattr(Image.Resampling, m.name))
-_DATA_KEYS = ('in_chans', 'input_size', 'img_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+_DATA_KEYS = {f.name for f in fields(InputOptions)}  # what timm's resolve_data_config takes
 
 
 def image_mode(config: TrainConfig | ValidateConfig, channels: int) -> str:

@@ -16,14 +16,13 @@ from timm_spinal.models.weight_files import WeightsError
 from . import overview, report
 from .agree import new_accelerator
 from .checkpoint import EMA, STATE, damage, find_checkpoints, read_state
-from .config import ValidateConfig
+from .config import ModelOptions, ValidateConfig
 from .data import count_skipped, create_datasets, create_eval_loader, dead_workers_named
 from .evaluate import evaluate
 from .export import CONFIG, WEIGHTS
 from .metrics import accuracies, same_answer_warning
 from .model import check_classifier, create_model
 from .option_checks import RESULTS, check_output_file
-from .options import ModelOptions
 
 
 @dataclass
