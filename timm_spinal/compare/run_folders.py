@@ -7,7 +7,7 @@ from timm_spinal.training.folder import FolderLock
 from timm_spinal.training.parser import load_yaml
 from timm_spinal.training.resume_checks import config_diff, diff_label, with_defaults
 
-from .runs import RESULT, Comparison, read_comparison, read_json, write_comparison
+from .runs import Comparison, read_comparison, read_result, write_comparison
 
 
 def comparisons_in(
@@ -62,7 +62,7 @@ def _from_runs(folders: list[Path], control: str, command: str) -> Comparison:
             raise UserError(f'{folder}: has the settings and the seed of {seeds[str(values["seed"])]}; leave one out')
         seeds[str(values['seed'])] = str(folder)
     variants = list(by_variant)
-    first: dict[str, Any] = next((r for r in (read_json(folder / RESULT) for folder in folders) if r), {})
+    first: dict[str, Any] = next((r for r in (read_result(folder) for folder in folders) if r), {})
     return Comparison(
         'runs', command, variants, _known_control(control or variants[0], variants),
         sorted({int(s) for seeds in by_variant.values() for s in seeds}),

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from timm_spinal.compare.runs import read_comparison, read_rows
+from timm_spinal.compare.runs import read_comparison, read_result, read_rows
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig
 from timm_spinal.training.metrics import TITLES
@@ -14,7 +14,7 @@ from timm_spinal.training.resume_checks import config_diff, diff_label, with_def
 
 from .recipe import shared_options
 from .scores import compared_metric
-from .source import Source, read_json
+from .source import Source
 
 OF_THE_MODEL = ('model', 'model_kwargs')
 
@@ -91,7 +91,7 @@ def result_rows(source: Source, beside: tuple[str, ...]) -> Table:
     names = config_diff([run.settings for run in runs])
     rows: dict[str, Row] = {}
     for i, (key, (settings, result, _)) in enumerate(zip(_labels(runs, names), runs)):
-        if result.get(metric) is None or _data(result) != _data(source.result):
+        if any(result.get(k) is None for k in (metric, name, 'params')) or _data(result) != _data(source.result):
             raise UserError(f'--beside: the run of {settings["model"]}, seed {settings["seed"]}, is of other data or '
                             f'has no {metric} as the published one has; leave it out')
         row = rows.setdefault(key, Row(key, result['params']))
@@ -152,7 +152,7 @@ def _read_run(folder: Path) -> _Run:
         if not (folder / name).is_file():
             raise UserError(f'--beside {folder}: is no finished run (no {name}); leave it out')
     args = TrainConfig(**with_defaults(load_yaml(folder / 'args.yaml')))
-    return _Run(shared_options(args), read_json(folder / 'result.json'))
+    return _Run(shared_options(args), read_result(folder) or {})
 
 
 def table(rows: list[Row], metric: str, data: str) -> str:

@@ -19,6 +19,8 @@ from timm_spinal.models.weight_files import MisfitError, WeightsError, first_nam
 
 from .config import TrainConfig, ValidateConfig
 from .damage import check_download
+from .export import CONFIG_TYPES
+from .files import wrong_type
 from .remote import explain, one_line
 
 _REGISTERED_ON_IMPORT = frozenset(timm_spinal.list_models())
@@ -160,11 +162,16 @@ def _check_source(source: str, name: str) -> None:
     """Register the architecture that a saved model names."""
     load = load_model_config_from_hf if source == 'hf-hub' else load_model_config_from_path
     try:
-        architecture = load(name)[1]
+        cfg, architecture, args = load(name)
+        # timm puts the sizes of an argument in as tuples
+        found = dict(architecture=architecture, model_args=args, pretrained_cfg={
+            k: list(v) if isinstance(v, tuple) else v for k, v in cfg.items()})
+        if wrong := wrong_type(found, CONFIG_TYPES):
+            raise ValueError(f'its config.json is damaged: {wrong}')
     except Exception as e:
         check_download(f'model {source}:{name}', f'{source}:{name}')
         reason = explain(e) or (one_line(e) if isinstance(e, (OSError, ValueError, RuntimeError)) else None)
-        if isinstance(e, (json.JSONDecodeError, UnicodeDecodeError)):
+        if isinstance(e, (json.JSONDecodeError, UnicodeDecodeError, RecursionError)):
             reason = f'its config.json is no JSON ({one_line(e)})'
         if isinstance(e, (TypeError, AttributeError)):
             reason = 'its config.json holds other things than timm writes; restore it'
