@@ -252,7 +252,7 @@ TWO_PROCESSES = """
 import os, signal, sys, torch
 from dataclasses import replace
 from timm_spinal.training import objective
-from timm_spinal.training.config import parse_config
+from timm_spinal.training.parser import parse_config
 from timm_spinal.training.run import train
 from timm_spinal.training.signals import StopRequested
 

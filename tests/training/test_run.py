@@ -10,8 +10,8 @@ from timm.layers import BatchNormAct2d
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.checkpoint import find_checkpoints
-from timm_spinal.training.config import load_yaml
 from timm_spinal.training.model import check_batch_of_one, count_statistics_once, create_model, needs_registration
+from timm_spinal.training.parser import load_yaml
 from timm_spinal.training.run import create_accelerator, train
 
 from .images import make_split

@@ -28,7 +28,7 @@ from .coco_metrics import check_installed
 from .data import create_data, open_splits
 from .detector import PRETRAINED_LAYERS, create_detector
 from .evaluate import Measure
-from .options import FIXED, METRICS, DetectionConfig
+from .options import METRICS, DetectionConfig
 from .plot import draw_boxes
 from .saved import save_detector
 from .task import DetectionTask
@@ -84,7 +84,7 @@ def prepare(config: DetectionConfig, accelerator: Accelerator, splits: dict[str,
         accelerator.print('warning: --frozen-bn: the BatchNorm of a backbone without weights stays as it was drawn')
     name = safe_model_name(f'{config.model}-{config.backbone.rpartition("/")[2]}')
     description = describe(config, data)
-    folder, checkpoint = folder_and_checkpoint(accelerator, config, name, description, FIXED)
+    folder, checkpoint = folder_and_checkpoint(accelerator, config, name, description)
     if config.sync_bn and accelerator.num_processes > 1:
         model = convert_sync_batchnorm(model)
     model.to(accelerator.device)
@@ -106,7 +106,7 @@ def prepare(config: DetectionConfig, accelerator: Accelerator, splits: dict[str,
     run = assemble(
         config, accelerator, folder, DetectionTask(model, accelerator.device), data, metric=config.eval_metric,
         measured=METRICS, measure=measure, description=description, on_best=on_best,
-        on_epoch=outcome.write_reports, fixed=FIXED, weights=model.loaded_weights)
+        on_epoch=outcome.write_reports, weights=model.loaded_weights)
     begin(run, checkpoint)
     return run
 

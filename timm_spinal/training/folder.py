@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from timm_spinal.errors import UserError
 
 from .checkpoint import find_checkpoints, is_checkpoint
-from .options import RunOptions
+from .config import RunOptions
 
 LOCK = '.lock'
 _BUSY = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)

@@ -24,7 +24,6 @@ from .checkpoint import find_checkpoints, save_checkpoint
 from .config import LoopConfig
 from .data import TrainData
 from .freeze import HeadFirst
-from .identity import FIXED
 from .meter import Meter, NotFinite
 from .optim import clip_gradients, scheduler_state
 from .progress import Progress
@@ -55,7 +54,6 @@ class Run(Generic[ConfigT]):
     description: dict[str, Any]  # config and data, for checkpoints
     on_best: Callable[['Run', str], None]  # write the weights, 'model' or 'ema'
     on_epoch: Callable[['Run'], None]  # write the reports
-    fixed: tuple[str, ...] = FIXED  # settings that a resumed run may not change
     cwd: str = field(default_factory=os.getcwd)  # where relative paths of the config start
     penalties: dict[str, Penalty] = field(default_factory=dict)
     kept_in_eval: list[nn.Module] = field(default_factory=list)

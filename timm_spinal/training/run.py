@@ -19,7 +19,6 @@ from .config import TrainConfig
 from .data import TrainData, create_data
 from .distill import check_distillation, prepare_teacher
 from .freeze import apply_freeze, head_first
-from .identity import FIXED
 from .loop import Run
 from .model import check_batch_of_one, check_model_name, count_statistics_once, create_model
 from .outcome import export_best, finish, write_reports
@@ -105,7 +104,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
         check_batch_of_one(model, data.data_config['input_size'], kept_in_eval)
     name = f'{safe_model_name(config.model)}-{data.data_config["input_size"][-1]}'
     description = describe(config, datasets, data)
-    folder, checkpoint = folder_and_checkpoint(accelerator, config, name, description, FIXED)
+    folder, checkpoint = folder_and_checkpoint(accelerator, config, name, description)
 
     if config.sync_bn and accelerator.num_processes > 1:
         model = convert_sync_batchnorm(model)

@@ -17,12 +17,13 @@ from .checkpoint import candidates, choose_checkpoint, find_checkpoints, load_ch
 from .config import LoopConfig, to_yaml
 from .data import TrainData
 from .folder import FolderLock, Occupied, check_free, run_folder
-from .identity import SCHEDULE, SILENT, changed_settings, check_same_run
 from .loop import ConfigT, Run, fit, trainable
 from .optim import apply_settings, create_optimizer, create_scheduler, load_scheduler_state, resolve_lr
+from .options import option_names
 from .outcome import SHARDED
 from .plan import plan_lines
 from .progress import Progress, batches_done
+from .resume_checks import OF_OPTIMIZER, changed_settings, check_same_run
 from .transforms import preserved_rng
 
 Refused = list[tuple[bool, str]]  # whether an option was asked for, and its flag
@@ -103,7 +104,6 @@ def folder_and_checkpoint(
         config: LoopConfig,
         name: str,
         description: dict[str, Any],
-        fixed: tuple[str, ...],
 ) -> tuple[Path, Path | None]:
     """The run folder, held until the run ends, and the checkpoint to go on from, the same on every process.
 
@@ -112,7 +112,6 @@ def folder_and_checkpoint(
         config: Its config.
         name: What a run without ``experiment`` is called, after the time.
         description: Config and data, as checkpoints hold them.
-        fixed: Settings in which the checkpoint must agree with it.
 
     Raises:
         UserError: A name that is none, a folder in which another run is going on or was, a checkpoint that is missing,
@@ -124,7 +123,7 @@ def folder_and_checkpoint(
         folder = _claim(config, name)
         checkpoint = choose_checkpoint(config.resume, folder, print) if config.resume else None
         if checkpoint is not None:
-            check_same_run(read_state(checkpoint), description, str(checkpoint), fixed)
+            check_same_run(read_state(checkpoint), description, str(checkpoint), type(config))
         return folder, checkpoint
 
     return agree(accelerator, choose)
@@ -165,7 +164,7 @@ def create_with_weights(
 
 def _changed(config: LoopConfig, checkpoint: Path) -> dict[str, str]:
     saved = read_state(checkpoint)
-    return changed_settings(saved['config'], vars(config), saved.get('cwd', ''))
+    return changed_settings(saved['config'], vars(config), saved.get('cwd', ''), type(config))
 
 
 def _claim(config: LoopConfig, name: str) -> Path:
@@ -266,8 +265,9 @@ def resume(run: Run, checkpoint: Path) -> None:
         UserError: The checkpoint does not fit the model or the optimizer, or is of another version.
     """
     accelerator, state = run.accelerator, read_state(checkpoint)
-    changed = changed_settings(state['config'], run.description['config'])
-    for name in changed.keys() - SILENT:
+    changed = changed_settings(state['config'], run.description['config'], cls=type(run.config))
+    silent = option_names(type(run.config), on_resume='silent')
+    for name in [name for name in changed if name not in silent]:
         accelerator.print(f'resuming with another {name}: {changed[name]}')
     settings = [dict(group) for group in run.optimizer.param_groups]
     missing = load_checkpoint(accelerator, checkpoint, run.task.get_trainable_module(ema=True))
@@ -277,7 +277,7 @@ def resume(run: Run, checkpoint: Path) -> None:
     except (KeyError, TypeError) as e:
         raise UserError(f'cannot resume {checkpoint}: it was written by another version of timm_spinal ({e}); use that '
                         'one, or start a new run from its weights with --initial-checkpoint') from e
-    if changed.keys() & SCHEDULE:
+    if changed.keys() & OF_OPTIMIZER:
         apply_settings(run.optimizer, settings, run.scheduler, run.progress.epoch, run.progress.updates)
     run.progress.stopped_early &= 0 < run.config.early_stop_patience <= run.progress.stale
     if state['processes'] != accelerator.num_processes:
