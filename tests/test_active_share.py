@@ -64,7 +64,7 @@ def test_a_relative_folder_as_people_have_it(tmp_path, capsys, monkeypatch):
     (['icresnet20_cifr'], "unknown model 'icresnet20_cifr'; the nearest are icresnet20_cifar"),
     (['some/where'], 'some/where: no such folder; a model on the Hub is hf-hub:some/where'),
     (['icresnet20_cifar', '--images', '/nowhere'], '--images /nowhere: no such folder'),
-    (['icresnet20_cifar', '--count', '1'], '--count: must be at least 2, got 1'),
+    (['icresnet20_cifar', '--count', '1'], "--count: '1' is too small; give at least 2"),
     (['icresnet20_cifar', '--cuont', '1'], 'unknown flag --cuont'),
 ])
 def test_bad_input(argv, text, capsys):

@@ -69,7 +69,7 @@ def test_list(capsys):
     (['x'], "error: unknown command 'x'; known are train, "),
     (['bench', 'haeds'], "error: unknown command 'bench haeds'; did you mean bench heads?"),
     (['list', 'nothing*'], "error: no model of this package matches 'nothing*'"),
-    (['train', '--modle', 'x'], 'error: unknown flag --modle; did you mean --model?'),
+    (['train', '--modle', 'x'], 'error: unknown flag --modle; did you mean --model: name of the model'),
     (['train', 'x'], "error: unexpected argument 'x'"),
     (['train', '--config', '/nowhere.yaml'], 'error: config /nowhere.yaml: '),
     (['train', '--model', 'nonsense', '--dataset', 'digits'], "error: unknown model 'nonsense'"),

@@ -8,8 +8,9 @@ import yaml
 import timm_spinal
 from timm_spinal.compare.sweep_file import read_sweep, size_control
 from timm_spinal.errors import UserError
-from timm_spinal.training.config import TrainConfig, parse_config
+from timm_spinal.training.config import TrainConfig
 from timm_spinal.training.named_datasets import NAMES, torch_split
+from timm_spinal.training.parser import parse_config
 from timm_spinal.training.splits import create_datasets
 from timm_spinal.training.transforms import resolve_data, train_transform
 

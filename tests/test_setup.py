@@ -72,7 +72,7 @@ import sys
 sys.path += [{where!r}, *{more!r}]  # and what else is installed, without the files there that add further folders
 import site
 site.addsitedir({where!r})
-from timm_spinal.training.config import find_config, parse_config
+from timm_spinal.training.parser import find_config, parse_config
 print(find_config('finetune'))
 print(parse_config(['--config', 'finetune', '--data-dir', 'images']).min_updates)
 '''

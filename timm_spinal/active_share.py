@@ -8,6 +8,7 @@ A layer whose share is 0 % trains as a plain convolution, and gives w' no gradie
 with weights are looked at in eval mode.
 """
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -15,31 +16,36 @@ import torch
 from timm.data import create_transform
 from torch.utils.data import DataLoader
 
-from timm_spinal.arguments import Parser, number
 from timm_spinal.cli import guard
 from timm_spinal.errors import UserError
+from timm_spinal.training.config import ValidateConfig
+from timm_spinal.training.options import option
+
+
+@dataclass
+class ActiveShareConfig(ValidateConfig):
+    """Share of active collisions"""
+    images: str = option('', 'folder or tar of images, in folders by class; noise when not given')
+    count: int = option(64, 'images', low=2)
 
 
 def run(argv: list[str]) -> int:
     """``timm-spinal active-share``: returns 1 where a layer is dead or linear."""
-    from timm_spinal.training.config import ValidateConfig, parse_config
     from timm_spinal.training.model import create_model
+    from timm_spinal.training.parser import parse_config
     from timm_spinal.training.transforms import resolve_data
-    parser = Parser('timm-spinal active-share', f'{__doc__}\nFurther options: those of timm-spinal validate.')
-    parser.add_argument('model', help='model name, run folder, local-dir:FOLDER or hf-hub:org/name')
-    parser.add_argument('--images', help='folder or tar of images, in folders by class; noise when not given')
-    parser.add_argument('--count', type=number(low=2), default=64, help='images (default: %(default)s)')
-    args, rest = parser.parse_known_args(argv)
-    name = f'local-dir:{args.model}' if Path(args.model).is_dir() else args.model
+    config = parse_config(argv, ActiveShareConfig, 'timm-spinal active-share', __doc__, positional='model')
+    asked = config.model
+    name = f'local-dir:{asked}' if Path(asked).is_dir() else asked
     if '/' in name and ':' not in name:
         raise UserError(f'{name}: no such folder; a model on the Hub is hf-hub:{name}')
-    config = parse_config(['--model', name, *rest], cls=ValidateConfig, prog='timm-spinal active-share')
+    config.model = name
     config.pretrained |= ':' in name  # a saved model
     model = create_model(config, config.num_classes).train(not config.pretrained)
     data = resolve_data(config, model)
-    images = _noise(data, args.count) if args.images is None else _open(config, args.images, data, args.count)
+    images = _open(config, data) if config.images else _noise(data, config.count)
     shares = _shares(model, images)
-    return _tell(args.model, shares)
+    return _tell(asked, shares)
 
 
 def _shares(model: Any, batches: Any) -> dict[str, float]:
@@ -65,11 +71,12 @@ def _noise(data: dict[str, Any], count: int) -> Iterator[torch.Tensor]:
     yield from torch.randn(count, *data['input_size'], generator=generator).split(16)
 
 
-def _open(config: Any, folder: str, data: dict[str, Any], count: int) -> DataLoader:
+def _open(config: ActiveShareConfig, data: dict[str, Any]) -> DataLoader:
     """Images at equal distances in the folder, so that all classes take part."""
     from timm_spinal.training.dataset import ImageData
     from timm_spinal.training.splits import folder_split, passed_over_lines
     from timm_spinal.training.transforms import create_decoder
+    folder, count = config.images, config.count
     if not Path(folder).exists():
         raise UserError(f'--images {folder}: no such folder')
     try:

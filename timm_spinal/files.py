@@ -1,10 +1,12 @@
-"""Writing files so that a kill or a full disk at any instant leaves the old ones whole."""
+"""Files of a run: written so that a kill or a full disk leaves the old ones whole, and checked when they are read."""
+import csv
 import hashlib
 import json
 import os
 import re
+import types
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Collection, Mapping, Union, get_args, get_origin
 
 import yaml
 
@@ -50,21 +52,91 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, lambda temp: temp.write_text(text, encoding='utf-8'))
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, kinds: Mapping[str, Any] | None = None, fix: str = 'remove it and run again') -> Any:
     """The keys and values of a JSON file, or None where there is none.
 
+    Args:
+        path: The file.
+        kinds: Types of the keys that the file may have, such as ``list[int]``; see `wrong_type`. It may have others.
+        fix: What to do with a damaged file, for the message.
+
     Raises:
-        UserError: The file is damaged, or holds something else.
+        UserError: The file is damaged, holds something else, or has a value of another type.
     """
     try:
         value = json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as e:
-        raise UserError(f'{path}: cannot be read ({" ".join(str(e).split())}); remove it and run again') from e
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f'{path}: cannot be read ({" ".join(str(e).split())}); {fix}') from e
     if not isinstance(value, dict):
-        raise UserError(f'{path}: holds {value!r:.20} and no keys; remove it and run again')
+        raise UserError(f'{path}: holds {value!r:.20} and no keys; {fix}')
+    if wrong := wrong_type(value, kinds or {}):
+        raise UserError(f'{path}: {wrong}; {fix}')
     return value
+
+
+def wrong_type(value: Mapping[str, Any], kinds: Mapping[str, Any]) -> str | None:
+    """What is wrong with the types of some keys and values, None if nothing is.
+
+    Args:
+        value: As a JSON file has them.
+        kinds: As for `read_json`; the type of a mapping is a dict of the types of its keys.
+    """
+    for key, kind in kinds.items():
+        if key in value:
+            if isinstance(kind, dict) and isinstance(value[key], dict):
+                if wrong := wrong_type(value[key], kind):
+                    return wrong
+            elif not is_of_type(value[key], dict if isinstance(kind, dict) else kind):
+                return f'{key} is {value[key]!r:.40}, which is not what belongs there'
+    return None
+
+
+def is_of_type(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON is of a type such as ``float``, ``list[int]`` or ``dict[str, Any] | None``."""
+    origin, args = get_origin(kind) or kind, get_args(kind)
+    if kind is Any:
+        return True
+    if origin in (Union, types.UnionType):
+        return any(is_of_type(value, arg) for arg in args)
+    if origin is list:
+        return isinstance(value, list) and all(is_of_type(item, args[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(is_of_type(item, args[1]) for item in value.values())
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def read_table(
+        path: Path,
+        columns: Collection[str],
+        texts: Collection[str] = (),
+        fix: str = 'remove it and run again',
+) -> list[dict[str, Any]]:
+    """Rows of a CSV file with a header, each a number by column; empty cells are left out.
+
+    Args:
+        path: The file.
+        columns: Columns that it must have, without empty cells where they are numbers; it may have others.
+        texts: Columns whose cells are texts, and stay also where they are empty.
+        fix: What to do with a damaged file, for the message.
+
+    Raises:
+        UserError: It is no such file.
+    """
+    try:
+        with open(path, newline='', encoding='utf-8') as f:
+            header, *lines = list(csv.reader(f, strict=True)) or [[]]
+        if missing := [column for column in columns if column not in header]:
+            raise ValueError(f'no column {missing[0]}')
+        if ragged := [i for i, line in enumerate(lines, 2) if len(line) != len(header)]:
+            raise ValueError(f'line {ragged[0]} has other columns than the first one')
+        return [{k: v if k in texts else float(v) for k, v in zip(header, line) if v or k in texts or k in columns}
+                for line in lines]
+    except (OSError, ValueError, csv.Error) as e:
+        raise UserError(f'{path}: cannot be read as a table ({getattr(e, "strerror", None) or e}); {fix}') from e
 
 
 class _YamlLoader(yaml.SafeLoader):

@@ -18,7 +18,7 @@ from timm_spinal.cli import guard
 def run(argv: list[str]) -> int:
     """Train as the arguments say; returns the exit code."""
     from timm_spinal.hub.options import TrainAndPushConfig, split_config
-    from timm_spinal.training.config import parse_config
+    from timm_spinal.training.parser import parse_config
     config, hub = split_config(parse_config(argv, TrainAndPushConfig, 'timm-spinal train', __doc__))
     from timm_spinal.training.train import open_run, train, train_epochs, write_result
     if not hub.push_to_hub:

@@ -17,7 +17,8 @@ from timm_spinal.cli import guard
 
 def run(argv: list[str]) -> int:
     """Evaluate as the arguments say; returns the exit code."""
-    from timm_spinal.training.config import ValidateConfig, parse_config
+    from timm_spinal.training.config import ValidateConfig
+    from timm_spinal.training.parser import parse_config
     config = parse_config(argv, ValidateConfig, 'timm-spinal validate', __doc__)
     from timm_spinal.training.validation import validate
     rows: list[dict[str, Any]] = validate(config)

@@ -7,8 +7,8 @@ import yaml
 
 from timm_spinal.detection.backbone import create_body
 from timm_spinal.detection.options import DetectionConfig
-from timm_spinal.training.config import parse_config
 from timm_spinal.training.optim import create_optimizer, create_scheduler, resolve_lr
+from timm_spinal.training.parser import parse_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / 'configs' / 'detection').glob('*.yaml'))
 UPDATES = 7330  # of an epoch of COCO: 117,266 images with boxes, 16 at a time

@@ -22,7 +22,8 @@ from timm_spinal.hub.options import PublishOptions
 from timm_spinal.hub.papers import CAPSULES, IC, PROGRESSIVE, SHARED_BASIS, SPINAL, XNODR, papers_of
 from timm_spinal.hub.recipe import base_model, command, dataset_name, hparams_yaml, hub_dataset, shared_options
 from timm_spinal.hub.source import open_run
-from timm_spinal.training.config import TrainConfig, parse_config
+from timm_spinal.training.config import TrainConfig
+from timm_spinal.training.parser import parse_config
 from timm_spinal.version import ADDRESS
 
 OPTIONS = PublishOptions('me/digits', licence='mit')

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from timm_spinal.cli import main
 from timm_spinal.hub.package import FILES
-from timm_spinal.training.config import load_yaml
+from timm_spinal.training.parser import load_yaml
 
 from ..training.images import make_folder
 from ..training.runs import assert_same_state

@@ -10,9 +10,9 @@ from timm.layers import BatchNormAct2d
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.checkpoint import find_checkpoints
-from timm_spinal.training.config import load_yaml
 from timm_spinal.training.distributed import create_accelerator
 from timm_spinal.training.model import check_batch_of_one, count_statistics_once, create_model, needs_registration
+from timm_spinal.training.parser import load_yaml
 from timm_spinal.training.train import train
 
 from ..conftest import forget_accelerate

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from timm_spinal.errors import UserError
 from timm_spinal.training import distill
-from timm_spinal.training.config import parse_config
 from timm_spinal.training.distill import check_distillation
+from timm_spinal.training.parser import parse_config
 from timm_spinal.training.train import open_run, train, train_epochs
 
 from .runs import RANDOM, assert_same_state, command, last_state, resumed, small_config, train_until

@@ -4,7 +4,8 @@ import torch
 
 import timm_spinal
 from timm_spinal.errors import UserError
-from timm_spinal.training.config import TrainConfig, parse_config
+from timm_spinal.training.config import TrainConfig
+from timm_spinal.training.parser import parse_config
 from timm_spinal.training.task import MarginLoss, SquaredHingeLoss, build_task
 
 CPU = torch.device('cpu')

@@ -251,7 +251,7 @@ TWO_PROCESSES = """
 import os, signal, sys, torch
 from dataclasses import replace
 from timm_spinal.training import task as objective
-from timm_spinal.training.config import parse_config
+from timm_spinal.training.parser import parse_config
 from timm_spinal.training.train import train
 from timm_spinal.errors import StopRequested
 

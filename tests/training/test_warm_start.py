@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import timm_spinal
 from timm_spinal.errors import UserError
-from timm_spinal.training.config import parse_config
+from timm_spinal.training.parser import parse_config
 from timm_spinal.training.train import open_run, train
 
 from .runs import assert_same_state, command, resumed, small_config

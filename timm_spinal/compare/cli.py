@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _sweep(argv, command)
     if '--report' in flags:
         return _report(argv, command)
-    from timm_spinal.training.config import parse_config
+    from timm_spinal.training.parser import parse_config
 
     from .frozen import compare_frozen
     from .options import FrozenConfig

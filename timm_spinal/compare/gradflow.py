@@ -22,8 +22,9 @@ from timm.models import safe_model_name
 from timm.utils import unwrap_model
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.config import TrainConfig, parse_config
-from timm_spinal.training.options import option
+from timm_spinal.training.config import TrainConfig
+from timm_spinal.training.options import Options, option, to_flag
+from timm_spinal.training.parser import parse_config
 from timm_spinal.training.report import write_table
 from timm_spinal.training.results import write_result
 from timm_spinal.training.run import Run
@@ -39,7 +40,7 @@ ARMS = {'without_penalty': False, 'with_penalty': True}
 
 
 @dataclass
-class GradflowOptions:
+class GradflowOptions(Options, applies_to=('training',), on_resume='silent', recipe=False):
     """Gradient flow"""
     grad_interval: int = option(10, 'record the gradients every so many updates', low=1)
 
@@ -116,7 +117,7 @@ def gradflow(config: GradflowConfig) -> Path:
         ('grad_checkpointing', 'each gradient would compute the activations anew and count them in BatchNorms again'),
     ):
         if getattr(config, flag):
-            raise UserError(f'--{flag.replace("_", "-")}: {reason}, and this takes the gradient twice; leave it out')
+            raise UserError(f'{to_flag(flag)}: {reason}, and this takes the gradient twice; leave it out')
     if config.experiment:
         check_name(config.experiment, '--experiment')
     config = replace(config, sb_ortho=config.sb_ortho or 10.)

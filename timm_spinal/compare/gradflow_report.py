@@ -1,14 +1,13 @@
 """What `gradflow` found: table, picture and a summary in words."""
-import csv
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence
 
 import numpy as np
 
-from timm_spinal.files import read_json
+from timm_spinal.files import read_table
 from timm_spinal.training.report import new_figure, save_figure, write_table, write_text
 
-from .runs import RESULT
+from .runs import read_result
 
 
 class Row(NamedTuple):
@@ -45,9 +44,9 @@ def read_rows(path: Path) -> list[Row]:
     """Records as `write_table` wrote them; none where there is no file."""
     if not path.exists():
         return []
-    with open(path, newline='', encoding='utf-8') as f:
-        return [Row(row['arm'], int(row['update']), float(row['epoch']), row['basis'],
-                    *(float(row[name]) for name in ('mean', 'max', 'row_norm'))) for row in csv.DictReader(f)]
+    texts = ('arm', 'basis')
+    rows = [Row(**{k: row[k] for k in Row._fields}) for row in read_table(path, Row._fields, texts)]
+    return [row._replace(update=int(row.update)) for row in rows]
 
 
 def write_gradients(output: Path, rows: Sequence[Row], config: Any) -> None:
@@ -60,7 +59,7 @@ def write_gradients(output: Path, rows: Sequence[Row], config: Any) -> None:
     """
     write_table(output / 'gradients.csv', [row._asdict() for row in rows])
     draw_gradients(output / 'gradients.png', rows)
-    results = {arm: read_json(output / arm / RESULT) or {} for arm in dict.fromkeys(row.arm for row in rows)}
+    results = {arm: read_result(output / arm) or {} for arm in dict.fromkeys(row.arm for row in rows)}
     write_text(output / 'report.md', report(rows, results, config))
 
 

@@ -15,7 +15,7 @@ from timm_spinal.training.report import hardware, versions, write_table, write_t
 
 from .controls import Variant, count_params, new_head, new_heads, slug
 from .options import FrozenConfig
-from .runs import ERROR, RESULT, SUMMARY, read_json, run_folder, write_json
+from .runs import ERROR, RESULT, SUMMARY, read_json, read_result, run_folder, write_json
 from .train_group import Features, Recipe, Trained
 from .train_heads import HeadTask, predict, train_heads
 from .tune import choose
@@ -84,11 +84,11 @@ class HeadBench:
     def unfinished(self, seeds: list[int]) -> list[int]:
         """Seeds without a finished run of these settings."""
         settings = self.settings(self.recipe)
-        return [seed for seed in seeds if (read_json(self._folder(seed) / RESULT) or {}).get('settings') != settings]
+        return [seed for seed in seeds if (read_result(self._folder(seed)) or {}).get('settings') != settings]
 
     def describe(self, seeds: list[int]) -> str:
         """A line of results, with the seconds of training of all seeds."""
-        results = [read_json(self._folder(seed) / RESULT) or {} for seed in seeds]
+        results = [read_result(self._folder(seed)) or {} for seed in seeds]
         shown = ', '.join(f'{result["test_top1"]:.2f}' if result else 'failed' for result in results)
         seconds = sum(result.get('seconds', 0.) for result in results)
         return f'{self.variant.name}: test top-1 % {shown}, {seconds:.1f} s'

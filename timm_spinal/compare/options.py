@@ -1,11 +1,18 @@
 """Options of a comparison on frozen features. Data, backbone and augmentation are the trainer's own options."""
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.config import TrainConfig
-from timm_spinal.training.options import AugmentOptions, DataOptions, LoaderOptions, ModelOptions, option
+from timm_spinal.training.config import (
+    AugmentOptions,
+    DataOptions,
+    LoaderOptions,
+    MixOptions,
+    ModelOptions,
+    TrainConfig,
+)
+from timm_spinal.training.options import Options, option, to_flag
 
 from .train_group import Recipe
 
@@ -13,7 +20,7 @@ BATCH_SIZE, MIN_UPDATES = 512, 16
 
 
 @dataclass
-class CompareOptions:
+class CompareOptions(Options, applies_to=('frozen',)):
     """Comparison on frozen features"""
     backbone: str = option('', 'model of timm or timm_spinal that makes the features; its classifier is left out')
     heads: str = option(
@@ -47,28 +54,17 @@ class CompareOptions:
     output: str = option('', 'folder of the comparison; not given: output/compare/MODEL')
 
 
-# fields of the trainer that mean nothing for a frozen backbone, each with the reason
-NO_EFFECT = {
-    'model': 'the model is the --backbone',
-    **dict.fromkeys(('num_classes',), 'the classes come from the data'),
-    **dict.fromkeys(('head_init_scale', 'head_init_bias'), 'the heads keep their own initial weights'),
-    **dict.fromkeys(
-        ('grad_checkpointing', 'drop', 'drop_path', 'drop_block', 'bn_momentum', 'freeze', 'freeze_epochs',
-         'freeze_modules'),
-        'the backbone is not trained'),
-    **dict.fromkeys(
-        ('mixup', 'cutmix', 'cutmix_minmax', 'mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch',
-         'aug_repeats'),
-        'features are made of single images'),
-    **dict.fromkeys(('torchcompile', 'torchcompile_mode'), 'features are made without compilation'),
-    **dict.fromkeys(('train_num_samples', 'val_num_samples'), 'streamed sources cannot be split'),
-}
-
-
 @dataclass
-class FrozenConfig(CompareOptions, LoaderOptions, AugmentOptions, ModelOptions, DataOptions):
+class FrozenConfig(
+        CompareOptions,
+        LoaderOptions,
+        MixOptions,
+        AugmentOptions,
+        ModelOptions,
+        DataOptions,
+        command='frozen',
+):
     """Everything that a comparison on frozen features depends on."""
-    no_effect: ClassVar[dict[str, str]] = NO_EFFECT
 
     def recipe(self, train_size: int) -> Recipe:
         """How each head is trained on so many images, before tuning."""
@@ -89,10 +85,11 @@ def check_frozen(config: FrozenConfig) -> None:
     if config.dataset == 'multimnist':
         raise UserError('--dataset multimnist: its images have two classes, which whole trainings can be compared on, '
                         'but not heads on frozen features; use --sweep')
-    defaults = TrainConfig()
-    for name, reason in NO_EFFECT.items():
-        if getattr(config, name) != getattr(defaults, name):
-            raise UserError(f'--{name.replace("_", "-")}: has no effect on a frozen backbone ({reason}); leave it out')
+    defaults = FrozenConfig()
+    for f in dataclasses.fields(config):
+        if 'frozen' not in f.metadata['applies_to'] and getattr(config, f.name) != getattr(defaults, f.name):
+            reason = f.metadata['not_frozen']
+            raise UserError(f'{to_flag(f.name)}: has no effect on a frozen backbone ({reason}); leave it out')
 
 
 def as_train_config(config: FrozenConfig, **changes: Any) -> TrainConfig:

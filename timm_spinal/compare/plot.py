@@ -17,11 +17,10 @@ import numpy as np
 from timm_spinal.arguments import Parser
 from timm_spinal.errors import UserError
 from timm_spinal.evaluation.metrics import MAIN, TITLES, main_accuracy
-from timm_spinal.files import read_json
 from timm_spinal.training.option_checks import check_output_file
 from timm_spinal.training.report import new_figure, save_figure
 
-from .runs import RESULT, SUMMARY, read_comparison, read_history, run_folder
+from .runs import SUMMARY, read_comparison, read_history, read_result, run_folder
 
 NONE = '-'
 
@@ -119,7 +118,7 @@ def read_course(folder: Path) -> Course:
         np.array([row['epoch'] for row in rows]),
         np.array([row.get('seconds', np.nan) for row in rows]),
         np.array([max(row[f'eval_{metric}'], row.get(f'ema_{metric}', 0.)) for row in rows]),
-        (read_json(folder / RESULT) or {}).get(f'test_{metric}'),
+        (read_result(folder) or {}).get(f'test_{metric}'),
         metric,
     )
 

@@ -3,11 +3,11 @@ from pathlib import Path
 from typing import Any
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.config import load_yaml
+from timm_spinal.training.parser import load_yaml
+from timm_spinal.training.resume_checks import config_diff, diff_label, with_defaults
 from timm_spinal.training.run_dir import FolderLock
-from timm_spinal.training.variants import complete, differing, label
 
-from .runs import RESULT, Comparison, read_comparison, read_json, write_comparison
+from .runs import Comparison, read_comparison, read_result, write_comparison
 
 
 def comparisons_in(
@@ -53,16 +53,16 @@ def _known_control(control: str, variants: list[str]) -> str:
 
 
 def _from_runs(folders: list[Path], control: str, command: str) -> Comparison:
-    settings = [complete(load_yaml(folder / 'args.yaml')) for folder in folders]
-    names = differing(settings)
+    settings = [with_defaults(load_yaml(folder / 'args.yaml')) for folder in folders]
+    names = config_diff(settings)
     by_variant: dict[str, dict[str, str]] = {}
     for folder, values in zip(folders, settings):
-        seeds = by_variant.setdefault(label(values, names), {})
+        seeds = by_variant.setdefault(diff_label(values, names), {})
         if str(values['seed']) in seeds:
             raise UserError(f'{folder}: has the settings and the seed of {seeds[str(values["seed"])]}; leave one out')
         seeds[str(values['seed'])] = str(folder)
     variants = list(by_variant)
-    first: dict[str, Any] = next((r for r in (read_json(folder / RESULT) for folder in folders) if r), {})
+    first: dict[str, Any] = next((r for r in (read_result(folder) for folder in folders) if r), {})
     return Comparison(
         'runs', command, variants, _known_control(control or variants[0], variants),
         sorted({int(s) for seeds in by_variant.values() for s in seeds}),

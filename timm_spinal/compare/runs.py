@@ -4,14 +4,14 @@
     OUTPUT/runs/VARIANT/seed-N/          result.json and summary.csv as the trainer writes them; error.txt of a failure
     OUTPUT/features/                     of a comparison on frozen features
 """
-import csv
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from timm_spinal.errors import UserError
-from timm_spinal.evaluation.metrics import main_accuracy
+from timm_spinal.evaluation.metrics import TITLES, main_accuracy
 from timm_spinal.files import read_json as read_json
+from timm_spinal.files import read_table
 from timm_spinal.files import write_json as write_json
 from timm_spinal.training.report import epochs_done
 
@@ -25,6 +25,15 @@ METRICS = {
     'test_exact': 'test exact pairs', 'val_exact': 'validation exact pairs',
 }
 MANIFEST, RESULT, SUMMARY, ERROR = 'compare.json', 'result.json', 'summary.csv', 'error.txt'
+_RESTORE = 'restore it, or remove the run folder and run again'
+# keys of result.json that are read, and their types
+_RESULT_TYPES: dict[str, Any] = {
+    **dict.fromkeys([*TITLES, *(f'test_{name}' for name in TITLES), 'loss', 'test_loss', 'seconds', 'lr',
+                     'weight_decay', 'sign_flips'], float | None),
+    **dict.fromkeys(['epoch', 'epochs', 'best_epoch', 'updates', 'params', 'num_classes', 'train_size', 'eval_size',
+                     'test_images'], int | None),
+    'processes': int, 'versions': dict[str, str], 'hardware': str, 'mixed_precision': str | None,
+}
 
 
 @dataclass
@@ -105,7 +114,7 @@ def read_comparison(output: Path) -> Comparison | None:
     Raises:
         UserError: The file is damaged or of another version.
     """
-    raw = read_json(output / MANIFEST)
+    raw = read_json(output / MANIFEST, get_type_hints(Comparison))
     if raw is None:
         return None
     try:
@@ -130,9 +139,9 @@ def read_rows(output: Path, comparison: Comparison) -> list[Row]:
 def read_row(folder: Path, variant: str, seed: int) -> Row:
     """One run from its folder."""
     row = Row(variant, seed, 'missing', folder=str(folder))
-    result, error = read_json(folder / RESULT), folder / ERROR
+    result, error = read_result(folder), folder / ERROR
     if error.exists():
-        row.status, row.error = 'failed', ' '.join(error.read_text(encoding='utf-8').split())
+        row.status, row.error = 'failed', ' '.join(error.read_text(encoding='utf-8', errors='replace').split())
     elif result is not None:
         name = main_accuracy(result)
         value = result.get(f'test_{name}', result.get(name))
@@ -148,15 +157,18 @@ def read_row(folder: Path, variant: str, seed: int) -> Row:
     return row
 
 
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """``result.json`` of a run; None where there is none.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    return read_json(folder / RESULT, _RESULT_TYPES, _RESTORE)
+
+
 def read_history(folder: Path) -> list[dict[str, float]]:
     """Rows of a run's ``summary.csv``; an empty list where there is none."""
-    try:
-        with open(folder / SUMMARY, newline='', encoding='utf-8') as f:
-            return [{k: float(v) for k, v in row.items() if v not in ('', None)} for row in csv.DictReader(f)]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as e:
-        raise UserError(f'{folder / SUMMARY}: cannot be read ({e}); remove the run folder and run again') from e
+    return read_table(folder / SUMMARY, ('epoch',), fix=_RESTORE) if (folder / SUMMARY).exists() else []
 
 
 def metric_of(rows: list[Row]) -> str:

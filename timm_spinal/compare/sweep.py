@@ -10,9 +10,11 @@ from accelerate import PartialState
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.checkpoint import find_checkpoints, read_state
-from timm_spinal.training.config import TrainConfig, load_yaml
-from timm_spinal.training.identity import WITHOUT_EFFECT, changed_settings
+from timm_spinal.training.config import TrainConfig
 from timm_spinal.training.model import create_model
+from timm_spinal.training.options import option_names
+from timm_spinal.training.parser import load_yaml
+from timm_spinal.training.resume_checks import changed_settings, with_defaults
 from timm_spinal.training.run_dir import FolderLock
 from timm_spinal.training.splits import describe_splits
 from timm_spinal.training.transforms import resolve_data
@@ -87,13 +89,14 @@ def check_folder(task: Task) -> None:
     path = task.folder / 'args.yaml'
     if not path.exists():
         return
-    saved, now = {**vars(TrainConfig()), **load_yaml(path)}, vars(task.config)
+    saved, now = with_defaults(load_yaml(path)), vars(task.config)
     if now['num_classes'] is None:  # the run has written what it found
         saved['num_classes'] = None
     # the training process takes it from there as well
     precision = now['mixed_precision'] or os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
     now, saved = dict(now, mixed_precision=precision), dict(saved, mixed_precision=saved['mixed_precision'] or 'no')
-    changed = {k: v for k, v in changed_settings(saved, now, _cwd(task.folder)).items() if k not in WITHOUT_EFFECT}
+    trained = option_names(TrainConfig, changes_result=True)
+    changed = {k: v for k, v in changed_settings(saved, now, _cwd(task.folder)).items() if k in trained}
     if changed:
         text = ', '.join(f'{k} ({v})' for k, v in changed.items())
         raise UserError(f'run folder {task.folder}: was made with other settings: {text}; remove it, or give the sweep '

@@ -31,8 +31,9 @@ import timm_spinal
 from timm_spinal.errors import UserError
 from timm_spinal.files import read_yaml
 from timm_spinal.layers import HEADS, equal_size_mlp_width
-from timm_spinal.training.config import TrainConfig, load_yaml, unknown_keys
+from timm_spinal.training.config import TrainConfig
 from timm_spinal.training.model import check_model_name
+from timm_spinal.training.parser import load_yaml, unknown_keys
 from timm_spinal.training.report import write_text
 from timm_spinal.training.run_dir import check_name
 
@@ -76,7 +77,7 @@ def read_sweep(path: Path, output: str = '', data_dir: str = '') -> Sweep:
     raw = read_yaml(path, 'sweep', 'write the keys shared, variants and seeds into a YAML file and give it to --sweep')
     if unknown := [key for key in raw if key not in _KEYS]:
         other = f'it has {", ".join(_KEYS)}'
-        raise UserError(f'sweep {path}: {unknown_keys(unknown, _KEYS, other)}')
+        raise UserError(f'sweep {path}: {unknown_keys(unknown, dict.fromkeys(_KEYS, ""), other)}')
     variants = raw.get('variants')
     if not isinstance(variants, dict) or not variants:
         raise UserError(f'sweep {path}: no variants; write at least one name with its options under "variants"')

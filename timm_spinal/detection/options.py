@@ -7,20 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from timm_spinal.training.config import LoopConfig
-from timm_spinal.training.options import SCHEDULERS, option
+from timm_spinal.training.options import Options, option, with_default
 
 METRICS = ('ap', 'ap50', 'ap75', 'ap_small', 'ap_medium', 'ap_large')
 
 
 @dataclass
-class DetectionDataOptions:
+class DetectionDataOptions(Options, applies_to=('detection',)):
     """Data set"""
-    data_dir: str = option('', 'folder in the format of COCO or of Pascal VOC')
+    data_dir: str = option('', 'folder in the format of COCO or of Pascal VOC', path=True, on_resume='fixed')
     data_format: str = option('', 'coco or voc; not given: what the folder looks like', choices=('', 'coco', 'voc'))
-    train_split: str = option('train', 'name of the training split, for instance train2017')
-    val_split: str = option('validation', 'name of the evaluation split, which chooses the best epoch')
+    train_split: str = option('train', 'name of the training split, for instance train2017', on_resume='fixed')
+    val_split: str = option(
+        'validation', 'name of the evaluation split, which chooses the best epoch', on_resume='fixed')
     test_split: str = option('', 'split that is evaluated once, at the end, with the best weights; never for choosing')
-    keep_empty: bool = option(False, 'train on images without any box too')
+    keep_empty: bool = option(False, 'train on images without any box too', on_resume='fixed')
     exif_transpose: bool = option(
         False, 'turn images upright by their EXIF orientation; where the annotated width and height fit the image one '
         'way only, as stored or upright, it is used that way, with or without this flag')
@@ -30,12 +31,14 @@ class DetectionDataOptions:
 
 
 @dataclass
-class DetectorOptions:
+class DetectorOptions(Options, applies_to=('detection',), on_resume='fixed'):
     """Detector"""
     model: str = option('fasterrcnn', 'detector', choices=('fasterrcnn', 'retinanet'))
     backbone: str = option('resnet50', 'any model of timm or timm_spinal with features_only')
-    pretrained_backbone: bool = option(False, "start from the backbone's pretrained weights")
-    backbone_path: str | None = option(None, "start from this file of the backbone's weights, as a training run leaves")
+    pretrained_backbone: bool = option(False, "start from the backbone's pretrained weights", on_resume='told')
+    backbone_path: str | None = option(
+        None, "start from this file of the backbone's weights, as a training run leaves", on_resume='told',
+        path=True)
     trainable_layers: int | None = option(
         None, 'layers of the backbone that train, counted from the last (a ResNet has five); not given: 3 where it has '
         'weights, else all', low=0)
@@ -51,25 +54,19 @@ class DetectorOptions:
 
 
 @dataclass
-class DetectionConfig(LoopConfig, DetectorOptions, DetectionDataOptions):
+class DetectionConfig(LoopConfig, DetectorOptions, DetectionDataOptions, command='detection'):
     """Everything that the training of a detector depends on."""
-    batch_size: int = option(2, 'training images per process and step', low=1, flags=('-b',))
-    weight_decay: float = option(1e-4, 'weight decay', low=0.)
-    sched: str = option('multistep', 'schedule', choices=SCHEDULERS)
-    sched_on_updates: bool = option(True, 'step the schedule at every update instead of every epoch')
-    lr_base: float = option(0.02, 'learning rate of a batch of lr_base_size images', low=0.)
-    lr_base_size: int = option(16, 'batch size that lr_base is for', low=1)
-    warmup_lr: float = option(2e-5, 'learning rate at the start of the warm-up', low=0.)
-    warmup_epochs: float = option(0.068, 'epochs of warm-up: 500 of 7330 updates of COCO', low=0.)  # type: ignore
-    epochs: int = option(12, 'epochs', low=1)
-    decay_milestones: list[int] = option([8, 11], 'epochs at which multistep decays')
-    eval_metric: str = option('ap', 'metric of the best epoch', choices=METRICS[:3])
-    output: str = option('', 'folder for runs; not given: output/detection')
-
-
-# what another value of would make another model, other data or another kind of optimizer state
-FIXED = (
-    'model', 'backbone', 'trainable_layers', 'frozen_bn', 'fpn_channels', 'anchor_scale', 'backbone_kwargs',
-    'detector_kwargs', 'data_dir', 'train_split', 'val_split', 'keep_empty', 'batch_size', 'grad_accum_steps', 'seed',
-    'opt', 'layer_decay', 'model_ema',
-)
+    batch_size: int = with_default(LoopConfig, 'batch_size', 2)
+    weight_decay: float = with_default(LoopConfig, 'weight_decay', 1e-4)
+    sched: str = with_default(LoopConfig, 'sched', 'multistep')
+    sched_on_updates: bool = with_default(LoopConfig, 'sched_on_updates', True)
+    lr_base: float = with_default(LoopConfig, 'lr_base', 0.02)
+    lr_base_size: int = with_default(LoopConfig, 'lr_base_size', 16)
+    warmup_lr: float = with_default(LoopConfig, 'warmup_lr', 2e-5)
+    warmup_epochs: float = with_default(  # type: ignore[assignment]
+        LoopConfig, 'warmup_epochs', 0.068, help='epochs of warm-up: 500 of 7330 updates of COCO')
+    epochs: int = with_default(LoopConfig, 'epochs', 12)
+    decay_milestones: list[int] = with_default(LoopConfig, 'decay_milestones', [8, 11])
+    eval_metric: str = with_default(
+        LoopConfig, 'eval_metric', 'ap', help='metric of the best epoch', choices=METRICS[:3])
+    output: str = with_default(LoopConfig, 'output', '', help='folder for runs; not given: output/detection')

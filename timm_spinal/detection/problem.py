@@ -19,7 +19,7 @@ from .coco_metrics import check_installed
 from .data import create_data, open_splits
 from .detector import PRETRAINED_LAYERS, create_detector
 from .evaluate import evaluate
-from .options import FIXED, METRICS, DetectionConfig
+from .options import METRICS, DetectionConfig
 from .plot import draw_boxes
 from .saved import save_detector
 
@@ -71,7 +71,6 @@ class Detection(Problem[DetectionConfig]):
     Raises:
         UserError: Data that cannot be used.
     """
-    fixed = FIXED
     metrics = METRICS
 
     def __init__(self, config: DetectionConfig, accelerator: Accelerator):

@@ -15,7 +15,7 @@ from timm_spinal.cli import guard
 
 def run(argv: list[str]) -> int:
     """Train as the arguments say; returns the exit code."""
-    from timm_spinal.training.config import parse_config
+    from timm_spinal.training.parser import parse_config
 
     from .options import DetectionConfig
     config = parse_config(argv, DetectionConfig, 'timm-spinal train-detection', __doc__)

@@ -5,15 +5,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from timm_spinal.compare.runs import read_comparison, read_rows
+from timm_spinal.compare.runs import read_comparison, read_result, read_rows
 from timm_spinal.errors import UserError
 from timm_spinal.evaluation.metrics import TITLES
-from timm_spinal.training.config import TrainConfig, load_yaml
-from timm_spinal.training.variants import complete, differing, label
+from timm_spinal.training.config import TrainConfig
+from timm_spinal.training.parser import load_yaml
+from timm_spinal.training.resume_checks import config_diff, diff_label, with_defaults
 
 from .recipe import shared_options
 from .scores import compared_metric
-from .source import Source, read_json
+from .source import Source
 
 OF_THE_MODEL = ('model', 'model_kwargs')
 
@@ -87,10 +88,10 @@ def result_rows(source: Source, beside: tuple[str, ...]) -> Table:
     name = metric.removeprefix('test_')
     variant, others = _other_runs(source, beside)
     runs = [_Run(shared_options(source.args), source.result, variant), *others]
-    names = differing([run.settings for run in runs])
+    names = config_diff([run.settings for run in runs])
     rows: dict[str, Row] = {}
     for i, (key, (settings, result, _)) in enumerate(zip(_labels(runs, names), runs)):
-        if result.get(metric) is None or _data(result) != _data(source.result):
+        if any(result.get(k) is None for k in (metric, name, 'params')) or _data(result) != _data(source.result):
             raise UserError(f'--beside: the run of {settings["model"]}, seed {settings["seed"]}, is of other data or '
                             f'has no {metric} as the published one has; leave it out')
         row = rows.setdefault(key, Row(key, result['params']))
@@ -104,8 +105,8 @@ def result_rows(source: Source, beside: tuple[str, ...]) -> Table:
 
 def _labels(runs: list[_Run], names: list[str]) -> list[str]:
     """What each run is called: its variant, else its model, with the recipe where models are the same."""
-    full = [run.variant or label(run.settings, names) for run in runs]
-    short = [run.variant or label(_plain(run.settings), ['model']) for run in runs]
+    full = [run.variant or diff_label(run.settings, names) for run in runs]
+    short = [run.variant or diff_label(_plain(run.settings), ['model']) for run in runs]
     return short if len(set(zip(short, full))) == len(set(short)) else full
 
 
@@ -150,8 +151,8 @@ def _read_run(folder: Path) -> _Run:
     for name in ('args.yaml', 'result.json'):
         if not (folder / name).is_file():
             raise UserError(f'--beside {folder}: is no finished run (no {name}); leave it out')
-    args = TrainConfig(**complete(load_yaml(folder / 'args.yaml')))
-    return _Run(shared_options(args), read_json(folder / 'result.json'))
+    args = TrainConfig(**with_defaults(load_yaml(folder / 'args.yaml')))
+    return _Run(shared_options(args), read_result(folder) or {})
 
 
 def table(rows: list[Row], metric: str, data: str) -> str:

@@ -8,7 +8,6 @@ The batch is free. mean, std, image size and the names of the classes are in the
 JSON), or as `preprocessing.json` in a torch.export file. --table keeps no files; it writes a row after each model and
 goes on where it was.
 """
-import csv
 import glob
 import sys
 import time
@@ -20,11 +19,14 @@ import torch
 import timm_spinal
 from timm_spinal.arguments import Parser
 from timm_spinal.errors import UserError
+from timm_spinal.files import read_table
 from timm_spinal.training.config import ValidateConfig
 from timm_spinal.training.model import create_model
 from timm_spinal.training.report import write_table
 
 from .export import FORMATS, ExportFailed, export_model
+
+_COLUMNS = ('model', 'format', 'outcome', 'difference', 'megabytes', 'seconds')  # of the table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,8 +100,7 @@ def make_table(names: list[str], kinds: list[str], file: Path, pretrained: bool 
         raise UserError(f'--table {file}: unknown format; name a .csv file')
     rows: list[dict[str, Any]] = []
     if file.exists():
-        with open(file, newline='', encoding='utf-8') as f:
-            rows = list(csv.DictReader(f))
+        rows = read_table(file, _COLUMNS, _COLUMNS, 'remove it, or name another one')
     done = {(row['model'], row['format']) for row in rows}
     for name in names:
         for kind in kinds:

@@ -1,12 +1,12 @@
 """The accuracy of a package's weights, measured on the data of its recipe."""
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.config import TrainConfig, ValidateConfig
+from timm_spinal.training.config import DataOptions, TrainConfig, ValidateConfig
 from timm_spinal.training.distributed import new_accelerator
-from timm_spinal.training.options import DataOptions
+from timm_spinal.training.options import option_names
 from timm_spinal.training.validation import Candidate, validate_one
 
 from .scores import Score, split_name, validation_split
@@ -14,8 +14,6 @@ from .source import Source
 
 TOLERANCE = 0.1  # points; on other hardware an image at the border may fall to the other side
 _ROUNDING = 1e-4  # points; a card has six digits of a part of one
-# of a foreign recipe these are not taken over
-_OURS_TO_SAY = ('data_dir', 'dataset_download', 'dataset_trust_remote_code')
 
 
 @dataclass
@@ -50,7 +48,7 @@ def evaluation(recipe: TrainConfig, folder: Path, where: Any, test: bool | None 
         where: A `Where`, or what has its attributes.
         test: The test split, or the one that chose the epoch; None for the test split where the recipe has one.
     """
-    options = {f.name: getattr(recipe, f.name) for f in fields(DataOptions) if f.name not in _OURS_TO_SAY}
+    options = {name: getattr(recipe, name) for name in option_names(DataOptions, recipe=True)}
     split = validation_split(recipe)
     if recipe.test_split and test is not False:
         options.update(val_split=recipe.test_split, val_split_fraction=0.)

@@ -6,7 +6,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig
-from timm_spinal.training.options import option
+from timm_spinal.training.options import Options, option
 
 WEIGHTS = ('best', 'raw', 'ema')
 DTYPES = ('fp32', 'fp16')
@@ -66,7 +66,7 @@ def check_repo_name(repo: str, flag: str = '--repo') -> None:
 
 
 @dataclass
-class HubOptions:
+class HubOptions(Options, applies_to=('training',), on_resume='silent', recipe=False):
     """Hub"""
     push_to_hub: str = option('', 'repository on the Hugging Face Hub, owner/name: publish the best weights at the end')
     push_interval: int = option(0, 'publish the best weights so far every so many epochs too, when above 0', low=0)

@@ -1,22 +1,16 @@
 """How a run was made: the command that repeats it, its options, its data set and what it started from."""
 import os
 import shlex
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import PurePath
 from typing import Any
 
 import yaml
 from timm.models import get_pretrained_cfg, parse_model_name
 
-from timm_spinal.training.config import TrainConfig
-from timm_spinal.training.identity import PATHS
-from timm_spinal.training.option_checks import AUGMENTATION
-
-# of this machine or this start, not of the recipe
-LEFT_OUT = {
-    'output', 'experiment', 'resume', 'debug', 'log_with', 'log_interval', 'workers', 'pin_mem', 'checkpoint_steps',
-    'checkpoint_hist', 'dataset_trust_remote_code',
-}
+from timm_spinal.training.config import AUG, TrainConfig
+from timm_spinal.training.options import option_names, to_flag
+from timm_spinal.training.resume_checks import LOCAL
 
 # names on the Hub of the sets that torchvision and scikit-learn carry, where there is one that is the same
 HUB_DATASETS = {
@@ -33,15 +27,16 @@ HUB_DATASETS = {
 
 def shared_options(args: TrainConfig) -> dict[str, Any]:
     """The options of a run that others need; of a path outside the working folder only the last part."""
-    values = {k: v for k, v in asdict(args).items() if k not in LEFT_OUT}
-    for name in PATHS:
-        path = values[name]
-        if path and (PurePath(path).is_absolute() or '..' in PurePath(path).parts):
-            values[name] = PurePath(path).name
-    for name in ('model', 'kd_model_name'):
-        if (values[name] or '').startswith('local-dir:'):
-            values[name] = 'local-dir:' + PurePath(values[name].removeprefix('local-dir:')).name
-    return values
+    recipe, paths = option_names(TrainConfig, recipe=True), option_names(TrainConfig, path=True)
+    return {k: _shared(v, k in paths) if isinstance(v, str) else v for k, v in asdict(args).items() if k in recipe}
+
+
+def _shared(value: str, is_path: bool) -> str:
+    prefix = next((p for p in LOCAL if value.startswith(p)), '')
+    path = PurePath(value.removeprefix(prefix))
+    if prefix == 'local-dir:' or (is_path or prefix) and (path.is_absolute() or '..' in path.parts):
+        return prefix + path.name
+    return value
 
 
 def hparams_yaml(args: TrainConfig) -> str:
@@ -54,10 +49,10 @@ def command(args: TrainConfig, processes: int) -> str:
     values, defaults = shared_options(args), TrainConfig()
     launch = ['accelerate', 'launch', *(['--num_processes', str(processes)] if processes > 1 else [])]
     words = [*launch, '-m', 'timm_spinal.train']
-    for f in fields(TrainConfig):
-        value = values.get(f.name)
-        if f.name in values and value != getattr(defaults, f.name) and not (args.no_aug and f.name in AUGMENTATION):
-            words += _flag('--' + f.name.replace('_', '-'), value)
+    without_effect = option_names(TrainConfig, requires=AUG) if args.no_aug else ()
+    for name, value in values.items():
+        if value != getattr(defaults, name) and name not in without_effect:
+            words += _words(to_flag(name), value)
     lines, line = [], ''
     for word in map(shlex.quote, words):
         if word.startswith('--') and len(line) > 80:
@@ -67,7 +62,7 @@ def command(args: TrainConfig, processes: int) -> str:
     return ' \\\n'.join([*lines, line])
 
 
-def _flag(flag: str, value: Any) -> list[str]:
+def _words(flag: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [flag if value else '--no-' + flag.removeprefix('--').removeprefix('no-')]
     if isinstance(value, dict):

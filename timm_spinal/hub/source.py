@@ -11,12 +11,15 @@ from safetensors.torch import load_file
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from timm_spinal.compare.runs import read_result
 from timm_spinal.errors import UserError
+from timm_spinal.files import read_json
 from timm_spinal.models.weight_files import read_weights
 from timm_spinal.training.checkpoint import find_checkpoints, read_state
-from timm_spinal.training.config import TrainConfig, ValidateConfig, load_yaml
+from timm_spinal.training.config import TrainConfig, ValidateConfig
 from timm_spinal.training.model import check_model_name
-from timm_spinal.training.results import CONFIG, WEIGHTS
+from timm_spinal.training.parser import load_yaml
+from timm_spinal.training.results import CONFIG, CONFIG_TYPES, WEIGHTS
 from timm_spinal.training.validation import open_candidate
 
 from .scores import Score, accuracies_in, scores_of, validation_split
@@ -95,10 +98,10 @@ def open_run(folder: Path, weights: str = 'best', result: dict[str, Any] | None 
                         'evaluation yet: go on with --resume')
     config = _read_config(folder)
     if result is None:
-        if not (folder / 'result.json').is_file():
+        result = read_result(folder)
+        if result is None:
             raise UserError(f'{folder}: the run has not ended (no result.json); go on with --resume')
-        result = read_json(folder / 'result.json')
-        if 'train_size' not in result:
+        if result.get('train_size') is None or result.get('params') is None:
             raise UserError(f'{folder / "result.json"}: says nothing of the training; restore it, or train again')
     files = {name: folder / name for name in ('summary.csv', 'curves.png') if (folder / name).is_file()}
     if weights == 'best':
@@ -124,26 +127,14 @@ def _read_args(folder: Path) -> TrainConfig:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / CONFIG)
+    fix = 'train again, or restore the file'
+    config = read_json(folder / CONFIG, CONFIG_TYPES, fix)
     if 'architecture' not in config:
-        raise UserError(f'{folder / CONFIG}: names no architecture; train again, or restore the file')
+        raise UserError(f'{folder / CONFIG}: names no architecture; {fix}')
+    if not config.get('pretrained_cfg', {}).get('input_size'):
+        raise UserError(f'{folder / CONFIG}: names no size of images (input_size of pretrained_cfg); {fix}')
     check_model_name(config['architecture'])
     return config
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON mapping.
-
-    Raises:
-        UserError: It cannot be read, or is something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding='utf-8'))
-        if not isinstance(value, dict):
-            raise TypeError
-        return value
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(f'{path}: cannot be read ({type(e).__name__}); restore it, or train again') from e
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:

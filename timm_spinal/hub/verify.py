@@ -20,7 +20,8 @@ from timm_spinal.arguments import Parser, number
 from timm_spinal.errors import UserError
 from timm_spinal.evaluation.metrics import TITLES
 from timm_spinal.models.hub_checksums import is_damaged
-from timm_spinal.training.config import TrainConfig, load_yaml
+from timm_spinal.training.config import TrainConfig
+from timm_spinal.training.parser import load_yaml
 from timm_spinal.training.validation import validate
 
 from .card_check import check_card

@@ -29,8 +29,9 @@ from timm_spinal.errors import UserError
 from timm_spinal.files import fsync, sha256, write_error
 
 from .distributed import NotFinite
-from .identity import SCHEDULE, SILENT, changed_settings
 from .optim import apply_settings, load_scheduler_state, scheduler_state
+from .options import option_names
+from .resume_checks import OF_OPTIMIZER, changed_settings
 
 if TYPE_CHECKING:
     from .run import Run
@@ -251,8 +252,9 @@ def restore(run: 'Run', checkpoint: Path) -> None:
         UserError: The checkpoint does not fit the model or the optimizer, or is of another version.
     """
     accelerator, progress, state = run.accelerator, run.progress, read_state(checkpoint)
-    changed = changed_settings(state['config'], asdict(run.config))
-    for name in changed.keys() - SILENT:
+    changed = changed_settings(state['config'], asdict(run.config), cls=type(run.config))
+    silent = option_names(type(run.config), on_resume='silent')
+    for name in [name for name in changed if name not in silent]:
         accelerator.print(f'resuming with another {name}: {changed[name]}')
     settings = [dict(group) for group in run.optimizer.param_groups]
     missing = load_checkpoint(accelerator, checkpoint, run.task.get_trainable_module(ema=True))
@@ -260,7 +262,7 @@ def restore(run: 'Run', checkpoint: Path) -> None:
         load_scheduler_state(run.scheduler, state['scheduler'])
     except (KeyError, TypeError) as e:
         raise other_version(checkpoint, e) from e
-    if changed.keys() & SCHEDULE:
+    if changed.keys() & OF_OPTIMIZER:
         apply_settings(run.optimizer, settings, run.scheduler, progress.epoch, progress.updates)
     progress.stopped_early &= 0 < run.config.early_stop_patience <= progress.stale
     if state['processes'] != accelerator.num_processes:  # random states cannot be the same

@@ -20,7 +20,6 @@ from .config import TrainConfig
 from .data import create_data
 from .distill import check_distillation, prepare_teacher
 from .distributed import SHARDED, agree, used_precision
-from .identity import FIXED
 from .model import (
     binary_signs,
     binary_weight_flips,
@@ -45,8 +44,6 @@ class Classification(Problem[TrainConfig]):
     Raises:
         UserError: Data that cannot be used, and options that exclude each other or the data.
     """
-    fixed = FIXED
-
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
         check_model_name(config.model)
         check_distillation(config)

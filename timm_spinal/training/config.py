@@ -1,43 +1,352 @@
-"""One typed config for the trainer and one for validation, read from YAML and flags.
+"""The options of the trainer, in the groups of timm's ``train.py``, and the configs that are made of them.
 
-`TrainConfig` is the union of the groups in `options.py` and `distill_options.py`. `parse_config` builds an argparse
-parser from its fields: ``--config FILE`` gives defaults, flags win, and both go through the same converters. A key or
-flag that is unknown stops with the nearest known one; keys of timm's own trainer that do not exist here are in
-`timm_keys.py`.
+A field is a flag and a YAML key. Its name is timm's argparse ``dest`` wherever timm has the option, and its default is
+timm's unless the help text gives the reason. `option` says what its arguments mean.
 """
-import argparse
-import ast
-import dataclasses
-import difflib
-import math
-import re
-import types
-import typing
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Sequence, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import yaml
 
-from timm_spinal.arguments import Parser
-from timm_spinal.errors import UserError
-from timm_spinal.files import read_yaml
+from .options import Options, option
 
-from .distill_options import DistillOptions
-from .option_checks import check_options
-from .options import (
-    AugmentOptions,
-    AverageOptions,
-    DataOptions,
-    LoaderOptions,
-    ModelOptions,
-    ObjectiveOptions,
-    OptimizerOptions,
-    RunOptions,
-    ScheduleOptions,
-    option,
-)
-from .timm_keys import ANY, NOT_OURS, NOT_OURS_IN_VALIDATION, RENAMED, from_timm
+SCHEDULERS = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'constant', 'wsd', 'rsqrt', 'plateau', 'none')
+LOSSES = ('ce', 'bce', 'asl', 'poly', 'margin', 'squared_hinge')
+BESIDE = 'beside'  # value of a bare --kd-cache
+AUG, WLD = 'no_aug=false', 'kd_distill_type=wld'  # what options require
+
+
+@dataclass
+class DataOptions(Options, applies_to=('training', 'validation', 'frozen')):
+    """Data set"""
+    data_dir: str = option(
+        '', 'folder (or .tar) with the data; where torch/, hfds/ and tfds/ sources keep their files', path=True,
+        on_resume='fixed')
+    dataset: str = option(
+        '', 'source: empty for a folder or tar, digits, multimnist (from the MNIST files in --data-dir), torch/NAME, '
+        'hfds/NAME, hfids/NAME, wds/NAME, tfds/NAME', on_resume='fixed')
+    train_split: str = option('train', 'name of the training split', on_resume='fixed')
+    val_split: str = option(
+        'validation', 'name of the evaluation split, which chooses the best epoch', on_resume='fixed')
+    val_split_fraction: float = option(
+        0., 'cut this part out of the training split, stratified by class and fixed by --seed, and use it in place of '
+        '--val-split: for data sets whose only other split is the test set', low=0., high=0.9, on_resume='fixed')
+    test_split: str = option('', 'split that is evaluated once, at the end, with the best weights; never for choosing')
+    train_num_samples: int | None = option(
+        None, 'images in the training split, for streamed sources; pairs of multimnist, any number', low=1,
+        applies_to=('training',), not_frozen='streamed sources cannot be split', on_resume='fixed')
+    val_num_samples: int | None = option(
+        None, 'images in the evaluation split, for streamed sources; pairs of multimnist, in the test split too', low=1,
+        applies_to=('training', 'validation'), not_frozen='streamed sources cannot be split')
+    dataset_download: bool = option(
+        False, 'allow torch/ and tfds/ sources and multimnist to download', on_resume='silent')
+    dataset_trust_remote_code: bool = option(
+        False, 'let hfds/ and hfids/ run code from the data set repository', recipe=False)
+    class_map: str = option('', 'file that maps class names to indices', on_resume='fixed', path=True)
+    input_img_mode: str | None = option(
+        None, "PIL mode of the images; 'L' for a model with one input channel, else 'RGB'; 16-bit grey is scaled to 8 "
+        'bits, and transparent parts are white where the mode does not keep transparency')
+    exif_transpose: bool = option(
+        False, 'turn images upright by their EXIF orientation; not given: they are used as stored, as timm does')
+    input_key: str | None = option(None, 'name of the image field (hfds/, hfids/, wds/)')
+    target_key: str | None = option(None, 'name of the label field (hfds/, hfids/, wds/)')
+    skip_unreadable: bool = option(
+        False, 'go on when an image cannot be read: replaced in training, left out in evaluation, counted in the '
+        'result (timm always replaces)')
+
+
+@dataclass
+class NetworkOptions(Options, applies_to=('training', 'validation', 'frozen')):
+    """Model"""
+    model: str = option(
+        'resnet50', 'name of the model: any of timm or timm_spinal', flags=('-m',), on_resume='fixed',
+        applies_to=('training', 'validation'), not_frozen='the model is the --backbone')
+    pretrained: bool = option(False, 'start from the pretrained weights of this name')
+    pretrained_path: str | None = option(
+        None, 'start from the weights in this file; a classifier that does not fit is new', path=True)
+    initial_checkpoint: str = option(
+        '', 'start from the weights in this file, which must be those of the model, all of them', path=True)
+    num_classes: int | None = option(
+        None, 'classes; from the data set when not given (timm: from the model)', low=1, on_resume='fixed',
+        applies_to=('training', 'validation'), not_frozen='the classes come from the data')
+    gp: str | None = option(None, 'global pooling: avg, max, avgmax, catavgmax, fast', on_resume='fixed')
+    channels_last: bool = option(False, 'channels-last memory layout')
+    model_kwargs: dict[str, Any] = option(
+        {}, 'further model arguments as key=value, for instance head_width=256', on_resume='fixed')
+    torchcompile: str | None = option(
+        None, 'compile with this backend', const='inductor', applies_to=('training', 'validation'),
+        not_frozen='features are made without compilation')
+    torchcompile_mode: str | None = option(
+        None, 'mode of torch.compile', applies_to=('training', 'validation'),
+        not_frozen='features are made without compilation')
+    bn_eps: float | None = option(None, 'BatchNorm epsilon', low=0.)
+
+
+@dataclass
+class InputOptions(Options, applies_to=('training', 'validation', 'frozen')):
+    """Images as the model takes them"""
+    img_size: int | None = option(None, 'image side in pixels', low=8, on_resume='fixed')
+    in_chans: int | None = option(
+        None, 'input channels; the model default when not given (timm: 3)', low=1, on_resume='fixed')
+    input_size: list[int] | None = option(
+        None, 'channels, height and width, for instance 3 224 224', nargs=3, on_resume='fixed')
+    crop_pct: float | None = option(None, 'centre crop of the evaluation images, part of the side', low=0.01, high=4.)
+    crop_mode: str | None = option(None, 'crop of the evaluation images', choices=('squash', 'border', 'center'))
+    mean: list[float] | None = option(None, 'mean of the pixels, one per channel or one for all')
+    std: list[float] | None = option(None, 'standard deviation of the pixels', greater_than=0.)
+    interpolation: str = option('', 'interpolation of the evaluation images')
+
+
+@dataclass
+class TrainedModelOptions(Options, applies_to=('training',), not_frozen='the backbone is not trained'):
+    """Model in training"""
+    grad_checkpointing: bool = option(False, 'compute activations again in the backward pass to save memory')
+    head_init_scale: float | None = option(
+        None, 'multiply the initial weights of the classifier', not_frozen='the heads keep their own initial weights')
+    head_init_bias: float | None = option(
+        None, 'initial bias of the classifier', not_frozen='the heads keep their own initial weights')
+    drop: float = option(0., 'dropout of the backbone', low=0., high=1.)
+    drop_path: float | None = option(None, 'stochastic depth', low=0., high=1.)
+    drop_block: float | None = option(None, 'drop block', low=0., high=1.)
+    bn_momentum: float | None = option(None, 'BatchNorm momentum', low=0., high=1.)
+    freeze: str = option(
+        'none', 'what is not trained: backbone (all but the head), backbone-except-bn (all but the head and '
+        'BatchNorm), bn (BatchNorm of the backbone)', choices=('none', 'backbone', 'backbone-except-bn', 'bn'),
+        on_resume='fixed')
+    freeze_epochs: int = option(
+        0, 'epochs at the start in which the head trains alone: the backbone keeps its weights and its BatchNorm '
+        'statistics', low=0)
+    freeze_modules: list[str] = option(
+        [], 'further parts that are not trained, by the names of named_modules(): weights, and BatchNorm with its '
+        'statistics; for instance layer4.2', on_resume='fixed')
+
+
+@dataclass
+class ModelOptions(TrainedModelOptions, InputOptions, NetworkOptions):
+    """All options of the model."""
+
+
+@dataclass
+class LoaderOptions(Options):
+    """Batches and workers"""
+    batch_size: int = option(128, 'training images per process and step', low=1, flags=('-b',), on_resume='fixed')
+    validation_batch_size: int | None = option(
+        None, 'evaluation images per process and step', low=1, flags=('-vb',), on_resume='silent')
+    workers: int = option(
+        4, 'loader processes per process; 0 loads in the process itself', low=0, flags=('-j',), on_resume='silent',
+        recipe=False)
+    pin_mem: bool = option(False, 'pin memory of the batches', on_resume='silent', recipe=False)
+    seed: int = option(42, 'random seed', low=0, high=2 ** 32 - 1, on_resume='fixed')
+    mixed_precision: str | None = option(
+        None, "as 'accelerate launch --mixed_precision'; not given: what accelerate is "
+        'configured to', choices=('no', 'fp16', 'bf16', 'fp8'))
+    debug: bool = option(False, 'show the traceback of an error', on_resume='silent', recipe=False)
+
+
+@dataclass
+class OptimizerOptions(Options, applies_to=('training', 'detection')):
+    """Optimizer"""
+    opt: str = option('sgd', 'optimizer, any of timm', on_resume='fixed')
+    opt_eps: float | None = option(None, 'epsilon of the optimizer', low=0.)
+    opt_betas: list[float] | None = option(None, 'betas of the optimizer', low=0., high=1.)
+    momentum: float = option(0.9, 'momentum', low=0.)
+    weight_decay: float = option(2e-5, 'weight decay', low=0.)
+    opt_kwargs: dict[str, Any] = option({}, 'further optimizer arguments as key=value')
+    clip_grad: float | None = option(None, 'clip gradients at this value', low=0.)
+    clip_mode: str = option('norm', 'how gradients are clipped', choices=('norm', 'value', 'agc'))
+    layer_decay: float | None = option(
+        None, 'learning rate factor from a layer to the one below', low=0., high=1., on_resume='fixed')
+    layer_decay_min_scale: float = option(0., 'lowest scale of layer decay', low=0.)
+    layer_decay_no_opt_scale: float | None = option(None, 'layers below this scale are not trained', low=0.)
+    grad_accum_steps: int = option(1, 'batches per update', low=1, on_resume='fixed')
+
+
+@dataclass
+class ScheduleOptions(Options, applies_to=('training', 'detection')):
+    """Learning rate schedule"""
+    sched: str = option('cosine', 'schedule', choices=SCHEDULERS)
+    sched_on_updates: bool = option(False, 'step the schedule at every update instead of every epoch')
+    lr: float | None = option(None, 'learning rate; not given: lr_base scaled by the global batch size', low=0.)
+    lr_base: float = option(0.1, 'learning rate of a batch of lr_base_size images', low=0.)
+    lr_base_size: int = option(256, 'batch size that lr_base is for', low=1)
+    lr_base_scale: str = option(
+        '', 'scaling of lr_base with the batch; empty: by the optimizer',
+        choices=('', 'linear', 'sqrt'))
+    lr_noise: list[float] | None = option(
+        None, 'start (and end) of learning rate noise, part of all epochs', low=0., high=1., ascending=True)
+    lr_noise_pct: float = option(0.67, 'limit of the noise', low=0.)
+    lr_noise_std: float = option(1., 'standard deviation of the noise', low=0.)
+    lr_cycle_mul: float = option(1., 'length factor from cycle to cycle', greater_than=0.)
+    lr_cycle_decay: float = option(0.5, 'learning rate factor from cycle to cycle', low=0.)
+    lr_cycle_limit: int = option(1, 'number of cycles', low=1)
+    lr_k_decay: float = option(1., 'k-decay of cosine and poly', greater_than=0.)
+    lr_decay_fn: str | None = option(None, 'shape of the decay of wsd and rsqrt')
+    lr_stable_timescale: float | None = option(None, 'time scale of rsqrt in epochs')
+    warmup_lr: float = option(1e-5, 'learning rate at the start of the warm-up', low=0.)
+    min_lr: float = option(0., 'lowest learning rate', low=0.)
+    epochs: int = option(300, 'number of epochs', low=1, on_resume='silent', changes_result=True)
+    epoch_repeats: float = option(0., 'times the training set is seen per epoch, when above 0', low=0.)
+    min_updates: int = option(
+        0, 'updates that the run has at least: with few images an epoch sees them as often as it takes; not for '
+        'streamed sources', low=0)
+    decay_milestones: list[int] = option([90, 180, 270], 'epochs at which multistep decays', low=0, ascending=True)
+    decay_epochs: float | None = option(
+        None, 'epochs between decays; not given: 90, for wsd and rsqrt the last fifth',
+        low=0.)
+    warmup_epochs: int = option(5, 'epochs of warm-up', low=0)
+    warmup_prefix: bool = option(False, 'warm-up comes before the schedule, not out of it')
+    cooldown_epochs: int = option(0, 'epochs at the lowest learning rate at the end', low=0)
+    patience_epochs: int = option(10, 'patience of plateau', low=0)
+    decay_rate: float = option(0.1, 'factor of a decay', low=0., flags=('--dr',))
+
+
+@dataclass
+class AugmentOptions(Options, applies_to=('training', 'frozen')):
+    """Augmentation"""
+    no_aug: bool = option(False, 'no training augmentation at all')
+    train_crop_mode: str | None = option(
+        None, 'random crop: rrc (random resized), rkrc or rkrr (keep the ratio)',
+        choices=('rrc', 'rkrc', 'rkrr'), requires=(AUG,))
+    scale: list[float] = option(
+        [0.08, 1.0], 'area of the random crop, smallest and largest', nargs=2, greater_than=0., high=1., ascending=True,
+        requires=(AUG,))
+    ratio: list[float] = option(
+        [3. / 4., 4. / 3.], 'aspect ratio of the random crop, least and greatest', nargs=2, greater_than=0.,
+        ascending=True, requires=(AUG,))
+    hflip: float = option(0.5, 'probability of a horizontal flip', low=0., high=1., requires=(AUG,))
+    vflip: float = option(0., 'probability of a vertical flip', low=0., high=1., requires=(AUG,))
+    rotation: float = option(
+        0., 'random rotation of up to this many degrees (torchvision RandomRotation)', low=0.,
+        high=180., requires=(AUG,))
+    perspective: float = option(
+        0., 'probability of torchvision RandomPerspective, distortion 0.5', low=0., high=1., requires=(AUG,))
+    color_jitter: float | None = option(0.4, 'colour jitter; has no effect on aa policies', low=0., requires=(AUG,))
+    color_jitter_prob: float | None = option(None, 'probability of colour jitter', low=0., high=1., requires=(AUG,))
+    grayscale_prob: float | None = option(None, 'probability of grey images', low=0., high=1., requires=(AUG,))
+    gaussian_blur_prob: float | None = option(None, 'probability of a blur', low=0., high=1., requires=(AUG,))
+    aa: str | None = option(
+        None, 'AutoAugment policy: rand-m9-mstd0.5, augmix-m3, original, v0, 3a, ...', requires=(AUG,))
+    aug_repeats: float = option(
+        0, 'times an image comes in a pass, each time augmented differently; the epoch stays as long', low=0,
+        applies_to=('training',), not_frozen='features are made of single images', requires=(AUG,))
+    reprob: float = option(0., 'probability of random erasing', low=0., high=1., requires=(AUG,))
+    remode: str = option('pixel', 'filling of random erasing', choices=('pixel', 'rand', 'const'))
+    recount: int = option(1, 'rectangles of random erasing', low=1)
+    train_interpolation: str = option('random', 'interpolation of the training images')
+
+
+@dataclass
+class MixOptions(Options, applies_to=('training',), not_frozen='features are made of single images'):
+    """Mixup and CutMix"""
+    mixup: float = option(0., 'mixup alpha', low=0.)
+    cutmix: float = option(0., 'cutmix alpha', low=0.)
+    cutmix_minmax: list[float] | None = option(
+        None, 'smallest and largest cutmix ratio, overrides alpha', nargs=2, low=0., high=1., ascending=True)
+    mixup_prob: float = option(1., 'probability of mixing a batch', low=0., high=1.)
+    mixup_switch_prob: float = option(0.5, 'probability of cutmix when both are on', low=0., high=1.)
+    mixup_mode: str = option('batch', 'mix per batch, pair or element', choices=('batch', 'pair', 'elem'))
+    mixup_off_epoch: int = option(0, 'no mixing from this epoch on, when above 0', low=0)
+
+
+@dataclass
+class ObjectiveOptions(Options, applies_to=('training',)):
+    """Loss"""
+    loss: str | None = option(
+        None, 'loss, as in timm.loss.create_classification_loss; margin and squared_hinge are those of capsule lengths '
+        '(timm_spinal/training/task.py); not given: ce', choices=LOSSES)
+    smoothing: float = option(0.1, 'label smoothing', low=0., high=1.)
+    bce_loss: bool = option(False, 'the same as --loss bce')
+    bce_sum: bool = option(False, 'sum the bce loss over the classes')
+    bce_target_thresh: float | None = option(None, 'make mixed targets binary at this value', low=0., high=1.)
+    bce_pos_weight: float | None = option(None, 'weight of the positive term of bce', low=0.)
+    asl_gamma_pos: float = option(1., 'focusing of positives of asl', low=0.)
+    asl_gamma_neg: float = option(4., 'focusing of negatives of asl', low=0.)
+    poly_epsilon: float = option(2., 'Poly-1 coefficient')
+    sb_ortho: float = option(0., 'weight of the orthogonality penalty on shared filter bases; 10 in the paper', low=0.)
+    sb_ortho_mode: str = option(
+        'official', 'mean over all stages as in the paper, or sum of one term per stage, which weight decay does not '
+        'overpower', choices=('official', 'stage'))
+
+
+@dataclass
+class DistillOptions(Options, applies_to=('training',)):
+    """Distillation and warm start"""
+    kd_model_name: str | None = option(
+        None, 'teacher: a name, hf-hub:ORG/NAME, local-dir:FOLDER or the folder of a run', on_resume='fixed', path=True)
+    kd_distill_type: str = option(
+        'logit', 'what is distilled; wld: logits, weakly (training/wld.py)',
+        choices=('logit', 'feature', 'token', 'wld'), on_resume='fixed')
+    kd_loss_type: str | None = option(
+        None, 'distance of logits; not given: mse for wld, kl for logit', choices=('kl', 'mse'))
+    kd_temperature: float = option(4., 'temperature of kl', low=0.01)
+    distill_loss_weight: float | None = option(
+        None, 'weight of the distillation loss; for wld the first one, before it fades: 1 for mse, 0.5 for kl', low=0.)
+    task_loss_weight: float | None = option(None, 'weight of the classification loss; not for wld', low=0.)
+    kd_student_feature_dim: int | None = option(None, 'width of the student features', low=1)
+    kd_teacher_feature_dim: int | None = option(None, 'width of the teacher features', low=1)
+    kd_token_distill_type: str = option('soft', 'kind of token distillation', choices=('soft', 'hard'))
+    kd_fade: str = option(
+        'linear', 'course of the weight of wld: linear down to 0, step (whole, then 0) or constant to the end of the '
+        'run', choices=('linear', 'step', 'constant'), requires=(WLD,))
+    kd_fade_end: float = option(0.5, 'part of the run, in (0, 1], after which linear and step are 0', requires=(WLD,))
+    kd_right_only: bool = option(False, 'wld only on images that the teacher gets right', requires=(WLD,))
+    kd_two_stage: bool = option(
+        False, 'wld in two stages: the distillation loss alone, then the loss alone', requires=(WLD,))
+    kd_renormalize: bool = option(
+        False, "convert the images to the teacher's mean and std, if it has others (wld; timm's kinds always do)",
+        requires=(WLD,))
+    kd_check: float | None = option(
+        None, 'evaluate the teacher before training and refuse it below this top-1 in percent; without a value: when '
+        'it is no better than chance', low=0., high=100., const=0., on_resume='silent', requires=('kd_model_name',))
+    kd_cache: str | None = option(
+        None, "keep the teacher's logits of the training images in this folder, for wld with --no-aug; without a "
+        'value: teacher-logits beside the run folder', const=BESIDE, path=True, requires=('kd_model_name', WLD))
+    ic_warm_start: float | None = option(
+        None, "models with inter-layer collision and a plain model's weights: before training, choose w' so that this "
+        'part of the places collides, and estimate BatchNorm statistics anew; without a value: 0.01', low=0.0001,
+        high=0.9999, const=0.01)
+
+
+@dataclass
+class AverageOptions(Options, applies_to=('training', 'detection')):
+    """Weight averaging and BatchNorm across processes"""
+    model_ema: bool = option(False, 'keep a moving average of the weights and evaluate it', on_resume='fixed')
+    model_ema_force_cpu: bool = option(False, 'keep the average on the CPU')
+    model_ema_decay: float = option(0.9998, 'decay of the average', low=0., high=1.)
+    model_ema_warmup: bool = option(False, 'warm the decay up')
+    sync_bn: bool = option(False, 'BatchNorm over all processes')
+    dist_bn: str = option('reduce', 'share BatchNorm statistics after each epoch', choices=('', 'broadcast', 'reduce'))
+
+
+@dataclass
+class RunOptions(Options, applies_to=('training', 'detection')):
+    """Run folder, evaluation and checkpoints"""
+    output: str = option('', 'folder for runs; not given: output/train', on_resume='silent', recipe=False)
+    experiment: str = option(
+        '', 'name of the run folder; not given: date, model and image size', on_resume='silent', recipe=False)
+    resume: str = option(
+        '', "go on from 'auto' (the run folder of --experiment) or from this run folder or checkpoint",
+        on_resume='silent', recipe=False)
+    eval_metric: str = option(
+        'top1', 'metric of the best epoch; exact, digit and top2 are those of multimnist, where top1 means exact',
+        choices=('top1', 'top5', 'loss', 'exact', 'digit', 'top2'))
+    keep: str = option(
+        'best', 'the epoch whose weights a run keeps: the best one by --eval-metric on the validation images, or the '
+        'last one, where these are too few to choose by', choices=('best', 'last'))
+    val_interval: int = option(1, 'epochs between evaluations', low=1)
+    stop_epoch: int | None = option(
+        None, 'stop after this many epochs; the schedule stays that of --epochs', low=1, on_resume='silent',
+        changes_result=True)
+    early_stop_patience: int = option(
+        0, 'stop after so many evaluations without a better metric, when above 0', low=0, on_resume='silent',
+        changes_result=True)
+    checkpoint_steps: int = option(
+        0, 'write a checkpoint every so many updates too, when above 0', low=0, on_resume='silent', recipe=False)
+    checkpoint_hist: int = option(
+        2, 'checkpoints kept (timm: 10; ours hold the whole state of the run)', low=1, on_resume='silent', recipe=False)
+    log_interval: int = option(50, 'updates between log values', low=1, on_resume='silent', recipe=False)
+    log_with: list[str] = option(
+        [], 'trackers of accelerate: tensorboard, wandb, trackio, mlflow, ...', on_resume='silent', recipe=False)
 
 
 # the last base is the first group of fields
@@ -47,12 +356,21 @@ class LoopConfig(RunOptions, AverageOptions, ScheduleOptions, OptimizerOptions, 
 
 
 @dataclass
-class TrainConfig(LoopConfig, DistillOptions, ObjectiveOptions, AugmentOptions, ModelOptions, DataOptions):
+class TrainConfig(
+        LoopConfig,
+        DistillOptions,
+        ObjectiveOptions,
+        MixOptions,
+        AugmentOptions,
+        ModelOptions,
+        DataOptions,
+        command='training',
+):
     """Everything that a training run depends on, under the names of timm's ``train.py``."""
 
 
 @dataclass
-class ValidateConfig(LoaderOptions, ModelOptions, DataOptions):
+class ValidateConfig(LoaderOptions, ModelOptions, DataOptions, command='validation'):
     """Validation"""
     val_split: str = option('validation', 'name of the split to evaluate', flags=('--split',))
     val_num_samples: int | None = option(
@@ -65,332 +383,6 @@ class ValidateConfig(LoaderOptions, ModelOptions, DataOptions):
     results_file: str = option('', 'write the result to this .json or .csv file')
 
 
-ConfigT = TypeVar('ConfigT', bound=LoopConfig | ValidateConfig)
-
-
-def parse_config(
-        argv: Sequence[str] | None = None,
-        cls: type[ConfigT] = TrainConfig,  # type: ignore[assignment]
-        prog: str | None = None,
-        doc: str | None = None,
-) -> ConfigT:
-    """Read a config from command line arguments.
-
-    Args:
-        argv: Arguments without the program's name; ``sys.argv[1:]`` when None.
-        cls: `TrainConfig`, another `LoopConfig` or `ValidateConfig`.
-        prog: Name of the program in the help text.
-        doc: What the help text says before the options.
-
-    Raises:
-        UserError: Unknown flag or key, value of the wrong type or out of its bounds, unreadable YAML, options that
-            contradict each other.
-    """
-    import sys
-    argv = [_dashes(arg) for arg in (sys.argv[1:] if argv is None else argv)]
-    parser = _build_parser(cls, prog, doc)
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = [arg for arg in unknown if arg.startswith('--')] or unknown[:1]
-        raise UserError('; '.join(_unknown_flag(flag, cls) for flag in flags))
-    values = vars(given)
-    path = values.pop('config', '')
-    config = cls(**{**(load_yaml(path, cls) if path else {}), **values})
-    check_options(config, given=values)
-    return config
-
-
-def find_config(name: str | Path) -> Path:
-    """The file that ``--config`` means: a path, or the name of a config of ours, such as ``finetune``."""
-    if Path(name).is_file() or Path(name).is_absolute():
-        return Path(name)
-    return next((path for path in _configs() if path == _configs_folder() / f'{name}.yaml'), Path(name))
-
-
-def _configs_folder() -> Path:
-    package = Path(__file__).parents[1]
-    inside = package / 'configs'
-    return inside if inside.is_dir() else package.with_name('configs')  # beside it in a checkout
-
-
-def _configs() -> list[Path]:
-    return sorted(_configs_folder().glob('*.yaml'))
-
-
-def load_yaml(path: str | Path, cls: type = TrainConfig) -> dict[str, Any]:
-    """Read and check a YAML file of options, as `find_config` finds it; returns the values that it sets.
-
-    Raises:
-        UserError: No such file, not a mapping, unknown key, value of the wrong type or out of its bounds.
-    """
-    near = difflib.get_close_matches(Path(path).stem, [config.stem for config in _configs()], n=1) or ['finetune']
-    raw = read_yaml(path, 'config', 'give an existing YAML file to --config, or the name of a config of ours, such as '
-                    f'{near[0]}', find_config(path))
-    fields, values, unknown = _fields(cls), {}, []
-    for key, value in from_timm(raw, str(path)).items():
-        if key in fields:
-            try:
-                values[key] = _convert(value, fields[key])
-            except ValueError as e:
-                raise UserError(f'config {path}: {key}: {e}') from e
-        elif key in NOT_OURS:
-            allowed, advice = NOT_OURS[key]
-            if allowed is not ANY and value not in allowed:
-                raise UserError(f"config {path}: {key}: {value!r} is timm's and not available here; {advice}")
-        elif issubclass(cls, LoopConfig) or key not in _fields(TrainConfig):
-            unknown.append(key)
-    if unknown:
-        raise UserError(f'config {path}: {unknown_keys(unknown, fields)}')
-    return values
-
-
-def to_yaml(config: LoopConfig | ValidateConfig) -> str:
+def to_yaml(config: Options) -> str:
     """The whole config as YAML (``args.yaml``); `parse_config` reads it back to an equal config."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, default_flow_style=None)
-
-
-# ---- fields to parser -------------------------------------------------------------------------------------------
-
-
-def _fields(cls: type) -> dict[str, dataclasses.Field]:
-    hints = typing.get_type_hints(cls)
-    fields = {}
-    for f in dataclasses.fields(cls):
-        f.type = hints[f.name]
-        fields[f.name] = f
-    return fields
-
-
-def _build_parser(cls: type, prog: str | None, doc: str | None) -> argparse.ArgumentParser:
-    # SUPPRESS: only what was given on the command line comes out, so that it can win over the YAML
-    parser = Parser(prog=prog, doc=doc, argument_default=argparse.SUPPRESS)
-    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options, or the name of a config '
-                        'of ours: finetune is the one for your own images; flags win over it')
-    fields = _fields(cls)
-    left = {name for name in fields if _offers(cls, fields[name])}
-    # a field that a subclass gives another default stays in its group
-    for owner in reversed(cls.__mro__):
-        names = [n for n in owner.__dict__.get('__annotations__', {}) if n in left]
-        left -= set(names)
-        if names:
-            group = parser.add_argument_group((owner.__doc__ or owner.__name__).splitlines()[0])
-            for name in names:
-                _add_flag(group, fields[name])
-    return parser
-
-
-def _offers(cls: type, field: dataclasses.Field) -> bool:
-    """Whether a command has a flag for a field; fields without one are read from a YAML all the same."""
-    trains = issubclass(cls, LoopConfig)
-    return field.name not in getattr(cls, 'no_effect', ()) and (trains or not field.metadata['training_only'])
-
-
-def _add_flag(group: Any, field: dataclasses.Field) -> None:
-    kind, optional = _kind(field.type)
-    flag, meta = '--' + field.name.replace('_', '-'), field.metadata
-    default = field.default_factory() if field.default is dataclasses.MISSING else field.default  # type: ignore
-    text = meta['help'].replace('%', '%%')
-    if kind is bool:
-        group.add_argument(flag, *meta['flags'], dest=field.name, action='store_true',
-                           help=f'{text} (default: {str(default).lower()})')
-        negation = '--' + flag[5:] if flag.startswith('--no-') else '--no-' + flag[2:]
-        group.add_argument(negation, dest=field.name, action='store_false', help=argparse.SUPPRESS)
-        return
-    origin = typing.get_origin(kind)
-    kwargs: dict[str, Any] = dict(dest=field.name, metavar=_metavar(kind, meta))
-    if origin is dict:
-        kwargs.update(nargs='*', action=_KeyValues, field=field)
-    elif origin is list:
-        kwargs.update(nargs=meta['nargs'] or '+', action=_Converted, field=field)
-    elif meta['const'] is not None:
-        kwargs.update(nargs='?', const=meta['const'], action=_Converted, field=field)
-    else:
-        kwargs.update(action=_Converted, field=field)
-    shown = '' if default in (None, '', [], {}) else f' (default: {default})'
-    group.add_argument(flag, *meta['flags'], help=text + shown, **kwargs)
-
-
-def _metavar(kind: Any, meta: Any) -> str:
-    if meta['choices']:
-        return '|'.join(str(c) or "''" for c in meta['choices'])
-    if typing.get_origin(kind) is dict:
-        return 'K=V'
-    item = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
-    return {int: 'N', float: 'X', str: 'TEXT'}[item]
-
-
-class _Converted(argparse.Action):
-    """Store a value after the same checks that a YAML value gets."""
-
-    def __init__(self, field: dataclasses.Field, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.field = field
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        try:
-            setattr(namespace, self.dest, _convert(values, self.field))
-        except ValueError as e:
-            raise UserError(f'{option_string}: {e}') from e
-
-
-class _KeyValues(_Converted):
-    """``key=value`` pairs; values are Python literals where they can be, else strings (as timm's ParseKwargs)."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        pairs = {}
-        for item in values:
-            key, sep, text = item.partition('=')
-            if not sep:
-                raise UserError(f'{option_string}: {item!r} is not of the form key=value; write {item}=VALUE')
-            try:
-                pairs[key] = ast.literal_eval(text)
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
-                pairs[key] = {'true': True, 'false': False, 'none': None}.get(text.lower(), text)
-        super().__call__(parser, namespace, pairs, option_string)
-
-
-# ---- values -----------------------------------------------------------------------------------------------------
-
-
-def _kind(hint: Any) -> tuple[Any, bool]:
-    """The type of a field without None, and whether None is allowed."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        args = [a for a in typing.get_args(hint) if a is not type(None)]
-        return args[0], True
-    return hint, False
-
-
-def _convert(value: Any, field: dataclasses.Field) -> Any:
-    """A value from YAML or the command line as the type of its field; ValueError says what is wrong with it."""
-    kind, optional = _kind(field.type)
-    meta = field.metadata
-    if value is None and optional:
-        return None
-    if value is True and meta['const'] is not None:
-        return meta['const']
-    if typing.get_origin(kind) is dict:
-        if value is None:
-            return {}
-        if not isinstance(value, dict):
-            raise ValueError(f'{value!r} is not a mapping; write key: value pairs')
-        return {str(k): _literal(v) for k, v in value.items()}
-    if typing.get_origin(kind) is list:
-        items = [] if value is None else value if isinstance(value, (list, tuple)) else [value]
-        if meta['nargs'] and len(items) != meta['nargs']:
-            raise ValueError(f'has {len(items)} values; give {meta["nargs"]}')
-        item_type = typing.get_args(kind)[0]
-        converted = [_convert_one(v, item_type, meta) for v in items]
-        if meta['ordered'] and converted != sorted(converted):
-            raise ValueError(f'{converted} falls; write the smaller value first')
-        return converted
-    return _convert_one(value, kind, meta)
-
-
-def _convert_one(value: Any, kind: Any, meta: Any) -> Any:
-    try:
-        converted = _CONVERTERS[kind](value)
-    except (TypeError, ValueError, OverflowError) as e:
-        raise ValueError(f'{_short(value)} is not {_TYPE_NAMES[kind]}') from e
-    if meta['choices'] and converted not in meta['choices']:
-        known = ', '.join(repr(c) if c == '' else str(c) for c in meta['choices'])
-        raise ValueError(f'{_short(value)} is not one of {known}')
-    low, high, above = meta['low'], meta['high'], meta['above']
-    if kind is int:  # what C code below takes
-        low, high = -2 ** 31 if low is None else low, 2 ** 31 - 1 if high is None else high
-    if low is not None and converted < low:
-        raise ValueError(f'{value!r} is too small; give at least {low:.10g}')
-    if above is not None and converted <= above:
-        raise ValueError(f'{value!r} is too small; give more than {above:g}')
-    if high is not None and converted > high:
-        raise ValueError(f'{_short(value)} is too large; give at most {high:.10g}')
-    return converted
-
-
-def _short(value: Any, most: int = 40) -> str:
-    text = repr(value)
-    return text if len(text) <= most else f'{text[:most]}...'
-
-
-def _to_int(value: Any) -> int:
-    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
-        raise ValueError
-    return int(value)
-
-
-def _to_float(value: Any) -> float:
-    if isinstance(value, bool) or not math.isfinite(number := float(value)):
-        raise ValueError
-    return number
-
-
-def _to_bool(value: Any) -> bool:
-    if isinstance(value, str):
-        value = _TRUTH.get(value.lower(), value)
-    if not isinstance(value, bool):
-        raise ValueError
-    return value
-
-
-def _to_str(value: Any) -> str:
-    if value is None:
-        return ''
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError
-    return str(value)
-
-
-def _literal(value: Any) -> Any:
-    """A value of ``key: value`` pairs, which have no type of their own: 1e-3, a text in YAML, is a number."""
-    if isinstance(value, str) and re.fullmatch(r'[-+]?[0-9.]+[eE][-+]?[0-9]+', value):
-        return float(value)
-    return value
-
-
-_TRUTH = {'true': True, 'false': False, 'yes': True, 'no': False, 'on': True, 'off': False}
-_CONVERTERS: dict[Any, Any] = {int: _to_int, float: _to_float, bool: _to_bool, str: _to_str}
-_TYPE_NAMES = {int: 'a whole number', float: 'a finite number', bool: 'true or false', str: 'a text'}
-
-
-# ---- names ------------------------------------------------------------------------------------------------------
-
-
-def _dashes(arg: str) -> str:
-    """``--batch_size=8`` as ``--batch-size=8``; values stay as they are."""
-    if not arg.startswith('--'):
-        return arg
-    name, sep, value = arg.partition('=')
-    return name.replace('_', '-') + sep + value
-
-
-def _unknown_flag(arg: str, cls: type) -> str:
-    if not arg.startswith('-'):
-        return f'unexpected argument {arg!r}; options are flags, data goes to --data-dir'
-    flag = arg.partition('=')[0]
-    key = flag.lstrip('-').replace('-', '_')
-    no_effect = getattr(cls, 'no_effect', {})
-    if key in no_effect or key in _fields(TrainConfig) and not issubclass(cls, LoopConfig):
-        return f'{flag}: has no effect here ({no_effect.get(key, "it belongs to training")}); leave it out'
-    if not issubclass(cls, LoopConfig) and key in NOT_OURS_IN_VALIDATION:
-        return f"flag {flag} is timm's and not available here; {NOT_OURS_IN_VALIDATION[key]}"
-    if key in RENAMED:
-        return f'unknown flag {flag}; use --{RENAMED[key].replace("_", "-")}'
-    if key in NOT_OURS:
-        return f"flag {flag} is timm's and not available here; {NOT_OURS[key][1]}"
-    names = [name.replace('_', '-') for name, field in _fields(cls).items() if _offers(cls, field)]
-    return f'unknown flag {flag}; {_nearest(flag.lstrip("-"), names, "--")}'
-
-
-def unknown_keys(unknown: Sequence[Any], known: typing.Iterable[str], other: str = 'see --help for all of them') -> str:
-    """One message about all unknown keys of a file: each with the nearest known one, or with ``other``."""
-    known = list(known)
-    return ' '.join(f'unknown key {key!r}; {_nearest(str(key), known, other=other)}' for key in unknown)
-
-
-def _nearest(
-        name: str,
-        known: typing.Iterable[str],
-        prefix: str = '',
-        other: str = 'see --help for all of them',
-) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f'did you mean {prefix}{close[0]}?' if close else other
+    return yaml.safe_dump(asdict(config), sort_keys=False, default_flow_style=None)

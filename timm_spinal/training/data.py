@@ -23,9 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from timm_spinal.errors import UserError
 
-from .config import LoopConfig, TrainConfig, ValidateConfig
+from .config import LoaderOptions, LoopConfig, TrainConfig, ValidateConfig
 from .dataset import EvalSampler, ImageData, Split, StreamData, TrainSampler, epoch_length, images_of_passes
-from .options import LoaderOptions
 from .pixels import Decoder
 from .splits import Datasets
 from .transforms import create_decoder, eval_transform, resolve_data, ten_crop_transform, train_transform

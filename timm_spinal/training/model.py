@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import timm_spinal
 from timm_spinal.errors import UserError
+from timm_spinal.files import wrong_type
 from timm_spinal.models.fill_weights import LoadedWeights, watch_load
 from timm_spinal.models.hub_checksums import check_download
 from timm_spinal.models.hub_errors import explain, one_line
@@ -20,6 +21,7 @@ from timm_spinal.models.load_weights import create_from_file, load_exactly
 from timm_spinal.models.weight_files import MisfitError, WeightsError, first_names
 
 from .config import TrainConfig, ValidateConfig
+from .results import CONFIG_TYPES
 
 FAST_MOMENTUM = 0.1  # of BatchNorm; PyTorch's default
 WINDOWS = 20  # times that the running statistics of BatchNorm are renewed in a run, at least
@@ -162,11 +164,16 @@ def _check_source(source: str, name: str) -> None:
     """Register the architecture that a saved model names."""
     load = load_model_config_from_hf if source == 'hf-hub' else load_model_config_from_path
     try:
-        architecture = load(name)[1]
+        cfg, architecture, args = load(name)
+        # timm puts the sizes of an argument in as tuples
+        found = dict(architecture=architecture, model_args=args, pretrained_cfg={
+            k: list(v) if isinstance(v, tuple) else v for k, v in cfg.items()})
+        if wrong := wrong_type(found, CONFIG_TYPES):
+            raise ValueError(f'its config.json is damaged: {wrong}')
     except Exception as e:
         check_download(f'model {source}:{name}', f'{source}:{name}')
         reason = explain(e) or (one_line(e) if isinstance(e, (OSError, ValueError, RuntimeError)) else None)
-        if isinstance(e, (json.JSONDecodeError, UnicodeDecodeError)):
+        if isinstance(e, (json.JSONDecodeError, UnicodeDecodeError, RecursionError)):
             reason = f'its config.json is no JSON ({one_line(e)})'
         if isinstance(e, (TypeError, AttributeError)):
             reason = 'its config.json holds other things than timm writes; restore it'

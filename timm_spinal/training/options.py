@@ -1,14 +1,18 @@
-"""Every option of the trainer as data: one small dataclass per group of timm's ``train.py``.
+"""What an option is: a dataclass field whose metadata say all that the package knows of it.
 
-A field is a flag and a YAML key. Its name is timm's argparse ``dest`` wherever timm has the option, its default is
-timm's unless the help text gives the reason. `option` records help, bounds, choices and short flags for `config.py`,
-which turns the fields into a parser.
+The parser, the checks of a resumed run, cards and comparisons read the metadata and keep no lists of names. `convert`
+turns a value from YAML or the command line into one of the option's type.
 """
-from dataclasses import dataclass, field
-from typing import Any
+import math
+import re
+import types
+import typing
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, ClassVar, Literal
 
-SCHEDULERS = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'constant', 'wsd', 'rsqrt', 'plateau', 'none')
-LOSSES = ('ce', 'bce', 'asl', 'poly', 'margin', 'squared_hinge')
+OnResume = Literal['fixed', 'told', 'silent']
+Command = Literal['training', 'validation', 'frozen', 'detection']
+COMMANDS: tuple[Command, ...] = typing.get_args(Command)
 
 
 def option(
@@ -18,15 +22,20 @@ def option(
         choices: tuple = (),
         low: float | None = None,
         high: float | None = None,
-        above: float | None = None,
-        ordered: bool = False,
-        flags: tuple = (),
+        greater_than: float | None = None,
+        ascending: bool = False,
+        flags: tuple[str, ...] = (),
         const: Any = None,
         nargs: int | None = None,
-        changes_result: bool = True,
-        training_only: bool = False,
+        path: bool = False,
+        on_resume: OnResume | None = None,
+        changes_result: bool | None = None,
+        recipe: bool | None = None,
+        applies_to: tuple[Command, ...] | None = None,
+        not_frozen: str | None = None,
+        requires: tuple[str, ...] = (),
 ) -> Any:
-    """A dataclass field with what the parser needs.
+    """A dataclass field, and in its metadata what the option means; to be used in a subclass of `Options`.
 
     Args:
         default: Value where none is given.
@@ -34,262 +43,188 @@ def option(
         choices: The values that there are.
         low: Least value, of a list that of each item.
         high: Greatest value.
-        above: Bound that the value must exceed.
-        ordered: The items of a list must not fall.
+        greater_than: Bound that the value must exceed.
+        ascending: No item of a list may be smaller than the one before it.
         flags: Further spellings of the flag.
         const: Value of the flag without a value.
         nargs: Number of items of a list.
-        changes_result: False for what says where and how a run is made, and not what is trained and which weights of
-            it are chosen.
-        training_only: The option changes training and nothing else: commands that do not train do not offer it.
+        path: The value names a file or a folder, or may do so.
+        on_resume: What happens when a run is resumed with another value. 'fixed': it is refused, because the model, the
+            data or the kind of optimizer state would be another; 'told' (the default): one line says so; 'silent':
+            nothing is said.
+        changes_result: Whether another value may give other weights; by default unless ``on_resume`` is 'silent'.
+        recipe: Whether others need it to repeat the run, so that it stands on the card: the default. False for what
+            belongs to one machine or one start.
+        applies_to: The commands on which it has an effect: 'training' of a classifier, 'validation', 'frozen' (the
+            comparison of heads on frozen features), 'detection'. A command whose config has the option all the same
+            offers no flag for it.
+        not_frozen: Why it has no effect on frozen features.
+        requires: Options without which it has no effect, as ``name`` or ``name=value``.
     """
-    metadata = dict(help=help, choices=choices, low=low, high=high, above=above, ordered=ordered, flags=flags,
-                    const=const, nargs=nargs, changes_result=changes_result, training_only=training_only)
+    metadata = {name: value for name, value in locals().items() if name != 'default'}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 @dataclass
-class DataOptions:
-    """Data set"""
-    data_dir: str = option('', 'folder (or .tar) with the data; where torch/, hfds/ and tfds/ sources keep their files')
-    dataset: str = option(
-        '', 'source: empty for a folder or tar, digits, multimnist (from the MNIST files in --data-dir), torch/NAME, '
-        'hfds/NAME, hfids/NAME, wds/NAME, tfds/NAME')
-    train_split: str = option('train', 'name of the training split')
-    val_split: str = option('validation', 'name of the evaluation split, which chooses the best epoch')
-    val_split_fraction: float = option(
-        0., 'cut this part out of the training split, stratified by class and fixed by --seed, and use it in place of '
-        '--val-split: for data sets whose only other split is the test set', low=0., high=0.9)
-    test_split: str = option('', 'split that is evaluated once, at the end, with the best weights; never for choosing')
-    train_num_samples: int | None = option(
-        None, 'images in the training split, for streamed sources; pairs of multimnist, any number', low=1,
-        training_only=True)
-    val_num_samples: int | None = option(
-        None, 'images in the evaluation split, for streamed sources; pairs of multimnist, in the test split too', low=1)
-    dataset_download: bool = option(
-        False, 'allow torch/ and tfds/ sources and multimnist to download', changes_result=False)
-    dataset_trust_remote_code: bool = option(False, 'let hfds/ and hfids/ run code from the data set repository')
-    class_map: str = option('', 'file that maps class names to indices')
-    input_img_mode: str | None = option(
-        None, "PIL mode of the images; 'L' for a model with one input channel, else 'RGB'; 16-bit grey is scaled to 8 "
-        'bits, and transparent parts are white where the mode does not keep transparency')
-    exif_transpose: bool = option(
-        False, 'turn images upright by their EXIF orientation; not given: they are used as stored, as timm does')
-    input_key: str | None = option(None, 'name of the image field (hfds/, hfids/, wds/)')
-    target_key: str | None = option(None, 'name of the label field (hfds/, hfids/, wds/)')
-    skip_unreadable: bool = option(
-        False, 'go on when an image cannot be read: replaced in training, left out in evaluation, counted in the '
-        'result (timm always replaces)')
+class Options:
+    """Base of the groups of options, and of the configs that are made of them.
+
+    Keyword arguments of a class statement are arguments of `option` for those of its options that do not have them
+    themselves. A config names its ``command``, which its own options apply to.
+    """
+    command: ClassVar[Command | None] = None
+
+    def __init_subclass__(cls, command: Command | None = None, **shared: Any) -> None:
+        super().__init_subclass__()
+        if command is not None:
+            cls.command = command
+        applies_to = (command,) if command else COMMANDS
+        shared = dict(on_resume='told', recipe=True, applies_to=applies_to, not_frozen='') | shared
+        for f in vars(cls).values():
+            if isinstance(f, Field):
+                meaning = {**f.metadata, **shared, **{k: v for k, v in f.metadata.items() if v is not None}}
+                if meaning['changes_result'] is None:
+                    meaning['changes_result'] = meaning['on_resume'] != 'silent'
+                f.metadata = types.MappingProxyType(meaning)
 
 
-@dataclass
-class ModelOptions:
-    """Model"""
-    model: str = option('resnet50', 'name of the model: any of timm or timm_spinal', flags=('-m',))
-    pretrained: bool = option(False, 'start from the pretrained weights of this name')
-    pretrained_path: str | None = option(
-        None, 'start from the weights in this file; a classifier that does not fit is new')
-    initial_checkpoint: str = option(
-        '', 'start from the weights in this file, which must be those of the model, all of them')
-    num_classes: int | None = option(None, 'classes; from the data set when not given (timm: from the model)', low=1)
-    gp: str | None = option(None, 'global pooling: avg, max, avgmax, catavgmax, fast')
-    img_size: int | None = option(None, 'image side in pixels', low=8)
-    in_chans: int | None = option(None, 'input channels; the model default when not given (timm: 3)', low=1)
-    input_size: list[int] | None = option(None, 'channels, height and width, for instance 3 224 224', nargs=3)
-    crop_pct: float | None = option(None, 'centre crop of the evaluation images, part of the side', low=0.01, high=4.)
-    crop_mode: str | None = option(None, 'crop of the evaluation images', choices=('squash', 'border', 'center'))
-    mean: list[float] | None = option(None, 'mean of the pixels, one per channel or one for all')
-    std: list[float] | None = option(None, 'standard deviation of the pixels', above=0.)
-    interpolation: str = option('', 'interpolation of the evaluation images')
-    channels_last: bool = option(False, 'channels-last memory layout')
-    grad_checkpointing: bool = option(
-        False, 'compute activations again in the backward pass to save memory', training_only=True)
-    model_kwargs: dict[str, Any] = option({}, 'further model arguments as key=value, for instance head_width=256')
-    head_init_scale: float | None = option(None, 'multiply the initial weights of the classifier', training_only=True)
-    head_init_bias: float | None = option(None, 'initial bias of the classifier', training_only=True)
-    torchcompile: str | None = option(None, 'compile with this backend', const='inductor')
-    torchcompile_mode: str | None = option(None, 'mode of torch.compile')
-    drop: float = option(0., 'dropout of the backbone', low=0., high=1., training_only=True)
-    drop_path: float | None = option(None, 'stochastic depth', low=0., high=1., training_only=True)
-    drop_block: float | None = option(None, 'drop block', low=0., high=1., training_only=True)
-    bn_momentum: float | None = option(None, 'BatchNorm momentum', low=0., high=1., training_only=True)
-    bn_eps: float | None = option(None, 'BatchNorm epsilon', low=0.)
-    freeze: str = option(
-        'none', 'what is not trained: backbone (all but the head), backbone-except-bn (all but the head and '
-        'BatchNorm), bn (BatchNorm of the backbone)', choices=('none', 'backbone', 'backbone-except-bn', 'bn'),
-        training_only=True)
-    freeze_epochs: int = option(
-        0, 'epochs at the start in which the head trains alone: the backbone keeps its weights and its BatchNorm '
-        'statistics', low=0, training_only=True)
-    freeze_modules: list[str] = option(
-        [], 'further parts that are not trained, by the names of named_modules(): weights, and BatchNorm with its '
-        'statistics; for instance layer4.2', training_only=True)
+def with_default(owner: type[Options], name: str, default: Any, **changes: Any) -> Any:
+    """An option of another group with another default, for a subclass that means the same by it.
+
+    Args:
+        owner: The dataclass that has the option.
+        name: Its name.
+        default: The default here.
+        changes: Other arguments of `option` that are different here.
+    """
+    metadata = next(f.metadata for f in fields(owner) if f.name == name)
+    return option(default, **{**metadata, **changes})
 
 
-@dataclass
-class LoaderOptions:
-    """Batches and workers"""
-    batch_size: int = option(128, 'training images per process and step', low=1, flags=('-b',))
-    validation_batch_size: int | None = option(
-        None, 'evaluation images per process and step', low=1, flags=('-vb',), changes_result=False)
-    workers: int = option(
-        4, 'loader processes per process; 0 loads in the process itself', low=0, flags=('-j',), changes_result=False)
-    pin_mem: bool = option(False, 'pin memory of the batches', changes_result=False)
-    seed: int = option(42, 'random seed', low=0, high=2 ** 32 - 1)
-    mixed_precision: str | None = option(
-        None, "as 'accelerate launch --mixed_precision'; not given: what accelerate is "
-        'configured to', choices=('no', 'fp16', 'bf16', 'fp8'))
-    debug: bool = option(False, 'show the traceback of an error', changes_result=False)
+def option_names(cls: type[Options], **meaning: Any) -> tuple[str, ...]:
+    """Names of the options of a config or group that have a meaning, in their order.
+
+    Args:
+        cls: The dataclass.
+        meaning: Arguments of `option` and their values; of a tuple, such as ``requires``, one item.
+    """
+    def has(metadata: Any, key: str, value: Any) -> bool:
+        return value in metadata[key] if isinstance(metadata[key], tuple) else metadata[key] == value
+
+    return tuple(f.name for f in fields(cls) if all(has(f.metadata, k, v) for k, v in meaning.items()))
 
 
-@dataclass
-class OptimizerOptions:
-    """Optimizer"""
-    opt: str = option('sgd', 'optimizer, any of timm')
-    opt_eps: float | None = option(None, 'epsilon of the optimizer', low=0.)
-    opt_betas: list[float] | None = option(None, 'betas of the optimizer', low=0., high=1.)
-    momentum: float = option(0.9, 'momentum', low=0.)
-    weight_decay: float = option(2e-5, 'weight decay', low=0.)
-    opt_kwargs: dict[str, Any] = option({}, 'further optimizer arguments as key=value')
-    clip_grad: float | None = option(None, 'clip gradients at this value', low=0.)
-    clip_mode: str = option('norm', 'how gradients are clipped', choices=('norm', 'value', 'agc'))
-    layer_decay: float | None = option(None, 'learning rate factor from a layer to the one below', low=0., high=1.)
-    layer_decay_min_scale: float = option(0., 'lowest scale of layer decay', low=0.)
-    layer_decay_no_opt_scale: float | None = option(None, 'layers below this scale are not trained', low=0.)
-    grad_accum_steps: int = option(1, 'batches per update', low=1)
+def to_flag(name: str) -> str:
+    """An option's name as it stands on the command line."""
+    return '--' + name.replace('_', '-')
 
 
-@dataclass
-class ScheduleOptions:
-    """Learning rate schedule"""
-    sched: str = option('cosine', 'schedule', choices=SCHEDULERS)
-    sched_on_updates: bool = option(False, 'step the schedule at every update instead of every epoch')
-    lr: float | None = option(None, 'learning rate; not given: lr_base scaled by the global batch size', low=0.)
-    lr_base: float = option(0.1, 'learning rate of a batch of lr_base_size images', low=0.)
-    lr_base_size: int = option(256, 'batch size that lr_base is for', low=1)
-    lr_base_scale: str = option(
-        '', 'scaling of lr_base with the batch; empty: by the optimizer',
-        choices=('', 'linear', 'sqrt'))
-    lr_noise: list[float] | None = option(
-        None, 'start (and end) of learning rate noise, part of all epochs', low=0., high=1., ordered=True)
-    lr_noise_pct: float = option(0.67, 'limit of the noise', low=0.)
-    lr_noise_std: float = option(1., 'standard deviation of the noise', low=0.)
-    lr_cycle_mul: float = option(1., 'length factor from cycle to cycle', above=0.)
-    lr_cycle_decay: float = option(0.5, 'learning rate factor from cycle to cycle', low=0.)
-    lr_cycle_limit: int = option(1, 'number of cycles', low=1)
-    lr_k_decay: float = option(1., 'k-decay of cosine and poly', above=0.)
-    lr_decay_fn: str | None = option(None, 'shape of the decay of wsd and rsqrt')
-    lr_stable_timescale: float | None = option(None, 'time scale of rsqrt in epochs')
-    warmup_lr: float = option(1e-5, 'learning rate at the start of the warm-up', low=0.)
-    min_lr: float = option(0., 'lowest learning rate', low=0.)
-    epochs: int = option(300, 'epochs', low=1)
-    stop_epoch: int | None = option(None, 'stop after this many epochs; the schedule stays that of --epochs', low=1)
-    epoch_repeats: float = option(0., 'times the training set is seen per epoch, when above 0', low=0.)
-    min_updates: int = option(
-        0, 'updates that the run has at least: with few images an epoch sees them as often as it takes; not for '
-        'streamed sources', low=0)
-    decay_milestones: list[int] = option([90, 180, 270], 'epochs at which multistep decays', low=0, ordered=True)
-    decay_epochs: float | None = option(
-        None, 'epochs between decays; not given: 90, for wsd and rsqrt the last fifth',
-        low=0.)
-    warmup_epochs: int = option(5, 'epochs of warm-up', low=0)
-    warmup_prefix: bool = option(False, 'warm-up comes before the schedule, not out of it')
-    cooldown_epochs: int = option(0, 'epochs at the lowest learning rate at the end', low=0)
-    patience_epochs: int = option(10, 'patience of plateau', low=0)
-    decay_rate: float = option(0.1, 'factor of a decay', low=0., flags=('--dr',))
+def typed_fields(cls: type[Options]) -> dict[str, Field]:
+    """The fields of a config by name, each with its type resolved."""
+    hints = typing.get_type_hints(cls)
+    typed = {}
+    for f in fields(cls):
+        f.type = hints[f.name]
+        typed[f.name] = f
+    return typed
 
 
-@dataclass
-class AugmentOptions:
-    """Augmentation"""
-    no_aug: bool = option(False, 'no training augmentation at all')
-    train_crop_mode: str | None = option(
-        None, 'random crop: rrc (random resized), rkrc or rkrr (keep the ratio)',
-        choices=('rrc', 'rkrc', 'rkrr'))
-    scale: list[float] = option(
-        [0.08, 1.0], 'area of the random crop, smallest and largest', nargs=2, above=0., high=1., ordered=True)
-    ratio: list[float] = option(
-        [3. / 4., 4. / 3.], 'aspect ratio of the random crop, least and greatest', nargs=2, above=0., ordered=True)
-    hflip: float = option(0.5, 'probability of a horizontal flip', low=0., high=1.)
-    vflip: float = option(0., 'probability of a vertical flip', low=0., high=1.)
-    rotation: float = option(
-        0., 'random rotation of up to this many degrees (torchvision RandomRotation)', low=0.,
-        high=180.)
-    perspective: float = option(0., 'probability of torchvision RandomPerspective, distortion 0.5', low=0., high=1.)
-    color_jitter: float | None = option(0.4, 'colour jitter; has no effect on aa policies', low=0.)
-    color_jitter_prob: float | None = option(None, 'probability of colour jitter', low=0., high=1.)
-    grayscale_prob: float | None = option(None, 'probability of grey images', low=0., high=1.)
-    gaussian_blur_prob: float | None = option(None, 'probability of a blur', low=0., high=1.)
-    aa: str | None = option(None, 'AutoAugment policy: rand-m9-mstd0.5, augmix-m3, original, v0, 3a, ...')
-    aug_repeats: float = option(
-        0, 'times an image comes in a pass, each time augmented differently; the epoch stays as long', low=0)
-    reprob: float = option(0., 'probability of random erasing', low=0., high=1.)
-    remode: str = option('pixel', 'filling of random erasing', choices=('pixel', 'rand', 'const'))
-    recount: int = option(1, 'rectangles of random erasing', low=1)
-    mixup: float = option(0., 'mixup alpha', low=0.)
-    cutmix: float = option(0., 'cutmix alpha', low=0.)
-    cutmix_minmax: list[float] | None = option(
-        None, 'smallest and largest cutmix ratio, overrides alpha', nargs=2, low=0., high=1., ordered=True)
-    mixup_prob: float = option(1., 'probability of mixing a batch', low=0., high=1.)
-    mixup_switch_prob: float = option(0.5, 'probability of cutmix when both are on', low=0., high=1.)
-    mixup_mode: str = option('batch', 'mix per batch, pair or element', choices=('batch', 'pair', 'elem'))
-    mixup_off_epoch: int = option(0, 'no mixing from this epoch on, when above 0', low=0)
-    train_interpolation: str = option('random', 'interpolation of the training images')
+def kind_of(hint: Any) -> tuple[Any, bool]:
+    """The type of an option without None, and whether None is allowed."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        args = [a for a in typing.get_args(hint) if a is not type(None)]
+        return args[0], True
+    return hint, False
 
 
-@dataclass
-class ObjectiveOptions:
-    """Loss"""
-    loss: str | None = option(
-        None, 'loss, as in timm.loss.create_classification_loss; margin and squared_hinge are those of capsule lengths '
-        '(timm_spinal/training/task.py); not given: ce', choices=LOSSES)
-    smoothing: float = option(0.1, 'label smoothing', low=0., high=1.)
-    bce_loss: bool = option(False, 'the same as --loss bce')
-    bce_sum: bool = option(False, 'sum the bce loss over the classes')
-    bce_target_thresh: float | None = option(None, 'make mixed targets binary at this value', low=0., high=1.)
-    bce_pos_weight: float | None = option(None, 'weight of the positive term of bce', low=0.)
-    asl_gamma_pos: float = option(1., 'focusing of positives of asl', low=0.)
-    asl_gamma_neg: float = option(4., 'focusing of negatives of asl', low=0.)
-    poly_epsilon: float = option(2., 'Poly-1 coefficient')
-    sb_ortho: float = option(0., 'weight of the orthogonality penalty on shared filter bases; 10 in the paper', low=0.)
-    sb_ortho_mode: str = option(
-        'official', 'mean over all stages as in the paper, or sum of one term per stage, which weight decay does not '
-        'overpower', choices=('official', 'stage'))
+def convert(value: Any, option: Field) -> Any:
+    """A value from YAML or the command line as the type of an option; ValueError says what is wrong with it."""
+    kind, optional = kind_of(option.type)
+    meta = option.metadata
+    if value is None and optional:
+        return None
+    if value is True and meta['const'] is not None:
+        return meta['const']
+    if typing.get_origin(kind) is dict:
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise ValueError(f'{value!r} is not a mapping; write key: value pairs')
+        return {str(k): _literal(v) for k, v in value.items()}
+    if typing.get_origin(kind) is list:
+        items = [] if value is None else value if isinstance(value, (list, tuple)) else [value]
+        if meta['nargs'] and len(items) != meta['nargs']:
+            raise ValueError(f'has {len(items)} values; give {meta["nargs"]}')
+        item_type = typing.get_args(kind)[0]
+        converted = [_convert_one(v, item_type, meta) for v in items]
+        if meta['ascending'] and converted != sorted(converted):
+            raise ValueError(f'{converted} falls; write the smaller value first')
+        return converted
+    return _convert_one(value, kind, meta)
 
 
-@dataclass
-class AverageOptions:
-    """Weight averaging and BatchNorm across processes"""
-    model_ema: bool = option(False, 'keep a moving average of the weights and evaluate it')
-    model_ema_force_cpu: bool = option(False, 'keep the average on the CPU')
-    model_ema_decay: float = option(0.9998, 'decay of the average', low=0., high=1.)
-    model_ema_warmup: bool = option(False, 'warm the decay up')
-    sync_bn: bool = option(False, 'BatchNorm over all processes')
-    dist_bn: str = option('reduce', 'share BatchNorm statistics after each epoch', choices=('', 'broadcast', 'reduce'))
+def _convert_one(value: Any, kind: Any, meta: Any) -> Any:
+    try:
+        converted = _CONVERTERS[kind](value)
+    except (TypeError, ValueError, OverflowError) as e:
+        raise ValueError(f'{_short(value)} is not {_TYPE_NAMES[kind]}') from e
+    if meta['choices'] and converted not in meta['choices']:
+        known = ', '.join(repr(c) if c == '' else str(c) for c in meta['choices'])
+        raise ValueError(f'{_short(value)} is not one of {known}')
+    low, high, bound = meta['low'], meta['high'], meta['greater_than']
+    if kind is int:  # what C code below takes
+        low, high = -2 ** 31 if low is None else low, 2 ** 31 - 1 if high is None else high
+    if low is not None and converted < low:
+        raise ValueError(f'{value!r} is too small; give at least {low:.10g}')
+    if bound is not None and converted <= bound:
+        raise ValueError(f'{value!r} is too small; give more than {bound:g}')
+    if high is not None and converted > high:
+        raise ValueError(f'{_short(value)} is too large; give at most {high:.10g}')
+    return converted
 
 
-@dataclass
-class RunOptions:
-    """Run folder, evaluation and checkpoints"""
-    output: str = option('', 'folder for runs; not given: output/train', changes_result=False)
-    experiment: str = option('', 'name of the run folder; not given: date, model and image size', changes_result=False)
-    resume: str = option(
-        '', "go on from 'auto' (the run folder of --experiment) or from this run folder or checkpoint",
-        changes_result=False)
-    eval_metric: str = option(
-        'top1', 'metric of the best epoch; exact, digit and top2 are those of multimnist, where top1 means exact',
-        choices=('top1', 'top5', 'loss', 'exact', 'digit', 'top2'))
-    keep: str = option(
-        'best', 'the epoch whose weights a run keeps: the best one by --eval-metric on the validation images, or the '
-        'last one, where these are too few to choose by', choices=('best', 'last'))
-    val_interval: int = option(1, 'epochs between evaluations', low=1)
-    early_stop_patience: int = option(0, 'stop after so many evaluations without a better metric, when above 0', low=0)
-    checkpoint_steps: int = option(
-        0, 'write a checkpoint every so many updates too, when above 0', low=0, changes_result=False)
-    checkpoint_hist: int = option(
-        2, 'checkpoints kept (timm: 10; ours hold the whole state of the run)', low=1, changes_result=False)
-    log_interval: int = option(50, 'updates between log values', low=1, changes_result=False)
-    log_with: list[str] = option(
-        [], 'trackers of accelerate: tensorboard, wandb, trackio, mlflow, ...', changes_result=False)
+def _short(value: Any, most: int = 40) -> str:
+    text = repr(value)
+    return text if len(text) <= most else f'{text[:most]}...'
+
+
+def _to_int(value: Any) -> int:
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise ValueError
+    return int(value)
+
+
+def _to_float(value: Any) -> float:
+    if isinstance(value, bool) or not math.isfinite(number := float(value)):
+        raise ValueError
+    return number
+
+
+def _to_bool(value: Any) -> bool:
+    if isinstance(value, str):
+        value = _TRUTH.get(value.lower(), value)
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _to_str(value: Any) -> str:
+    if value is None:
+        return ''
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError
+    return str(value)
+
+
+def _literal(value: Any) -> Any:
+    """A value of ``key: value`` pairs, which have no type of their own: 1e-3, a text in YAML, is a number."""
+    if isinstance(value, str) and re.fullmatch(r'[-+]?[0-9.]+[eE][-+]?[0-9]+', value):
+        return float(value)
+    return value
+
+
+_TRUTH = {'true': True, 'false': False, 'yes': True, 'no': False, 'on': True, 'off': False}
+_CONVERTERS: dict[Any, Any] = {int: _to_int, float: _to_float, bool: _to_bool, str: _to_str}
+_TYPE_NAMES = {int: 'a whole number', float: 'a finite number', bool: 'true or false', str: 'a text'}

@@ -22,6 +22,15 @@ if TYPE_CHECKING:
     from .run import Run
 
 WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
+# keys of config.json that are read, and their types
+_PRETRAINED_CFG_TYPES: dict[str, Any] = {
+    'input_size': list[int], 'test_input_size': list[int] | None, 'min_input_size': list[int] | None,
+    'mean': list[float], 'std': list[float], 'num_classes': int, 'crop_pct': float | None,
+    'test_crop_pct': float | None, 'interpolation': str | None, 'crop_mode': str | None,
+    'label_names': list[str] | dict[str, str] | None,
+}
+CONFIG_TYPES: dict[str, Any] = {'architecture': str, 'num_classes': int, 'pretrained_cfg': _PRETRAINED_CFG_TYPES,
+                                'model_args': dict[str, Any]}
 # entries of pretrained_cfg that tell of the weights a model started from, or of the default ones of its name
 _OF_OTHER_WEIGHTS = ('tag', 'origin_url', 'description', 'notes')
 

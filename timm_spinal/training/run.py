@@ -39,14 +39,12 @@ class Problem(ABC, Generic[ConfigT]):
         data: Loaders and sizes; there from `create_data` on.
         metrics: What `evaluate` measures for ``summary.csv``.
         metric: The one that chooses the best epoch.
-        fixed: Options that a resumed run may not change.
     """
     config: ConfigT
     name: str
     data: TrainData
     metrics: tuple[str, ...]
     metric: str
-    fixed: tuple[str, ...]
 
     @abstractmethod
     def __init__(self, config: ConfigT, accelerator: Accelerator): ...

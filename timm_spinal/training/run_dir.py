@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from timm_spinal.errors import UserError
 
 from .checkpoint import candidates, choose_checkpoint, find_checkpoints, is_checkpoint, read_state
-from .identity import changed_settings, check_same_run
-from .options import RunOptions
+from .config import RunOptions
+from .resume_checks import changed_settings, check_same_run
 
 LOCK = '.lock'
 _BUSY = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
@@ -50,7 +50,6 @@ def claim_run_folder(
         config: RunOptions,
         name: str,
         description: dict[str, Any],
-        fixed: tuple[str, ...],
         held: contextlib.ExitStack,
 ) -> tuple[Path, Path | None]:
     """The run folder, locked, and the checkpoint to go on from, None for a new run. For the main process.
@@ -59,7 +58,6 @@ def claim_run_folder(
         config: The run's config.
         name: What a run without ``experiment`` is called, after the time.
         description: Config and data, as checkpoints hold them.
-        fixed: Settings in which the checkpoint must agree with it.
         held: Unlocks the folder.
 
     Raises:
@@ -71,7 +69,7 @@ def claim_run_folder(
     folder = _lock_run_folder(config, name, held)
     checkpoint = choose_checkpoint(config.resume, folder, print) if config.resume else None
     if checkpoint is not None:
-        check_same_run(read_state(checkpoint), description, str(checkpoint), fixed)
+        check_same_run(read_state(checkpoint), description, str(checkpoint), type(config))
     return folder, checkpoint
 
 
@@ -100,7 +98,7 @@ def changed_since_checkpoint(config: RunOptions) -> dict[str, str] | None:
     if not checkpoints:
         return None
     saved = read_state(checkpoints[0])
-    return changed_settings(saved['config'], vars(config), saved.get('cwd', ''))
+    return changed_settings(saved['config'], vars(config), saved.get('cwd', ''), type(config))
 
 
 def run_folder(config: RunOptions, name: str) -> Path:

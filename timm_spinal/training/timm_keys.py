@@ -1,4 +1,4 @@
-"""Keys that timm's ``train.py`` writes to ``args.yaml`` and this trainer does not have.
+"""Names of timm that are not those of options here: keys of its ``args.yaml``, its flags, arguments of its functions.
 
 A key at a value listed here loads silently; any other value stops with the advice. So a YAML of timm's loads
 unless it asks for something that would not happen.
@@ -109,6 +109,20 @@ NOT_OURS_IN_VALIDATION: dict[str, str] = {
     'valid_labels': 'not supported: give a folder with these classes and their numbers by --class-map',
     'retry': 'give a smaller --batch-size',
     'metrics_avg': 'not supported: leave it out',
+}
+
+# options of the form key=value: arguments of timm that are options of their own
+ARGUMENTS: dict[str, dict[str, str]] = {
+    'model_kwargs': {
+        'num_classes': 'num_classes', 'in_chans': 'in_chans', 'img_size': 'img_size', 'input_size': 'input_size',
+        'global_pool': 'gp', 'drop_rate': 'drop', 'drop_path_rate': 'drop_path', 'drop_block_rate': 'drop_block',
+        'pretrained': 'pretrained', 'pretrained_cfg': 'pretrained_path', 'pretrained_cfg_overlay': 'pretrained_path',
+        'checkpoint_path': 'initial_checkpoint', 'model_name': 'model', 'dtype': 'mixed_precision',
+    },
+    'opt_kwargs': {
+        'lr': 'lr', 'opt': 'opt', 'momentum': 'momentum', 'weight_decay': 'weight_decay', 'layer_decay': 'layer_decay',
+        'eps': 'opt_eps', 'betas': 'opt_betas', 'opt_eps': 'opt_eps', 'opt_betas': 'opt_betas',
+    },
 }
 
 

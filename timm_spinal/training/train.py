@@ -104,7 +104,7 @@ def prepare_run(
     if config.sync_bn and accelerator.num_processes > 1:
         model = convert_sync_batchnorm(model)
     folder, checkpoint = agree(accelerator, lambda: claim_run_folder(
-        config, problem.name, problem.describe(), problem.fixed, held))
+        config, problem.name, problem.describe(), held))
     model.to(accelerator.device)
 
     # task

@@ -7,6 +7,7 @@ import copy
 import math
 import random
 import re
+from dataclasses import fields
 from typing import Any, Callable, Iterator
 
 import numpy as np
@@ -19,7 +20,7 @@ from torchvision import transforms
 
 from timm_spinal.errors import UserError
 
-from .config import TrainConfig, ValidateConfig
+from .config import InputOptions, TrainConfig, ValidateConfig
 from .pixels import Decoder, usable_modes
 
 
@@ -54,7 +55,7 @@ def resolve_data(config: TrainConfig | ValidateConfig, model: nn.Module) -> dict
 
 # those that timm knows: torchvision's without the ones that Pillow does not have, and the other way round
 INTERPOLATIONS = tuple(m.value for m in transforms.InterpolationMode if hasattr(Image.Resampling, m.name))
-_DATA_KEYS = ('in_chans', 'input_size', 'img_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+_DATA_KEYS = {f.name for f in fields(InputOptions)}  # what timm's resolve_data_config takes
 
 
 def image_mode(config: TrainConfig | ValidateConfig, channels: int) -> str:

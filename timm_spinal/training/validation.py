@@ -17,12 +17,11 @@ from timm_spinal.models.weight_files import WeightsError
 
 from . import report
 from .checkpoint import EMA, STATE, damage, find_checkpoints, read_state
-from .config import ValidateConfig
+from .config import ModelOptions, ValidateConfig
 from .data import count_skipped, create_eval_loader
 from .distributed import new_accelerator
 from .model import check_classifier, create_model
 from .option_checks import RESULTS, check_output_file
-from .options import ModelOptions
 from .results import CONFIG, WEIGHTS
 from .splits import create_datasets, passed_over_lines
 

@@ -6,13 +6,15 @@ from dataclasses import replace
 import pytest
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.identity import PATHS, changed_settings
+from timm_spinal.training.config import TrainConfig
+from timm_spinal.training.options import option_names
+from timm_spinal.training.resume_checks import changed_settings
 from timm_spinal.training.train import train
 
 from .runs import assert_same_state, resumed, small_config
 
 
-@pytest.mark.parametrize('key', PATHS)
+@pytest.mark.parametrize('key', option_names(TrainConfig, path=True))
 def test_names_of_one_place_are_the_same(tmp_path, monkeypatch, key):
     (tmp_path / 'a' / 'data').mkdir(parents=True)
     (tmp_path / 'b' / 'data').mkdir(parents=True)

@@ -6,7 +6,8 @@ from timm.optim import optimizer_kwargs
 from timm.scheduler import scheduler_kwargs
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.config import TrainConfig, ValidateConfig, load_yaml, parse_config, to_yaml
+from timm_spinal.training.config import TrainConfig, ValidateConfig, to_yaml
+from timm_spinal.training.parser import load_yaml, parse_config
 from timm_spinal.training.timm_keys import ANY, NOT_OURS, RENAMED
 
 # what timm's train.py writes to args.yaml when it is run with nothing but a folder
@@ -248,8 +249,14 @@ def test_timms_factories_read_the_config():
 
 
 @pytest.mark.parametrize('argv, words', [
-    (['--modle', 'x'], '--modle; did you mean --model?'),
-    (['--batchsize=3'], '--batchsize; did you mean --batch-size?'),
+    (['--modle', 'x'], '--modle; did you mean --model: name of the model: any of timm or timm_spinal (default: '
+     'resnet50)?'),
+    (['--batchsize=3'], '--batchsize; did you mean --batch-size: training images per process and step (default: 128)?'),
+    (['--lrr', '1'], 'unknown flag --lrr; did you mean --lr: learning rate; not given: lr_base scaled by the global '
+     'batch size?'),
+    (['--learning_rate', '1'], 'unknown flag --learning-rate; did you mean --lr: learning rate; not given'),
+    (['--zzzzzz'], 'unknown flag --zzzzzz; see train --help'),
+    (['-q'], 'unknown flag -q; see train --help'),
     (['--amp'], 'mixed_precision'),
     (['--recovery-interval', '5'], '--checkpoint-steps'),
     (['my/images'], '--data-dir'),
@@ -265,13 +272,13 @@ def test_timms_factories_read_the_config():
 ])
 def test_bad_arguments_are_one_line(argv, words):
     with pytest.raises(UserError) as error:
-        parse_config(argv)
+        parse_config(argv, prog='train')
     assert words in str(error.value) and '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('text, words', [
-    ('learning_rate: 1', 'unknown key'),
-    ('batchsize: 8', "unknown key 'batchsize'; did you mean batch_size?"),
+    ('learning_rate: 1', "unknown key 'learning_rate'; did you mean lr: learning rate; not given"),
+    ('batchsize: 8', "unknown key 'batchsize'; did you mean batch_size: training images per process and step?"),
     ('lr: [1, 2]', 'lr: [1, 2] is not a finite number'),
     ('model_ema: 1', 'true or false'),
     ('epochs: true', 'whole number'),
@@ -283,8 +290,8 @@ def test_bad_arguments_are_one_line(argv, words):
     ('a: b: c', 'not valid YAML'),
     ('lr: 0.1\nlr: 0.2', "the key 'lr' is there twice"),
     ('model_kwargs: {head_width: 1, head_width: 2}', "the key 'head_width' is there twice"),
-    ('batchsize: 8\nepoch: 3\nzzzzzz: 1', "unknown key 'batchsize'; did you mean batch_size? unknown key 'epoch'; did "
-     "you mean epochs? unknown key 'zzzzzz'; see --help"),
+    ('batchsize: 8\nepoch: 3\nzzzzzz: 1', "unknown key 'batchsize'; did you mean batch_size: training images per "
+     "process and step? unknown key 'epoch'; did you mean epochs: number of epochs? unknown key 'zzzzzz'; see --help"),
     ('epochs: 1:30', "'1:30' is not a whole number"),
     ('lr: 1:30.5', "'1:30.5' is not a finite number"),
     ('a: ' + '[' * 3000 + ']' * 3000, 'nested too deeply'),
@@ -348,7 +355,7 @@ def test_a_file_that_is_no_text(tmp_path):
     (['--input-size', '3', '64', '64', '--img-size', '32'], '--img-size 32 and --input-size 3 64 64'),
     (['--val-split', 'test', '--val-split-fraction', '0.1'], '--val-split test and --val-split-fraction'),
     (['--pretrained-path', 'a.pth', '--initial-checkpoint', 'b.pth'], 'leave one out'),
-    (['--modle', 'x', '--batchsize', '3'], 'unknown flag --modle; did you mean --model?; unknown flag --batchsize'),
+    (['--modle', 'x', '--batchsize', '3'], '(default: resnet50)?; unknown flag --batchsize; did you mean --batch-size'),
 ])
 def test_values_that_would_fail_later(argv, words):
     with pytest.raises(UserError) as error:

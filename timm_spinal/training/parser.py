@@ -1,0 +1,233 @@
+"""A config from the command line and from YAML: ``--config FILE`` gives defaults, and flags win over it.
+
+`parse_config` builds an argparse parser from the fields of a config; flags and YAML keys go through the same
+converters. One that is unknown stops with the nearest known one and its help line; what timm's own trainer has beside
+the options here stands in `timm_keys.py`.
+"""
+import argparse
+import ast
+import dataclasses
+import difflib
+import sys
+import typing
+from pathlib import Path
+from typing import Any, Mapping, Sequence, TypeVar
+
+from timm_spinal.arguments import Parser, did_you_mean
+from timm_spinal.errors import UserError
+from timm_spinal.files import read_yaml
+
+from .config import LoopConfig, TrainConfig
+from .option_checks import check_options
+from .options import Options, convert, kind_of, to_flag, typed_fields
+from .timm_keys import ANY, NOT_OURS, NOT_OURS_IN_VALIDATION, RENAMED, from_timm
+
+ConfigT = TypeVar('ConfigT', bound=Options)
+
+
+def parse_config(
+        argv: Sequence[str] | None = None,
+        cls: type[ConfigT] = TrainConfig,  # type: ignore[assignment]
+        prog: str | None = None,
+        doc: str | None = None,
+        positional: str = '',
+) -> ConfigT:
+    """Read a config from command line arguments.
+
+    Args:
+        argv: Arguments without the program's name; ``sys.argv[1:]`` when None.
+        cls: Class of the config; it names the command whose options are flags.
+        prog: Name of the program in the help text.
+        doc: What the help text says before the options.
+        positional: Name of an option that is given without a flag, and must be.
+
+    Raises:
+        UserError: Unknown flag or key, value of the wrong type or out of its bounds, unreadable YAML, options that
+            contradict each other.
+    """
+    values = vars(_build_parser(cls, prog, doc, positional).parse_args(
+        [_dashes(arg) for arg in (sys.argv[1:] if argv is None else argv)]))
+    path = values.pop('config', '')
+    config = cls(**{**(load_yaml(path, cls) if path else {}), **values})
+    check_options(config, given=values)
+    return config
+
+
+def find_config(name: str | Path) -> Path:
+    """The file that ``--config`` means: a path, or the name of a config of ours, such as ``finetune``."""
+    if Path(name).is_file() or Path(name).is_absolute():
+        return Path(name)
+    return next((path for path in _configs() if path == _configs_folder() / f'{name}.yaml'), Path(name))
+
+
+def _configs_folder() -> Path:
+    package = Path(__file__).parents[1]
+    inside = package / 'configs'
+    return inside if inside.is_dir() else package.with_name('configs')  # beside it in a checkout
+
+
+def _configs() -> list[Path]:
+    return sorted(_configs_folder().glob('*.yaml'))
+
+
+def load_yaml(path: str | Path, cls: type[Options] = TrainConfig) -> dict[str, Any]:
+    """Read and check a YAML file of options, as `find_config` finds it; returns the values that it sets.
+
+    Raises:
+        UserError: No such file, not a mapping, unknown key, value of the wrong type or out of its bounds.
+    """
+    near = difflib.get_close_matches(Path(path).stem, [config.stem for config in _configs()], n=1) or ['finetune']
+    raw = read_yaml(path, 'config', 'give an existing YAML file to --config, or the name of a config of ours, such as '
+                    f'{near[0]}', find_config(path))
+    fields, values, unknown = typed_fields(cls), {}, []
+    for key, value in from_timm(raw, str(path)).items():
+        if key in fields:
+            try:
+                values[key] = convert(value, fields[key])
+            except ValueError as e:
+                raise UserError(f'config {path}: {key}: {e}') from e
+        elif key in NOT_OURS:
+            allowed, advice = NOT_OURS[key]
+            if allowed is not ANY and value not in allowed:
+                raise UserError(f"config {path}: {key}: {value!r} is timm's and not available here; {advice}")
+        elif issubclass(cls, LoopConfig) or key not in typed_fields(TrainConfig):
+            unknown.append(key)
+    if unknown:
+        lines = {name: field.metadata['help'] for name, field in fields.items()}
+        raise UserError(f'config {path}: {unknown_keys(unknown, lines)}')
+    return values
+
+
+def unknown_keys(unknown: Sequence[Any], known: Mapping[str, str], other: str = 'see --help for all of them') -> str:
+    """One message about all unknown keys of a file: each with the nearest known one, or with ``other``.
+
+    Args:
+        unknown: The keys.
+        known: Known keys, each with its help line, or with '' where it has none.
+        other: What to say where none is near.
+    """
+    return ' '.join(f'unknown key {key!r}; {did_you_mean(str(key), known, other)}' for key in unknown)
+
+
+# ---- fields to parser -------------------------------------------------------------------------------------------
+
+
+class _ConfigParser(Parser):
+    """The parser of a config: unknown flags that are timm's, or another command's, are told so."""
+
+    def __init__(self, cls: type[Options], prog: str | None, doc: str | None):
+        # SUPPRESS: only what was given on the command line comes out, so that it can win over the YAML
+        super().__init__(prog=prog, doc=doc, argument_default=argparse.SUPPRESS)
+        self.cls = cls
+
+    def unknown_flag(self, flag: str) -> str:
+        key, command = flag.lstrip('-').replace('-', '_'), self.cls.command
+        field = {**typed_fields(TrainConfig), **typed_fields(self.cls)}.get(key)
+        if field is not None and command not in field.metadata['applies_to']:
+            reason = field.metadata['not_frozen'] if command == 'frozen' else ''
+            owner = 'image classification' if command == 'detection' else 'training'
+            return f'{flag}: has no effect here ({reason or f"it belongs to {owner}"}); leave it out'
+        if not issubclass(self.cls, LoopConfig) and key in NOT_OURS_IN_VALIDATION:
+            return f"flag {flag} is timm's and not available here; {NOT_OURS_IN_VALIDATION[key]}"
+        if key in RENAMED:
+            return f'unknown flag {flag}; use {to_flag(RENAMED[key])}'
+        if key in NOT_OURS:
+            return f"flag {flag} is timm's and not available here; {NOT_OURS[key][1]}"
+        return super().unknown_flag(flag)
+
+    def unexpected(self, arg: str) -> str:
+        if arg.startswith('-'):
+            return self.unknown_flag(arg)
+        return f'unexpected argument {arg!r}; options are flags, data goes to --data-dir'
+
+
+def _build_parser(cls: type[Options], prog: str | None, doc: str | None, positional: str) -> Parser:
+    parser = _ConfigParser(cls, prog, doc)
+    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options, or the name of a config '
+                        'of ours: finetune is the one for your own images; flags win over it')
+    fields = typed_fields(cls)
+    left = {name for name in fields if cls.command in fields[name].metadata['applies_to']} - {positional}
+    if positional:
+        parser.add_argument(positional, action=_Converted, field=fields[positional],
+                            help=fields[positional].metadata['help'])
+    # a field that a subclass gives another default stays in its group
+    for owner in reversed(cls.__mro__):
+        names = [n for n in owner.__dict__.get('__annotations__', {}) if n in left]
+        left -= set(names)
+        if names:
+            group = parser.add_argument_group((owner.__doc__ or owner.__name__).splitlines()[0])
+            for name in names:
+                _add_flag(group, fields[name])
+    return parser
+
+
+def _add_flag(group: Any, field: dataclasses.Field) -> None:
+    kind, optional = kind_of(field.type)
+    flag, meta = to_flag(field.name), field.metadata
+    default = field.default_factory() if field.default is dataclasses.MISSING else field.default  # type: ignore
+    text = meta['help'].replace('%', '%%')
+    if kind is bool:
+        group.add_argument(flag, *meta['flags'], dest=field.name, action='store_true',
+                           help=f'{text} (default: {str(default).lower()})')
+        negation = '--' + flag[5:] if flag.startswith('--no-') else '--no-' + flag[2:]
+        group.add_argument(negation, dest=field.name, action='store_false', help=argparse.SUPPRESS)
+        return
+    origin = typing.get_origin(kind)
+    kwargs: dict[str, Any] = dict(dest=field.name, metavar=_metavar(kind, meta))
+    if origin is dict:
+        kwargs.update(nargs='*', action=_KeyValues, field=field)
+    elif origin is list:
+        kwargs.update(nargs=meta['nargs'] or '+', action=_Converted, field=field)
+    elif meta['const'] is not None:
+        kwargs.update(nargs='?', const=meta['const'], action=_Converted, field=field)
+    else:
+        kwargs.update(action=_Converted, field=field)
+    shown = '' if default in (None, '', [], {}) else f' (default: {default})'
+    group.add_argument(flag, *meta['flags'], help=text + shown, **kwargs)
+
+
+def _metavar(kind: Any, meta: Any) -> str:
+    if meta['choices']:
+        return '|'.join(str(c) or "''" for c in meta['choices'])
+    if typing.get_origin(kind) is dict:
+        return 'K=V'
+    item = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
+    return {int: 'N', float: 'X', str: 'TEXT'}[item]
+
+
+class _Converted(argparse.Action):
+    """Store a value after the same checks that a YAML value gets."""
+
+    def __init__(self, field: dataclasses.Field, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.field = field
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            setattr(namespace, self.dest, convert(values, self.field))
+        except ValueError as e:
+            raise UserError(f'{option_string}: {e}') from e
+
+
+class _KeyValues(_Converted):
+    """``key=value`` pairs; values are Python literals where they can be, else strings (as timm's ParseKwargs)."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        pairs = {}
+        for item in values:
+            key, sep, text = item.partition('=')
+            if not sep:
+                raise UserError(f'{option_string}: {item!r} is not of the form key=value; write {item}=VALUE')
+            try:
+                pairs[key] = ast.literal_eval(text)
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                pairs[key] = {'true': True, 'false': False, 'none': None}.get(text.lower(), text)
+        super().__call__(parser, namespace, pairs, option_string)
+
+
+def _dashes(arg: str) -> str:
+    """``--batch_size=8`` as ``--batch-size=8``; values stay as they are."""
+    if not arg.startswith('--'):
+        return arg
+    name, sep, value = arg.partition('=')
+    return name.replace('_', '-') + sep + value
