@@ -20,10 +20,10 @@ from tqdm import tqdm
 from timm_spinal.errors import UserError
 from timm_spinal.evaluation.evaluate import evaluate
 
-from .config import TrainConfig
+from .config import BESIDE, WLD, DistillOptions, TrainConfig
 from .data import TrainData
 from .dataset import ImageData, Split
-from .distill_options import BESIDE, DistillOptions
+from .options import option_names, to_flag
 from .shards import (
     SHARD_SIZE,
     Wording,
@@ -45,8 +45,6 @@ from .wld import WLDTask, check_options
 _WORDS = Wording(
     'teacher logits', 'remove the folder, or choose another --kd-cache', 'remove it and run again',
     'choose another --kd-cache, or leave it out')
-_NEED_TEACHER = ('kd_check', 'kd_cache')
-_OF_WLD = ('kd_fade', 'kd_fade_end', 'kd_right_only', 'kd_two_stage', 'kd_renormalize', 'kd_cache')
 
 
 def check_distillation(config: TrainConfig) -> None:
@@ -57,7 +55,8 @@ def check_distillation(config: TrainConfig) -> None:
     """
     kind = config.kd_distill_type
     if not config.kd_model_name:
-        asked = [_flag(name) for name in _NEED_TEACHER if getattr(config, name) is not None]
+        asked = [to_flag(name) for name in option_names(DistillOptions, requires='kd_model_name')
+                 if getattr(config, name) is not None]
         if kind == 'wld' or asked:
             raise UserError(f'{(asked or ["--kd-distill-type wld"])[0]}: there is no teacher; give one with '
                             '--kd-model-name')
@@ -74,9 +73,9 @@ def check_distillation(config: TrainConfig) -> None:
             check_cache(config)
         return
     default = {f.name: f.default for f in fields(DistillOptions)}
-    for name in _OF_WLD:
+    for name in option_names(DistillOptions, requires=WLD):
         if getattr(config, name) != default[name]:
-            raise UserError(f'{_flag(name)}: has no effect on --kd-distill-type {kind}; use wld, or leave it out')
+            raise UserError(f'{to_flag(name)}: has no effect on --kd-distill-type {kind}; use wld, or leave it out')
     if config.kd_loss_type == 'mse':
         raise UserError(f'--kd-loss-type mse: is one of wld; use --kd-distill-type wld, or kl for {kind}')
     if kind == 'feature' and config.kd_check is not None:
@@ -149,10 +148,6 @@ def _check_accuracy(
         raise UserError(f'teacher {config.kd_model_name}: top-1 {top1:.2f} % on the validation data is {limit}; check '
                         'its classes and input, or choose another teacher')
     return top1
-
-
-def _flag(name: str) -> str:
-    return '--' + name.replace('_', '-')
 
 
 # ---- logits on the disk ---------------------------------------------------------------------------------------------
