@@ -10,7 +10,7 @@ from timm.models import safe_model_name
 from torch.utils.data import DataLoader
 
 from timm_spinal.training.distributed import used_precision
-from timm_spinal.training.results import counts, origin
+from timm_spinal.training.results import common_result, environment
 from timm_spinal.training.run import Problem, Run
 from timm_spinal.training.task import Task
 from timm_spinal.training.train import train
@@ -140,10 +140,10 @@ class Detection(Problem[DetectionConfig]):
         return dict(
             model=self.config.model,
             backbone=self.config.backbone,
-            **counts(run),
+            **common_result(run),
             dataset=self.config.data_dir,
             annotations={name: asdict(split.counts) for name, split in self.splits.items()},
-            **origin(run),
+            **environment(run),
         )
 
     def how_to_load(self, run: Run[DetectionConfig]) -> str:

@@ -144,16 +144,16 @@ def _write_manifest(temp: Path) -> None:
 
 
 def _put_in_place(temp: Path, final: Path) -> None:
-    """Rename; a checkpoint of the same step steps aside first and stays findable until the new one is there."""
-    aside = final.with_name(final.name + '.old')
+    """Rename. A checkpoint of the same step gets another name first, so that one of them is found at any time."""
+    old = final.with_name(final.name + '.old')
     if final.exists():
-        if aside.exists():
-            shutil.rmtree(aside)
-        os.rename(final, aside)
+        if old.exists():
+            shutil.rmtree(old)
+        os.rename(final, old)
     os.rename(temp, final)
     fsync(final.parent)
-    if aside.exists():
-        shutil.rmtree(aside)
+    if old.exists():
+        shutil.rmtree(old)
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------

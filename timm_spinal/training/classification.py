@@ -32,7 +32,7 @@ from .model import (
 )
 from .optim import apply_freeze, head_first
 from .report import how_to_load
-from .results import counts, export_model, origin
+from .results import common_result, environment, export_model
 from .run import Problem, Run
 from .splits import create_datasets, describe_splits
 from .task import Task, build_penalties, build_task
@@ -162,11 +162,11 @@ class Classification(Problem[TrainConfig]):
         whole = run.accelerator.distributed_type not in SHARDED
         return dict(
             model=config.model,
-            **counts(run),
+            **common_result(run),
             **teacher,
             sign_flips=binary_weight_flips(self.first_signs, unwrap_model(run.task.evaluated())) if whole else None,
             dataset=config.dataset or config.data_dir,
-            **origin(run),
+            **environment(run),
         )
 
     def how_to_load(self, run: Run[TrainConfig]) -> str:

@@ -112,7 +112,7 @@ def write_result(run: 'Run') -> dict[str, Any]:
     return result
 
 
-def counts(run: 'Run') -> dict[str, Any]:
+def common_result(run: 'Run') -> dict[str, Any]:
     """What ``result.json`` says of any run: its best epoch, and what it counted. Every process calls it."""
     progress, best = run.progress, run.progress.best
     module: Any = unwrap_model(run.task.evaluated())
@@ -139,8 +139,8 @@ def counts(run: 'Run') -> dict[str, Any]:
     )
 
 
-def origin(run: 'Run') -> dict[str, Any]:
-    """What any result depends on."""
+def environment(run: 'Run') -> dict[str, Any]:
+    """What any result depends on beside config and data."""
     return dict(
         seed=run.config.seed,
         processes=run.accelerator.num_processes,
