@@ -20,12 +20,10 @@ from tqdm import tqdm
 from timm_spinal.errors import UserError
 from timm_spinal.evaluation.evaluate import evaluate
 
-from .checkpoint import read_state
 from .config import BESIDE, WLD, DistillOptions, TrainConfig
 from .data import TrainData
 from .dataset import ImageData, Split
 from .options import option_names, to_flag
-from .progress import batches_done
 from .shards import (
     SHARD_SIZE,
     Wording,
@@ -91,7 +89,7 @@ def prepare_teacher(
         data: TrainData,
         eval_loader: DataLoader,
         folder: Path,
-        checkpoint: Path | None,
+        resuming: bool,
 ) -> float | None:
     """Give WLD its teacher, or its teacher's logits from the disk; measure a teacher where --kd-check says so.
 
@@ -100,11 +98,11 @@ def prepare_teacher(
     Args:
         config: The run's config.
         accelerator: Of the run.
-        task: Prepared, and told the length of the run by `Task.set_length`.
+        task: Prepared, and told by `Task.set_length` and `Task.start_epoch` how long the run is and where it stands.
         data: Of the run; the training data set gets the logits.
         eval_loader: Of the validation data, prepared.
         folder: Of the run.
-        checkpoint: From which the run goes on, or None.
+        resuming: The run goes on from a checkpoint.
 
     Returns:
         Top-1 of the teacher in percent where it was measured, else None.
@@ -116,12 +114,6 @@ def prepare_teacher(
         return None
     teacher: Any = getattr(task, 'teacher', None)
     if isinstance(task, WLDTask):
-        if checkpoint is not None:
-            state = read_state(checkpoint)
-            progress = state['progress']
-            batch = batches_done(
-                progress['batch'], state['processes'], accelerator.num_processes, task.grad_accum_steps)
-            task.start_epoch(progress['epoch'], batch, task.batches_per_epoch)
         if not task.distill_weight:
             return None
         with accelerator.main_process_first():
@@ -132,7 +124,7 @@ def prepare_teacher(
         if config.kd_cache is None:
             task.teacher = teacher
     top1 = None
-    if config.kd_check is not None and checkpoint is None:
+    if config.kd_check is not None and not resuming:
         top1 = _check_accuracy(config, accelerator, teacher, eval_loader, data.num_classes)
     if config.kd_cache is not None:
         dataset: Any = data.train_loader.dataset

@@ -15,6 +15,7 @@ from timm_spinal.evaluation.metrics import accuracies, choosing_metric
 from timm_spinal.evaluation.predictions import Predictions
 
 from .agree import agree
+from .checkpoint import read_state
 from .config import TrainConfig
 from .data import TrainData, create_data
 from .distill import check_distillation, prepare_teacher
@@ -23,6 +24,7 @@ from .loop import Run
 from .model import check_batch_of_one, check_model_name, count_statistics_once, create_model
 from .outcome import export_best, finish, write_reports
 from .plan import fit_momentum, updates_per_epoch
+from .progress import batches_done
 from .signs import signs_of
 from .splits import Datasets, create_datasets, describe_splits
 from .start import (
@@ -137,9 +139,14 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
         updates = updates_per_epoch(run) * run.epochs
         for line in fit_momentum(model, updates, config.model_kwargs, kept_in_eval):
             accelerator.print(line)
-    task.set_length(run.epochs, len(run.train_loader), accelerator.gradient_accumulation_steps)
+    accum = accelerator.gradient_accumulation_steps
+    task.set_length(run.epochs, len(run.train_loader), accum)
+    if checkpoint is not None:
+        state = read_state(checkpoint)
+        batch = batches_done(state['progress']['batch'], state['processes'], accelerator.num_processes, accum)
+        task.start_epoch(state['progress']['epoch'], batch, len(run.train_loader))
     run.progress.teacher_top1 = prepare_teacher(
-        config, accelerator, task, data, run.eval_loader, folder, checkpoint)
+        config, accelerator, task, data, run.eval_loader, folder, resuming=checkpoint is not None)
     begin(run, checkpoint)
     return run
 
