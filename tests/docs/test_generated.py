@@ -45,7 +45,7 @@ def change(path, old, new):
 
 def test_documents_are_those_that_the_files_give(copy):
     made = generate(copy)
-    assert {'results.md', 'benchmarks.md', 'finetune.yaml'} <= {path.name for path in made}
+    assert {'results.md', 'benchmarks.md', 'finetune.yaml', 'quickstart.yaml'} <= {path.name for path in made}
     for path, text in made.items():
         assert (ROOT / path.relative_to(copy)).read_text(encoding='utf-8') == text, f'{path.name}: python -m tests.docs'
 
