@@ -18,6 +18,19 @@ os.environ['HF_HOME'] = os.environ['HF_HUB_CACHE'] = os.path.join(tempfile.gette
 os.environ['HF_HUB_DISABLE_PROGRESS_BARS'] = '1'
 
 
+def forget_accelerate() -> None:
+    """Let this process choose its precision anew; Accelerate keeps that of the first `Accelerator`."""
+    if state := sys.modules.get('accelerate.state'):
+        state.AcceleratorState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """A test begins as a process does."""
+    yield
+    forget_accelerate()
+
+
 @pytest.fixture
 def launch():
     """``launch(processes, *arguments)``: `accelerate launch` on the CPU; returns the completed process."""

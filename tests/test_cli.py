@@ -8,8 +8,7 @@ import timm
 
 import timm_spinal
 from timm_spinal.cli import VERBS, guard, main
-from timm_spinal.errors import UserError
-from timm_spinal.training.signals import StopRequested
+from timm_spinal.errors import StopRequested, UserError
 
 
 def test_every_verb_has_a_function():

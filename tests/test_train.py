@@ -11,7 +11,7 @@ import timm
 from timm_spinal.cli import main
 from timm_spinal.training.checkpoint import damage, find_checkpoints
 from timm_spinal.training.config import to_yaml
-from timm_spinal.training.run import train
+from timm_spinal.training.train import train
 
 from .conftest import launch_command, launch_env
 from .training.runs import RANDOM, assert_same_state, command, resumed, small_config

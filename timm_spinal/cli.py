@@ -18,7 +18,7 @@ import sys
 from typing import Callable, NamedTuple, Sequence
 
 from timm_spinal.arguments import Parser
-from timm_spinal.errors import UserError
+from timm_spinal.errors import StopRequested, UserError
 from timm_spinal.version import __version__
 
 
@@ -93,7 +93,6 @@ def guard(function: Callable[[list[str]], int], argv: list[str]) -> int:
 
     Under several processes an error that all of them meet is printed by the main one only.
     """
-    from timm_spinal.training.signals import StopRequested
     first = os.environ.get('RANK', '0') == '0'
     logger = logging.getLogger('timm_spinal')
     level = logger.level

@@ -1,6 +1,7 @@
-"""The one error that the command line shows without a traceback, and what is put into it."""
+"""What the command line shows in one line, without a traceback."""
 import contextlib
 import re
+import signal
 from typing import Callable, Iterator
 
 
@@ -9,6 +10,18 @@ class UserError(ValueError):
 
     The command line prints it as ``error: ...`` and exits with code 2.
     """
+
+
+class StopRequested(Exception):
+    """A run ended on a signal, after its checkpoint was written.
+
+    Args:
+        signum: The signal; the process should exit with 128 + signum.
+    """
+
+    def __init__(self, signum: int):
+        super().__init__(f'stopped by {signal.Signals(signum).name}')
+        self.signum = signum
 
 
 @contextlib.contextmanager

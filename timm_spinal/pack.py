@@ -67,8 +67,8 @@ def compare(model: nn.Module, packed: nn.Module) -> tuple[int, float, bool]:
 
 def _load(name: str) -> Any:
     from timm_spinal.training.config import ValidateConfig
-    from timm_spinal.training.export import CONFIG, WEIGHTS
     from timm_spinal.training.model import create_model
+    from timm_spinal.training.results import CONFIG, WEIGHTS
     folder = Path(name)
     if folder.is_dir():
         missing = [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]
@@ -91,7 +91,7 @@ def _pack(model: nn.Module, name: str) -> Any:
 
 
 def _write(folder: Path, model: Any) -> None:
-    from timm_spinal.training.export import export_model
+    from timm_spinal.training.results import export_model
     try:
         folder.mkdir(parents=True)
     except OSError as e:

@@ -20,13 +20,15 @@ def run(argv: list[str]) -> int:
     from timm_spinal.hub.options import TrainAndPushConfig, split_config
     from timm_spinal.training.parser import parse_config
     config, hub = split_config(parse_config(argv, TrainAndPushConfig, 'timm-spinal train', __doc__))
-    from timm_spinal.training.run import train
+    from timm_spinal.training.train import open_run, train, train_epochs, write_result
     if not hub.push_to_hub:
         train(config)
         return 0
     from timm_spinal.hub.push import Pusher
     pusher = Pusher(config, hub)
-    train(config, pusher.after_epoch, pusher.after_run)
+    with open_run(config) as run:
+        train_epochs(run, pusher.after_epoch)
+        pusher.after_training(run, write_result(run))
     return 0
 
 

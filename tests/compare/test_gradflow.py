@@ -10,7 +10,7 @@ from timm_spinal.compare import gradflow as module
 from timm_spinal.compare.gradflow import GradflowConfig, GradientWatch, gradflow
 from timm_spinal.compare.gradflow_report import Row, read_rows, report, smooth
 from timm_spinal.errors import UserError
-from timm_spinal.training.run import train
+from timm_spinal.training.train import train
 
 from ..training.runs import assert_same_state, at_update, small_config
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from timm_spinal.detection.annotations import Annotated
-from timm_spinal.detection.coco_metrics import Found, average_precision, check_installed
+from timm_spinal.detection.coco_metrics import Detections, average_precision, check_installed
 from timm_spinal.errors import UserError
 
 
@@ -18,7 +18,7 @@ def image(boxes, labels, crowd=None):
 
 
 def found(boxes, labels, scores):
-    return Found(np.array(boxes, dtype=np.float32).reshape(-1, 4), np.array(labels), np.array(scores))
+    return Detections(np.array(boxes, dtype=np.float32).reshape(-1, 4), np.array(labels), np.array(scores))
 
 
 SMALL, MEDIUM, LARGE = [10, 10, 30, 30], [50, 50, 100, 100], [60, 60, 160, 160]

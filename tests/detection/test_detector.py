@@ -10,7 +10,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from timm_spinal.detection import create_detector, load_detector
 from timm_spinal.detection.saved import save_detector
 from timm_spinal.errors import UserError
-from timm_spinal.training.export import export_model
+from timm_spinal.training.results import export_model
 
 SMALL = dict(num_classes=4, min_size=64, max_size=96, fpn_channels=16)
 

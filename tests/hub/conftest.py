@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from timm_spinal.cli import main
 from timm_spinal.training.config import TrainConfig
-from timm_spinal.training.run import train
+from timm_spinal.training.train import train
 
 from ..conftest import THE_HUB
 from .store import Blob, Repo

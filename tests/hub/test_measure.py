@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from timm_spinal.cli import main
 from timm_spinal.hub.measure import tolerance
 from timm_spinal.training.config import ValidateConfig
-from timm_spinal.training.run import train
+from timm_spinal.training.train import train
 from timm_spinal.training.validation import validate
 
 from ..training.images import make_folder

@@ -27,7 +27,7 @@ from timm_spinal.hub.scores import stated_accuracy
 from timm_spinal.hub.source import open_run
 from timm_spinal.models._packaged import FOLDER, packaged_names, read_info
 from timm_spinal.training.config import TrainConfig
-from timm_spinal.training.run import train
+from timm_spinal.training.train import train
 from timm_spinal.training.validation import validate
 from timm_spinal.version import ADDRESS
 

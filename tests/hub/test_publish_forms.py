@@ -17,7 +17,7 @@ from timm_spinal.errors import UserError
 from timm_spinal.hub.beside import result_rows
 from timm_spinal.hub.package import FILES
 from timm_spinal.hub.source import open_run
-from timm_spinal.training.run import train
+from timm_spinal.training.train import train
 
 from ..training.images import make_mnist
 from .conftest import REPO, digits_config, files, new_cache, send

@@ -21,7 +21,7 @@ from timm_spinal.hub.options import PublishOptions
 from timm_spinal.hub.package import built
 from timm_spinal.hub.source import open_model, open_run
 from timm_spinal.models._packaged import packaged_names
-from timm_spinal.training.export import export_model
+from timm_spinal.training.results import export_model
 
 from .conftest import REPO, files, send
 

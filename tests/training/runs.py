@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from timm_spinal.training import task as task_module
 from timm_spinal.training.checkpoint import find_checkpoints
 from timm_spinal.training.config import TrainConfig
-from timm_spinal.training.run import train
+from timm_spinal.training.train import train
 
 from .images import make_folder
 

@@ -26,7 +26,7 @@ from timm_spinal.training.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from timm_spinal.training.run import train
+from timm_spinal.training.train import train
 
 from .runs import RANDOM, assert_same_state, command, resumed, small_config, snapshot, train_until
 

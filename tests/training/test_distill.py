@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from timm_spinal.errors import UserError
 from timm_spinal.training import distill
 from timm_spinal.training.distill import check_distillation
-from timm_spinal.training.loop import fit, trainable
 from timm_spinal.training.parser import parse_config
-from timm_spinal.training.run import create_accelerator, prepare, train
+from timm_spinal.training.train import open_run, train, train_epochs
 
 from .runs import RANDOM, assert_same_state, command, last_state, resumed, small_config, train_until
 
@@ -158,25 +157,25 @@ def test_a_poor_teacher_is_refused(wld, tmp_path, kind, monkeypatch):
 
 def test_teacher_sees_the_mixed_images_and_is_given_up(wld):
     config = replace(wld, mixup=1., cutmix=1., kd_fade_end=0.4)
-    run = prepare(config, create_accelerator(config))
-    seen, given, mixed = [], [], []
-    run.task.teacher.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
-    trainable(run.task).register_forward_pre_hook(
-        lambda module, args: given.append(args[0].clone()) if module.training else None)
-    mix = run.data.mixup
+    with open_run(config) as run:
+        seen, given, mixed = [], [], []
+        run.task.teacher.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+        run.task.trained.register_forward_pre_hook(
+            lambda module, args: given.append(args[0].clone()) if module.training else None)
+        mix = run.data.mixup
 
-    def recorded(images, target):
-        images, soft = mix(images.clone(), target)
-        mixed.append(images.clone())
-        return images, soft
+        def recorded(images, target):
+            images, soft = mix(images.clone(), target)
+            mixed.append(images.clone())
+            return images, soft
 
-    run.data.mixup = recorded
-    alive = weakref.ref(run.task.teacher.model)
-    fit(run)
-    assert len(seen) == 6 and len(given) == len(mixed) == 15  # lambda is 0 from t = 0.4 * 15 on
-    assert all(torch.equal(t, s) and torch.equal(s, m) for t, s, m in zip(seen, given, mixed))
-    gc.collect()
-    assert run.task.teacher is None and alive() is None
+        run.data.mixup = recorded
+        alive = weakref.ref(run.task.teacher.model)
+        train_epochs(run)
+        assert len(seen) == 6 and len(given) == len(mixed) == 15  # lambda is 0 from t = 0.4 * 15 on
+        assert all(torch.equal(t, s) and torch.equal(s, m) for t, s, m in zip(seen, given, mixed))
+        gc.collect()
+        assert run.task.teacher is None and alive() is None
 
 
 def test_half_precision(wld):

@@ -5,15 +5,14 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from timm_spinal.errors import UserError
 from timm_spinal.training import distill
 from timm_spinal.training.distill import TeacherLogits
-from timm_spinal.training.run import prepare, train
 from timm_spinal.training.splits import create_datasets
 from timm_spinal.training.teacher import Teacher
+from timm_spinal.training.train import open_run, train
 
 from .runs import assert_same_state, command, last_state, resumed, small_config, train_until
 
@@ -39,16 +38,16 @@ def shards(tmp_path):
 
 
 def test_logits_are_those_of_the_teacher(config, tmp_path, capsys):
-    run = prepare(config, Accelerator())
-    assert 'teacher logits: 22 images' in capsys.readouterr().out and len(shards(tmp_path)) == 3
-    assert run.task.teacher is None
     model = timm.create_model(f'local-dir:{tmp_path / "teacher"}', pretrained=True).eval()
-    run.data.set_epoch(0)
-    seen = 0
-    for images, _, logits in run.train_loader:
-        teacher = Teacher(model, [0.5] * 3, [0.5] * 3, run.data.data_config['mean'], run.data.data_config['std'])
-        torch.testing.assert_close(logits, teacher(images), atol=1e-5, rtol=1e-5)
-        seen += len(images)
+    with open_run(config) as run:
+        assert 'teacher logits: 22 images' in capsys.readouterr().out and len(shards(tmp_path)) == 3
+        assert run.task.teacher is None
+        run.data.set_epoch(0)
+        seen = 0
+        for images, _, logits in run.train_loader:
+            teacher = Teacher(model, [0.5] * 3, [0.5] * 3, run.data.data_config['mean'], run.data.data_config['std'])
+            torch.testing.assert_close(logits, teacher(images), atol=1e-5, rtol=1e-5)
+            seen += len(images)
     assert seen == 20
 
 
@@ -85,7 +84,8 @@ def test_seeds_that_cut_other_images_share_the_cache(config, tmp_path):
     train(cut)
     before = [p.stat().st_mtime_ns for p in shards(tmp_path)]
     other = replace(cut, seed=8, experiment='other')
-    rows = prepare(replace(other, experiment='look'), Accelerator()).train_loader.dataset.rows
+    with open_run(replace(other, experiment='look')) as run:
+        rows = run.train_loader.dataset.rows
     train(other)
     assert [p.stat().st_mtime_ns for p in shards(tmp_path)] == before
     both = [create_datasets(c).train.indices.tolist() for c in (cut, other)]
@@ -153,10 +153,10 @@ def test_unreadable_images(config, tmp_path):
     (tmp_path / 'images' / 'train' / 'bee' / '2.png').write_bytes(b'nothing')
     with pytest.raises(UserError, match='2.png cannot be read'):
         train(config)
-    run = prepare(replace(config, skip_unreadable=True), Accelerator())
-    run.data.set_epoch(0)
-    rows, dataset = run.train_loader.dataset.rows, run.train_loader.dataset
-    (_, _, logits), = dataset.__getitems__([(13, None)])
+    with open_run(replace(config, skip_unreadable=True)) as run:
+        run.data.set_epoch(0)
+        rows, dataset = run.train_loader.dataset.rows, run.train_loader.dataset
+        (_, _, logits), = dataset.__getitems__([(13, None)])
     assert dataset.split.describe(13).endswith('bee/2.png')
     assert torch.equal(logits, rows[14]) and not torch.equal(rows[13], rows[14])  # of the image that took its place
 
@@ -169,10 +169,11 @@ def test_two_processes_make_and_share_it(config, tmp_path, launch):
     model = timm.create_model(f'local-dir:{tmp_path / "teacher"}', pretrained=True).eval()
     assert stored.shape == (22, 2) and len(shards(tmp_path)) == 1
     datasets = create_datasets(one)
-    run = prepare(replace(one, kd_cache=None, experiment='look'), Accelerator())
-    run.train_loader.dataset.rows = None
-    images = torch.stack([run.train_loader.dataset[i, None][0] for i in range(len(datasets.train))])
-    teacher = Teacher(model, [0.5] * 3, [0.5] * 3, run.data.data_config['mean'], run.data.data_config['std'])
+    with open_run(replace(one, kd_cache=None, experiment='look')) as run:
+        dataset, data_config = run.train_loader.dataset, run.data.data_config
+    dataset.rows = None
+    images = torch.stack([dataset[i, None][0] for i in range(len(datasets.train))])
+    teacher = Teacher(model, [0.5] * 3, [0.5] * 3, data_config['mean'], data_config['std'])
     torch.testing.assert_close(stored, teacher(images), atol=1e-5, rtol=1e-5)
 
 

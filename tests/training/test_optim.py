@@ -9,8 +9,8 @@ from timm.task import ClassificationTask
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig
-from timm_spinal.training.freeze import apply_freeze
 from timm_spinal.training.optim import (
+    apply_freeze,
     clip_gradients,
     create_optimizer,
     create_scheduler,

@@ -10,10 +10,10 @@ from safetensors import safe_open
 
 import timm_spinal
 from timm_spinal.training import report
-from timm_spinal.training.export import export_model
 from timm_spinal.training.parser import parse_config
 from timm_spinal.training.report import epoch_line, epochs_done, final_lines, write_curves, write_table
-from timm_spinal.training.run import train
+from timm_spinal.training.results import export_model
+from timm_spinal.training.train import train
 
 from .runs import resumed, small_config
 

@@ -9,7 +9,7 @@ from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig
 from timm_spinal.training.options import option_names
 from timm_spinal.training.resume_checks import changed_settings
-from timm_spinal.training.run import train
+from timm_spinal.training.train import train
 
 from .runs import assert_same_state, resumed, small_config
 

@@ -9,8 +9,8 @@ from timm_spinal.errors import UserError
 from timm_spinal.models._shared_model import SharedBasisModel
 from timm_spinal.training.config import TrainConfig
 from timm_spinal.training.parser import parse_config
-from timm_spinal.training.run import train
 from timm_spinal.training.task import build_penalties
+from timm_spinal.training.train import train
 
 from .runs import small_config
 

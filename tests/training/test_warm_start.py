@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 import timm_spinal
 from timm_spinal.errors import UserError
 from timm_spinal.training.parser import parse_config
-from timm_spinal.training.run import create_accelerator, prepare, train
+from timm_spinal.training.train import open_run, train
 
 from .runs import assert_same_state, command, resumed, small_config
 
@@ -26,8 +26,8 @@ def config(tmp_path):
 
 
 def test_the_run_starts_from_it(config, tmp_path, capsys):
-    run = prepare(config, create_accelerator(config))
-    model = run.task.trainable_module
+    with open_run(config) as run:
+        model = run.task.trainable_module
     assert 'warm start: 18 collisions, active at ' in capsys.readouterr().out
     plain = load_file(tmp_path / 'plain.safetensors')
     state = model.state_dict()

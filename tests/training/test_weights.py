@@ -14,7 +14,7 @@ from timm_spinal.compare.options import FrozenConfig
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import ValidateConfig
 from timm_spinal.training.model import create_model
-from timm_spinal.training.run import train
+from timm_spinal.training.train import train
 from timm_spinal.training.validation import validate
 
 from .images import make_folder

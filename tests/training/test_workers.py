@@ -15,12 +15,12 @@ from torch.utils.data import get_worker_info
 from timm_spinal.cli import guard
 from timm_spinal.compare.cli import main as compare
 from timm_spinal.detection import data as detection_data
-from timm_spinal.detection.run import train_detector
+from timm_spinal.detection.problem import train_detector
 from timm_spinal.training.dataset import Split
-from timm_spinal.training.run import train
+from timm_spinal.training.train import train
 from timm_spinal.validate import run as validate
 
-from ..detection.test_run import small_config as detection_config
+from ..detection.test_problem import small_config as detection_config
 from .images import make_folder
 from .runs import small_config
 

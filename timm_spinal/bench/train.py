@@ -4,7 +4,7 @@
     timm-spinal bench train --model convnext_atto --img-size 96 --batch-size 32
 
 timm's side is what its ``train.py`` does on one device: `create_loader` with its defaults (prefetcher on), the task's
-forward, ``loss.item()``, backward, optimizer, schedule per update. Ours is `training.loop.train_epoch`. Same model,
+forward, ``loss.item()``, backward, optimizer, schedule per update. Ours is `training.train.train_epoch`. Same model,
 JPEG folder, batch, workers, augmentation and optimizer; one call is one epoch. Printed is the median of the paired
 ratios (our images per second / timm's; 1 = as fast).
 """
@@ -30,10 +30,10 @@ from timm.utils import AverageMeter
 from timm_spinal.arguments import Parser, number
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig
-from timm_spinal.training.loop import train_epoch
+from timm_spinal.training.distributed import SignalFlag
 from timm_spinal.training.model import check_model_name
-from timm_spinal.training.run import prepare
-from timm_spinal.training.signals import SignalFlag
+from timm_spinal.training.run import Run
+from timm_spinal.training.train import open_run, train_epoch
 
 from .timing import Ratio, machine_load, paired_ratio, paired_times
 
@@ -97,9 +97,8 @@ def timm_epoch(config: TrainConfig) -> Callable[[], None]:
     return run
 
 
-def our_epoch(config: TrainConfig) -> Callable[[], None]:
+def our_epoch(run: Run) -> Callable[[], None]:
     """One epoch of our loop, without evaluation and checkpoint, as on timm's side."""
-    run = prepare(config, Accelerator())
     flag = SignalFlag()
 
     def epoch() -> None:
@@ -124,8 +123,9 @@ def measure(
         config = TrainConfig(
             data_dir=f'{folder}/images', model=model, img_size=img_size, batch_size=batch_size, workers=workers,
             lr=0.01, epochs=10 ** 6, output=folder, experiment='run', log_interval=10 ** 9, sched_on_updates=True)
-        our_times, their_times = paired_times(
-            our_epoch(config), timm_epoch(config), rounds=rounds, warmup=2, progress=progress)
+        with open_run(config) as run:
+            our_times, their_times = paired_times(
+                our_epoch(run), timm_epoch(config), rounds=rounds, warmup=2, progress=progress)
     trained = images // batch_size * batch_size
     ours, theirs = (trained / statistics.median(times) for times in (our_times, their_times))
     return paired_ratio(their_times, our_times), ours, theirs

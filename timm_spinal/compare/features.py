@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from timm_spinal.errors import UserError, dead_workers_named
 from timm_spinal.models import fold_batchnorm
-from timm_spinal.training.agree import agree
 from timm_spinal.training.dataset import SKIPPED_TARGET, ImageData, Split
-from timm_spinal.training.folder import FolderLock
+from timm_spinal.training.distributed import agree
 from timm_spinal.training.pixels import Decoder
+from timm_spinal.training.run_dir import FolderLock
 from timm_spinal.training.shards import (
     SHARD_SIZE,
     Wording,

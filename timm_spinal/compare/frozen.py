@@ -8,10 +8,10 @@ import torch
 from timm.models import safe_model_name
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.agree import agree, new_accelerator
-from timm_spinal.training.folder import FolderLock
+from timm_spinal.training.distributed import agree, new_accelerator
 from timm_spinal.training.model import create_model
 from timm_spinal.training.report import hardware
+from timm_spinal.training.run_dir import FolderLock
 from timm_spinal.training.splits import describe_splits
 
 from .controls import Variant, count_params, new_head, new_heads, parse_variants, size_controls, slug, takes_map

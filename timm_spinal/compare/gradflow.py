@@ -23,14 +23,13 @@ from timm.utils import unwrap_model
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig
-from timm_spinal.training.folder import check_name
-from timm_spinal.training.loop import Run, trainable
 from timm_spinal.training.options import Options, option, to_flag
-from timm_spinal.training.outcome import finish
 from timm_spinal.training.parser import parse_config
 from timm_spinal.training.report import write_table
-from timm_spinal.training.run import create_accelerator, prepare
-from timm_spinal.training.start import carry_out
+from timm_spinal.training.results import write_result
+from timm_spinal.training.run import Run
+from timm_spinal.training.run_dir import check_name
+from timm_spinal.training.train import open_run, train_epochs
 
 from .gradflow_report import Row, read_rows, write_gradients
 from .gram import draw_gram, read_model, shared_bases
@@ -68,7 +67,7 @@ class GradientWatch:
         self.run = run
         self.interval = interval
         self.rows = [row for row in rows if row.update < run.progress.updates]
-        self.bases = shared_bases(unwrap_model(trainable(run.task)))
+        self.bases = shared_bases(unwrap_model(run.task.trained))
         run.task.register_forward_hook(self.record)
 
     def record(self, task: Any, args: tuple, parts: dict[str, torch.Tensor]) -> None:
@@ -83,6 +82,11 @@ class GradientWatch:
             norm = basis.detach().float().flatten(1).norm(dim=1).mean()
             self.rows.append(Row(
                 self.run.folder.name, update, done, name, size.mean().item(), size.max().item(), norm.item()))
+
+    def after_epoch(self, run: Run) -> None:
+        """Write what was recorded so far."""
+        if run.accelerator.is_main_process:
+            write_table(run.folder / ROWS, [row._asdict() for row in self.rows])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,20 +146,11 @@ def train_arm(config: GradflowConfig, output: Path, arm: str) -> list[Row]:
     own = TrainConfig(**{
         **values, 'output': str(output), 'experiment': arm, 'resume': 'auto' if config.resume else '',
         'sb_ortho': config.sb_ortho if ARMS[arm] else 0.})
-    watches: list[GradientWatch] = []
-
-    def start() -> Run:
-        run = prepare(own, accelerator)
-        watches.append(GradientWatch(run, config.grad_interval, read_rows(folder / ROWS) if config.resume else ()))
-        return run
-
-    def keep(run: Run, result: Any = None) -> None:
-        if run.accelerator.is_main_process:
-            write_table(folder / ROWS, [row._asdict() for row in watches[0].rows])
-
-    accelerator = create_accelerator(own)
-    carry_out(accelerator, start, finish, keep)
-    return watches[0].rows
+    with open_run(own) as run:
+        watch = GradientWatch(run, config.grad_interval, read_rows(folder / ROWS) if config.resume else ())
+        train_epochs(run, watch.after_epoch)
+        write_result(run)
+    return watch.rows
 
 
 if __name__ == '__main__':

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from timm_spinal.evaluation.predictions import PREDICTIONS, Predictions
-from timm_spinal.training.plan import fit_momentum
+from timm_spinal.training.model import fit_momentum
 from timm_spinal.training.report import hardware, versions, write_table, write_text
 
 from .controls import Variant, count_params, new_head, new_heads, slug

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from timm_spinal.training.config import TrainConfig
-from timm_spinal.training.folder import FolderLock, Occupied
 from timm_spinal.training.report import write_text
+from timm_spinal.training.run_dir import FolderLock, Occupied
 
 from .runs import ERROR, RESULT
 from .sweep_file import write_config

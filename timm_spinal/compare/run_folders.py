@@ -3,9 +3,9 @@ from pathlib import Path
 from typing import Any
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.folder import FolderLock
 from timm_spinal.training.parser import load_yaml
 from timm_spinal.training.resume_checks import config_diff, diff_label, with_defaults
+from timm_spinal.training.run_dir import FolderLock
 
 from .runs import Comparison, read_comparison, read_result, write_comparison
 

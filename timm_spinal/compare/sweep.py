@@ -11,11 +11,11 @@ from accelerate import PartialState
 from timm_spinal.errors import UserError
 from timm_spinal.training.checkpoint import find_checkpoints, read_state
 from timm_spinal.training.config import TrainConfig
-from timm_spinal.training.folder import FolderLock
 from timm_spinal.training.model import create_model
 from timm_spinal.training.options import option_names
 from timm_spinal.training.parser import load_yaml
 from timm_spinal.training.resume_checks import changed_settings, with_defaults
+from timm_spinal.training.run_dir import FolderLock
 from timm_spinal.training.splits import describe_splits
 from timm_spinal.training.transforms import resolve_data
 

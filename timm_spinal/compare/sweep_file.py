@@ -32,10 +32,10 @@ from timm_spinal.errors import UserError
 from timm_spinal.files import read_yaml
 from timm_spinal.layers import HEADS, equal_size_mlp_width
 from timm_spinal.training.config import TrainConfig
-from timm_spinal.training.folder import check_name
 from timm_spinal.training.model import check_model_name
 from timm_spinal.training.parser import load_yaml, unknown_keys
 from timm_spinal.training.report import write_text
+from timm_spinal.training.run_dir import check_name
 
 from .controls import CONTROL, count_params, slug
 from .options import parse_seeds

@@ -11,7 +11,7 @@ from .annotations import Annotated
 from .options import METRICS
 
 
-class Found(NamedTuple):
+class Detections(NamedTuple):
     """What a detector found on one image: boxes (N, 4) as x1, y1, x2, y2 in pixels, labels (N,), scores (N,)."""
     boxes: np.ndarray
     labels: np.ndarray
@@ -29,7 +29,7 @@ def check_installed() -> None:
 
 def average_precision(
         images: Sequence[Annotated],
-        found: dict[int, Found],
+        detections: dict[int, Detections],
         num_classes: int,
 ) -> dict[str, float | None]:
     """AP over IoU 0.5 to 0.95, at 0.5 and 0.75, and of small, medium and large objects, each in percent.
@@ -39,7 +39,7 @@ def average_precision(
 
     Args:
         images: The images of the split with their true boxes.
-        found: What was found, by the place of the image in ``images``.
+        detections: What was found, by the place of the image in ``images``.
         num_classes: Classes without background; labels are 1 to this.
 
     Returns:
@@ -50,7 +50,7 @@ def average_precision(
     from pycocotools.cocoeval import COCOeval
     with contextlib.redirect_stdout(io.StringIO()):  # it prints tables
         both = []
-        for annotations in (_truth(images), _detections(found)):
+        for annotations in (_truth(images), _coco_detections(detections)):
             coco = COCO()
             coco.dataset = dict(
                 images=[dict(id=i, width=image.width, height=image.height) for i, image in enumerate(images)],
@@ -74,9 +74,9 @@ def _truth(images: Sequence[Annotated]) -> list[dict[str, Any]]:
     return rows
 
 
-def _detections(found: dict[int, Found]) -> list[dict[str, Any]]:
+def _coco_detections(detections: dict[int, Detections]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for i, of_image in sorted(found.items()):
+    for i, of_image in sorted(detections.items()):
         for box, label, score in zip(*of_image):
             row = _row(i, box, label, len(rows))
             rows.append(dict(row, iscrowd=0, area=row['bbox'][2] * row['bbox'][3], score=float(score)))

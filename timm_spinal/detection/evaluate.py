@@ -9,14 +9,14 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from timm_spinal.training.agree import agree
+from timm_spinal.training.distributed import agree
 
 from .annotations import Annotated
-from .coco_metrics import Found, average_precision
+from .coco_metrics import Detections, average_precision
 
 
 @torch.no_grad()
-def detect(accelerator: Accelerator, model: nn.Module, loader: DataLoader, description: str) -> dict[int, Found]:
+def detect(accelerator: Accelerator, model: nn.Module, loader: DataLoader, description: str) -> dict[int, Detections]:
     """What a detector finds on the images of a loader, by their place; the same on every process.
 
     Args:
@@ -26,40 +26,40 @@ def detect(accelerator: Accelerator, model: nn.Module, loader: DataLoader, descr
         description: Title of the progress bar.
     """
     model.eval()
-    found = []
+    detections = []
     bar = tqdm(loader, desc=description, leave=False, disable=None if accelerator.is_main_process else True)
     for images, targets in bar:
         with accelerator.autocast():
             answers = model(images)
         for target, answer in zip(targets, answers):
-            values = (answer[name].float() if name != 'labels' else answer[name] for name in Found._fields)
-            found.append((int(target['image_id']), Found(*(value.cpu().numpy() for value in values))))
+            values = (answer[name].float() if name != 'labels' else answer[name] for name in Detections._fields)
+            detections.append((int(target['image_id']), Detections(*(value.cpu().numpy() for value in values))))
     # images that Accelerate adds so that all processes have the same number come twice
-    return dict(gather_object(found))
+    return dict(gather_object(detections))
 
 
-class Measure:
-    """AP of a model over a loader, as the loop wants it.
+def evaluate(
+        accelerator: Accelerator,
+        model: nn.Module,
+        loader: DataLoader,
+        images: Sequence[Annotated],
+        num_classes: int,
+        description: str,
+) -> dict[str, Any]:
+    """AP of a detector over a loader; the same on every process.
 
     Args:
-        accelerator: Of the run.
-        images: The images of each loader's split, by the titles ``eval``, ``ema`` and ``test``.
+        accelerator: The loader must have been prepared by it.
+        model: Left in eval mode.
+        loader: Of `data.DetectionData`.
+        images: Its images.
         num_classes: Classes without background.
+        description: Title of the progress bar.
 
-    Attributes:
-        found: What was found last, by title.
+    Returns:
+        ``ap`` ... ``ap_large`` in percent, ``detections`` (see `detect`), ``images`` and ``seconds``.
     """
-
-    def __init__(self, accelerator: Accelerator, images: dict[str, Sequence[Annotated]], num_classes: int):
-        self.accelerator = accelerator
-        self.images = images
-        self.num_classes = num_classes
-        self.found: dict[str, dict[int, Found]] = {}
-
-    def __call__(self, model: nn.Module, loader: DataLoader, name: str) -> dict[str, Any]:
-        """``ap`` ... ``ap_large`` in percent, ``images`` and ``seconds``; the same on every process."""
-        start = time.perf_counter()
-        found = self.found[name] = detect(self.accelerator, model, loader, name)
-        images = self.images[name]
-        metrics = agree(self.accelerator, lambda: average_precision(images, found, self.num_classes))
-        return dict(metrics, images=len(images), seconds=time.perf_counter() - start)
+    start = time.perf_counter()
+    detections = detect(accelerator, model, loader, description)
+    metrics = agree(accelerator, lambda: average_precision(images, detections, num_classes))
+    return dict(metrics, detections=detections, images=len(images), seconds=time.perf_counter() - start)

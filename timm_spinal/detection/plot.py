@@ -9,7 +9,7 @@ from timm_spinal.training.pixels import Decoder
 from timm_spinal.training.report import new_figure, save_figure
 
 from .annotations import Annotated
-from .coco_metrics import Found
+from .coco_metrics import Detections
 from .data import read_image
 
 MOST_IMAGES, MIN_SCORE = 8, 0.5
@@ -18,7 +18,7 @@ MOST_IMAGES, MIN_SCORE = 8, 0.5
 def draw_boxes(
         path: Path,
         images: Sequence[Annotated],
-        found: dict[int, Found],
+        detections: dict[int, Detections],
         class_names: list[str],
         decode: Decoder,
 ) -> None:
@@ -27,7 +27,7 @@ def draw_boxes(
     Args:
         path: PNG file.
         images: The images of a split.
-        found: What was found on them, by place; boxes with a score below `MIN_SCORE` are left out.
+        detections: What was found on them, by place; boxes with a score below `MIN_SCORE` are left out.
         class_names: Of label 1, 2, ...
         decode: As the detector gets its images.
     """
@@ -43,7 +43,7 @@ def draw_boxes(
         axes.imshow(np.asarray(image), extent=(0, image.width, image.height, 0))
         for box in images[i].boxes:
             _rectangle(axes, box, 'white', '--')
-        for box, label, score in zip(*found[i]):
+        for box, label, score in zip(*detections[i]):
             if score >= MIN_SCORE:
                 colour = f'C{(label - 1) % 10}'
                 _rectangle(axes, box, colour, '-')

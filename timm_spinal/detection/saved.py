@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from timm_spinal.errors import UserError
 from timm_spinal.files import read_json, write_json
-from timm_spinal.training.export import CONFIG, WEIGHTS, write_weights
+from timm_spinal.training.results import CONFIG, WEIGHTS, write_weights
 
 from .detector import create_detector
 

@@ -19,7 +19,7 @@ def run(argv: list[str]) -> int:
 
     from .options import DetectionConfig
     config = parse_config(argv, DetectionConfig, 'timm-spinal train-detection', __doc__)
-    from .run import train_detector
+    from .problem import train_detector
     train_detector(config)
     return 0
 

@@ -6,7 +6,7 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.export import WEIGHTS
+from timm_spinal.training.results import WEIGHTS
 
 from .package import check_package, check_same_weights, load_package
 from .retry import Say, with_retries

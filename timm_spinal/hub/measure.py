@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.agree import new_accelerator
 from timm_spinal.training.config import DataOptions, TrainConfig, ValidateConfig
+from timm_spinal.training.distributed import new_accelerator
 from timm_spinal.training.options import option_names
 from timm_spinal.training.validation import Candidate, validate_one
 

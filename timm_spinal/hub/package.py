@@ -15,8 +15,8 @@ from torch import nn
 from timm_spinal.errors import UserError
 from timm_spinal.files import write_error
 from timm_spinal.training.config import ValidateConfig
-from timm_spinal.training.export import CONFIG, WEIGHTS, own_config
 from timm_spinal.training.model import create_model
+from timm_spinal.training.results import CONFIG, WEIGHTS, own_config
 
 from .card import make_card, resolve_licence
 from .card_check import check_card

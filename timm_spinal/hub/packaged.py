@@ -14,8 +14,8 @@ from timm_spinal.errors import UserError
 from timm_spinal.files import write_atomically
 from timm_spinal.models._packaged import packaged_cfg
 from timm_spinal.models._variants import TAG_PREFIX
-from timm_spinal.training.export import CONFIG, WEIGHTS
 from timm_spinal.training.report import write_text
+from timm_spinal.training.results import CONFIG, WEIGHTS
 
 from .golden import GOLDEN, compare_golden
 from .options import PublishOptions

@@ -9,9 +9,8 @@ from timm.models._hub import load_model_config_from_hf
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig
-from timm_spinal.training.loop import Run
 from timm_spinal.training.model import check_model_name
-from timm_spinal.training.outcome import summarise
+from timm_spinal.training.run import Run
 
 from .licences import Licence, choose_licence
 from .options import HubOptions, PublishOptions
@@ -49,15 +48,15 @@ class Pusher:
         epoch = run.progress.epoch
         if not self.interval or epoch % self.interval or epoch >= run.last_epoch or not run.progress.best:
             return
-        result = summarise(run)  # every process takes part
+        result = run.problem.result(run)  # every process takes part
         if run.accelerator.is_main_process:
             try:
                 self._push(run.folder, result)
             except UserError as e:
                 print(f'warning: not published after epoch {epoch - 1}: {e}', flush=True)
 
-    def after_run(self, run: Run, result: dict[str, Any]) -> None:
-        """Publish the best weights.
+    def after_training(self, run: Run, result: dict[str, Any]) -> None:
+        """Publish the best weights. Every process may call it.
 
         Raises:
             UserError: It failed, or there are none; the run folder is whole.

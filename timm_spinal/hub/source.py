@@ -17,9 +17,9 @@ from timm_spinal.files import read_json
 from timm_spinal.models.weight_files import read_weights
 from timm_spinal.training.checkpoint import find_checkpoints, read_state
 from timm_spinal.training.config import TrainConfig, ValidateConfig
-from timm_spinal.training.export import CONFIG, CONFIG_TYPES, WEIGHTS
 from timm_spinal.training.model import check_model_name
 from timm_spinal.training.parser import load_yaml
+from timm_spinal.training.results import CONFIG, CONFIG_TYPES, WEIGHTS
 from timm_spinal.training.validation import open_candidate
 
 from .scores import Score, accuracies_in, scores_of, validation_split

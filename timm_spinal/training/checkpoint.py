@@ -12,9 +12,10 @@ import os
 import random
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
 import numpy as np
 import torch
@@ -27,9 +28,40 @@ from safetensors.torch import load_model, save_model
 from timm_spinal.errors import UserError
 from timm_spinal.files import fsync, sha256, write_error
 
+from .distributed import NotFinite
+from .optim import apply_settings, load_scheduler_state, scheduler_state
+from .options import option_names
+from .resume_checks import OF_OPTIMIZER, changed_settings
+
+if TYPE_CHECKING:
+    from .run import Run
+
 STATE, EMA, MANIFEST = 'state.json', 'ema.safetensors', 'manifest.json'
 _NAME = re.compile(r'step-(\d{8,})(\.old)?$')
 Say = Callable[[str], None]
+
+
+def save(run: 'Run') -> None:
+    """Write a checkpoint of the current state of a run. Every process must call it.
+
+    Raises:
+        NotFinite: A weight is NaN or infinite; nothing is written.
+        UserError: The disk is full or refuses; the older checkpoints are kept.
+    """
+    weights = [p.detach() for p in run.task.trained.parameters() if p.numel()]
+    bad = torch.stack([~weight.isfinite().all() for weight in weights]).sum()
+    if run.accelerator.reduce(bad).item():
+        raise NotFinite(f'a weight is NaN or infinite after update {run.progress.updates}')
+    state = dict(
+        progress=asdict(run.progress),
+        scheduler=scheduler_state(run.scheduler),
+        processes=run.accelerator.num_processes,
+        cwd=os.getcwd(),  # where relative paths of the config start
+        **run.problem.describe(),
+    )
+    ema = run.task.get_trainable_module(ema=True)
+    save_checkpoint(
+        run.accelerator, run.folder / 'last', run.progress.updates, state, ema, run.config.checkpoint_hist)
 
 
 def save_checkpoint(
@@ -71,9 +103,9 @@ def save_checkpoint(
         (temp / STATE).write_text(json.dumps(state))
         _write_manifest(temp)
         _put_in_place(temp, final)
-        found = find_checkpoints(folder)
-        now = found.index(final)
-        for other in found[:now] + found[now + keep:]:
+        checkpoints = find_checkpoints(folder)
+        now = checkpoints.index(final)
+        for other in checkpoints[:now] + checkpoints[now + keep:]:
             shutil.rmtree(other)
 
     try:
@@ -112,16 +144,16 @@ def _write_manifest(temp: Path) -> None:
 
 
 def _put_in_place(temp: Path, final: Path) -> None:
-    """Rename; a checkpoint of the same step steps aside first and stays findable until the new one is there."""
-    aside = final.with_name(final.name + '.old')
+    """Rename. A checkpoint of the same step gets another name first, so that one of them is found at any time."""
+    old = final.with_name(final.name + '.old')
     if final.exists():
-        if aside.exists():
-            shutil.rmtree(aside)
-        os.rename(final, aside)
+        if old.exists():
+            shutil.rmtree(old)
+        os.rename(final, old)
     os.rename(temp, final)
     fsync(final.parent)
-    if aside.exists():
-        shutil.rmtree(aside)
+    if old.exists():
+        shutil.rmtree(old)
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------
@@ -136,8 +168,8 @@ def find_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in a folder, newest first, whole or not."""
     if not folder.is_dir():
         return []
-    found = [(int(m[1]), not m[2], p) for p in folder.iterdir() if (m := _NAME.match(p.name))]
-    return [p for *_, p in sorted(found, reverse=True)]
+    steps = [(int(m[1]), not m[2], p) for p in folder.iterdir() if (m := _NAME.match(p.name))]
+    return [p for *_, p in sorted(steps, reverse=True)]
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -198,19 +230,54 @@ def candidates(resume: str) -> list[Path]:
     """
     path = Path(resume).absolute()
     if is_checkpoint(path):
-        found = find_checkpoints(path.parent)
-        found = found[found.index(path):] if path in found else []
+        checkpoints = find_checkpoints(path.parent)
+        checkpoints = checkpoints[checkpoints.index(path):] if path in checkpoints else []
     else:
-        found = find_checkpoints(path / 'last')
-    if not found:
+        checkpoints = find_checkpoints(path / 'last')
+    if not checkpoints:
         raise UserError(f'resume {resume}: no checkpoint there; give a run folder, one of its last/step-* folders, '
                         'or auto')
-    return found
+    return checkpoints
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The JSON state of a checkpoint."""
     return json.loads((checkpoint / STATE).read_text())
+
+
+def restore(run: 'Run', checkpoint: Path) -> None:
+    """Put the state of a checkpoint back into a run. Nothing may draw random numbers between this and the loop.
+
+    Raises:
+        UserError: The checkpoint does not fit the model or the optimizer, or is of another version.
+    """
+    accelerator, progress, state = run.accelerator, run.progress, read_state(checkpoint)
+    changed = changed_settings(state['config'], asdict(run.config), cls=type(run.config))
+    silent = option_names(type(run.config), on_resume='silent')
+    for name in [name for name in changed if name not in silent]:
+        accelerator.print(f'resuming with another {name}: {changed[name]}')
+    settings = [dict(group) for group in run.optimizer.param_groups]
+    missing = load_checkpoint(accelerator, checkpoint, run.task.get_trainable_module(ema=True))
+    try:
+        load_scheduler_state(run.scheduler, state['scheduler'])
+    except (KeyError, TypeError) as e:
+        raise other_version(checkpoint, e) from e
+    if changed.keys() & OF_OPTIMIZER:
+        apply_settings(run.optimizer, settings, run.scheduler, progress.epoch, progress.updates)
+    progress.stopped_early &= 0 < run.config.early_stop_patience <= progress.stale
+    if state['processes'] != accelerator.num_processes:  # random states cannot be the same
+        accelerator.print(f'resuming with {accelerator.num_processes} processes instead of {state["processes"]}: '
+                          'the result will not be bit-identical')
+    elif unread := [reason for reason in gather_object([missing]) if reason]:
+        accelerator.print(f'warning: random states of {checkpoint} cannot be read ({unread[0]}): the run goes on with '
+                          'others, and the result will not be bit-identical')
+    accelerator.print(f'resuming from {checkpoint}: epoch {progress.epoch}, update {progress.updates}')
+
+
+def other_version(checkpoint: Path, error: Exception) -> UserError:
+    """The error about a checkpoint whose state has other entries than this version writes."""
+    return UserError(f'cannot resume {checkpoint}: it was written by another version of timm_spinal ({error}); use '
+                     'that one, or start a new run from its weights with --initial-checkpoint')
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path, ema: nn.Module | None) -> str:

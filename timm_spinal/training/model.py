@@ -2,7 +2,7 @@
 import difflib
 import json
 import re
-from typing import Any
+from typing import Any, Mapping, Sequence
 
 import timm
 import torch
@@ -21,8 +21,10 @@ from timm_spinal.models.load_weights import create_from_file, load_exactly
 from timm_spinal.models.weight_files import MisfitError, WeightsError, first_names
 
 from .config import TrainConfig, ValidateConfig
-from .export import CONFIG_TYPES
+from .results import CONFIG_TYPES
 
+FAST_MOMENTUM = 0.1  # of BatchNorm; PyTorch's default
+WINDOWS = 20  # times that the running statistics of BatchNorm are renewed in a run, at least
 _REGISTERED_ON_IMPORT = frozenset(timm_spinal.list_models())
 
 
@@ -75,11 +77,11 @@ def _create(config: TrainConfig | ValidateConfig, resolved: dict[str, Any]) -> A
     """The model with the weights that a config names; its ``loaded_weights`` say what became of them, if it has any."""
     if config.pretrained_path:
         return create_from_file(resolved.pop('model_name'), config.pretrained_path, **resolved)
-    with watch_load(config.model) as found:
+    with watch_load(config.model) as loaded:
         model: Any = timm.create_model(**resolved, pretrained=config.pretrained)
     if (repo := model.pretrained_cfg.get('hf_hub_id')) and repo not in config.model:
-        found.source += f' ({repo})'
-    model.loaded_weights = found if config.pretrained else None
+        loaded.source += f' ({repo})'
+    model.loaded_weights = loaded if config.pretrained else None
     if config.initial_checkpoint:
         try:
             model.loaded_weights = load_exactly(model, config.initial_checkpoint)
@@ -96,16 +98,16 @@ def check_classifier(model: Any) -> None:
     Raises:
         UserError: Says what the weights have in its place.
     """
-    found: LoadedWeights | None = model.loaded_weights
+    loaded: LoadedWeights | None = model.loaded_weights
     names = model.pretrained_cfg.get('classifier') or ()
     prefixes = tuple(f'{name}.' for name in ([names] if isinstance(names, str) else names))
-    new = [name for name in found.new if name.startswith(prefixes)] if found else []
-    if found and new:
+    new = [name for name in loaded.new if name.startswith(prefixes)] if loaded else []
+    if loaded and new:
         saved = model.pretrained_cfg.get('source') and model.pretrained_cfg['num_classes']
-        classes = found.classes or (saved if saved != model.num_classes else None)
+        classes = loaded.classes or (saved if saved != model.num_classes else None)
         has = f'is for {classes} classes' if classes else 'is missing or of another kind'
         fix = f'give --num-classes {classes}' if classes else 'give weights that have it'
-        raise UserError(f'{found.source}: the classifier in it {has}; the model has {model.num_classes} classes and '
+        raise UserError(f'{loaded.source}: the classifier in it {has}; the model has {model.num_classes} classes and '
                         f'would be measured with a random one ({first_names(new)}); {fix}')
 
 
@@ -261,3 +263,59 @@ def check_batch_of_one(model: nn.Module, input_size: tuple[int, ...], kept_in_ev
             module.training = mode
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
+
+
+def fit_momentum(
+        model: nn.Module,
+        updates: int,
+        options: Mapping[str, Any],
+        kept_in_eval: Sequence[nn.Module] = (),
+) -> list[str]:
+    """Raise the momentum of slow BatchNorm layers in a short run, so that their running statistics keep up.
+
+    The statistics remember about 1 / momentum updates; a run is to have 20 times as many. So the 0.01 of the capsule
+    heads, which is their authors', holds from 2,000 updates on, and shorter runs have up to 0.1, PyTorch's default.
+
+    Args:
+        model: Changed in place; layers with a momentum that is high enough stay as they are.
+        updates: Updates of the whole run.
+        options: Model arguments that were given; with a momentum among them, nothing changes.
+        kept_in_eval: BatchNorm layers that do not train.
+
+    Returns:
+        A line that says what changed, if anything did.
+    """
+    momentum = min(FAST_MOMENTUM, WINDOWS / updates)
+    still = {id(module) for module in kept_in_eval}
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and id(m) not in still]
+    slow = [norm for norm in norms if norm.momentum is not None and norm.momentum < momentum]
+    if not slow or any('momentum' in name for name in options):
+        return []
+    lowest = min(norm.momentum or 0. for norm in slow)
+    for norm in slow:
+        norm.momentum = momentum
+    return [f'BatchNorm momentum of {len(slow)} layers: {momentum:.2g} in place of {lowest:g}, for a run of {updates} '
+            f'updates']
+
+
+def binary_signs(model: nn.Module) -> torch.Tensor:
+    """The signs of all binary weights of a model, one after the other, as booleans on the CPU: (W,).
+
+    A layer that xnorizes its weights in every forward, the projector of XnODR, has ``xnor_projector`` set. Its weights
+    stay floats in training; their signs and scales alone reach the output. A sign is +1 where the weight is above 0.
+    """
+    weights = [getattr(m, 'weight', None) for m in model.modules() if getattr(m, 'xnor_projector', False)]
+    signs = [(w.detach() > 0).flatten().cpu() for w in weights if isinstance(w, nn.Parameter)]
+    return torch.cat(signs) if signs else torch.zeros(0, dtype=torch.bool)
+
+
+def binary_weight_flips(before: torch.Tensor, model: nn.Module) -> float | None:
+    """Percent of the binary weights of a model whose sign is another than before; None when it has none.
+
+    Args:
+        before: `binary_signs` of the model before.
+        model: The model.
+    """
+    if not len(before):
+        return None
+    return 100. * (binary_signs(model) != before).double().mean().item()

@@ -1,16 +1,28 @@
-"""What a run leaves for people and scripts: args.yaml, summary.csv, curves.png, result.json and the last lines."""
+"""What a run says and leaves for people and scripts: its plan and progress, and all files but those of weights."""
 import csv
 import json
+import math
 import platform
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
+from tqdm import tqdm
 
-from timm_spinal.evaluation.metrics import TITLES, main_accuracy
+from timm_spinal.evaluation.metrics import TITLES, main_accuracy, same_answer_warning
 from timm_spinal.files import write_atomically
 from timm_spinal.version import __version__
+
+from .config import to_yaml
+from .distributed import agree
+
+if TYPE_CHECKING:
+    from .distributed import Meter
+    from .run import Run
+
+FEW_UPDATES = 100
 
 
 def write_text(path: Path, text: str) -> None:
@@ -134,9 +146,14 @@ def final_lines(result: dict[str, Any], folder: Path, register: str = '') -> lis
         folder: The run folder.
         register: Name of the architecture, when importing timm_spinal does not register it.
     """
+    return result_lines(result, folder, how_to_load(folder, register))
+
+
+def how_to_load(folder: Path, register: str = '') -> str:
+    """Code that loads the classifier of a run folder; ``register`` as in `final_lines`."""
     known = f' timm_spinal.ensure_registered({register!r});' if register else ''
     load = f'timm.create_model({"local-dir:" + str(folder)!r}, pretrained=True)'
-    return result_lines(result, folder, f'import timm, timm_spinal;{known} model = {load}')
+    return f'import timm, timm_spinal;{known} model = {load}'
 
 
 def result_lines(result: dict[str, Any], folder: Path, load: str) -> list[str]:
@@ -155,3 +172,106 @@ def result_lines(result: dict[str, Any], folder: Path, load: str) -> list[str]:
     if result[name] is None:
         return [*lines, 'no finite evaluation, so no weights were written']
     return [*lines, f'load it: {load}']
+
+
+# ---- of a run ---------------------------------------------------------------------------------------------------
+
+
+def plan_lines(run: 'Run') -> list[str]:
+    """The plan of a run in one line, and a warning for each part of it with which a model hardly learns."""
+    config, updates, epochs = run.config, run.updates_per_epoch, run.last_epoch
+    processes, accum = run.accelerator.num_processes, run.accelerator.gradient_accumulation_steps
+    batch = f'batch {config.batch_size}'
+    batch += f' x {processes} processes' if processes > 1 else ''
+    batch += f' x {accum} steps' if accum > 1 else ''
+    warmup = 0 if run.scheduler is None else config.warmup_epochs
+    parts = [
+        f'{run.data.train_size} images', batch, f'{updates} updates an epoch', f'{epochs} epochs',
+        f'{updates * epochs} updates in all', f'warm-up {round(warmup * updates)} updates',
+        f'{_left_out(run)} images left out of each epoch',
+    ]
+    if run.task.frozen.epochs:
+        parts.append(f'{min(run.task.frozen.epochs, epochs)} epochs of the head alone')
+    lines = ['plan: ' + ', '.join(parts)]
+    if 2 * warmup > epochs:
+        lines.append(f'warning: {min(warmup, epochs):g} of {epochs} epochs are warm-up, in which the learning rate is '
+                     f'still low; lower --warmup-epochs or raise --epochs')
+    if updates * epochs < FEW_UPDATES:
+        lines.append(f'warning: {updates * epochs} updates are few for a model to learn from; raise --epochs, lower '
+                     f'--batch-size, or give --min-updates 300')
+    return lines
+
+
+def _left_out(run: 'Run') -> int:
+    """Images that an epoch does not see: of a last batch that is not full, or by --epoch-repeats and --aug-repeats."""
+    drawn = len(run.train_loader) * run.config.batch_size * run.accelerator.num_processes
+    different = math.ceil(drawn / max(1., getattr(run.config, 'aug_repeats', 0.)))
+    return max(0, run.data.train_size - different)
+
+
+def write_first_files(run: 'Run') -> None:
+    """Write the config and start the trackers; rows of epochs that will be done again go."""
+    def write() -> None:
+        write_text(run.folder / 'args.yaml', to_yaml(run.config))
+        if run.progress.updates:
+            write_table(run.folder / 'summary.csv', run.progress.history)
+        print(f'run folder: {run.folder}', flush=True)
+
+    agree(run.accelerator, write)
+    if run.config.log_with:
+        run.accelerator.project_configuration.project_dir = str(run.folder)
+        run.accelerator.project_configuration.logging_dir = str(run.folder)
+        scalars = {k: v for k, v in asdict(run.config).items() if isinstance(v, (int, float, str, bool))}
+        run.accelerator.init_trackers('timm_spinal', config=scalars)
+
+
+def progress_bar(run: 'Run') -> tqdm:
+    """The bar of the current epoch, one step an update."""
+    return tqdm(
+        total=run.updates_per_epoch,
+        initial=math.ceil(run.progress.batch / run.accelerator.gradient_accumulation_steps),
+        desc=epoch_title(run.progress.epoch, run.last_epoch),
+        leave=False,
+        disable=None if run.accelerator.is_main_process else True,  # None: only on a terminal
+    )
+
+
+def log_progress(run: 'Run', bar: tqdm, meter: 'Meter', lr: float) -> None:
+    """Move the bar by one update; every ``log_interval`` updates print losses and speed and feed the trackers."""
+    bar.update()
+    if run.progress.updates % run.config.log_interval:
+        return
+    meter.flush()
+    progress = run.progress
+    speed = progress.sums['images'] / progress.epoch_seconds
+    values = {**{f'train/{k}': v for k, v in meter.last.items()}, 'lr': lr, 'images_per_second': speed}
+    run.accelerator.log(values, step=progress.updates)
+    text = f'training loss {meter.last["loss"]:.4f}, lr {lr:.3g}, {speed:.0f} images/s'
+    bar.set_postfix_str(text)
+    if bar.disable and run.accelerator.is_main_process:
+        print(f'{epoch_title(progress.epoch, run.last_epoch)}, update {progress.updates}: {text}', flush=True)
+
+
+def log_epoch(run: 'Run', draw: bool) -> None:
+    """Rewrite summary.csv and, where asked for, curves.png; print the line of the epoch and feed the trackers."""
+    history = run.progress.history
+    row = history[-1]
+    run.accelerator.log({k: v for k, v in row.items() if k != 'epoch'}, step=run.progress.updates)
+
+    def write() -> None:
+        write_table(run.folder / 'summary.csv', history)
+        if draw:
+            write_curves(run.folder / 'curves.png', history)
+        print(epoch_line(row, run.last_epoch), flush=True)
+
+    agree(run.accelerator, write)
+
+
+def write_last_files(run: 'Run', result: dict[str, Any]) -> None:
+    """Write curves.png and result.json, and print the last lines of a run. For the main process."""
+    write_curves(run.folder / 'curves.png', run.progress.history)
+    write_result(run.folder / 'result.json', result)
+    lines = result_lines(result, run.folder, run.problem.how_to_load(run))
+    warning = same_answer_warning('the model', result['same_answer'], run.data.class_names)
+    for line in (*lines[:-1], *warning, lines[-1]):
+        print(line, flush=True)

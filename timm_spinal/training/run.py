@@ -1,158 +1,265 @@
-"""One training run from a config: data, model, objective, optimizer, Accelerate, loop, report."""
-import hashlib
-from dataclasses import asdict, replace
-from typing import Any, Callable
+"""What a run consists of: what is trained (`Problem`), how far it is (`Progress`), and all of it (`Run`)."""
+import math
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
+import torch
 import torch.nn as nn
 from accelerate import Accelerator
-from accelerate.utils import TorchDynamoPlugin, set_seed
-from timm.layers import convert_sync_batchnorm
-from timm.models import safe_model_name
+from accelerate.optimizer import AcceleratedOptimizer
+from timm.scheduler.scheduler import Scheduler
 from torch.utils.data import DataLoader
 
-from timm_spinal.evaluation.evaluate import evaluate
-from timm_spinal.evaluation.metrics import accuracies, choosing_metric
-from timm_spinal.evaluation.predictions import Predictions
+from timm_spinal.errors import UserError
 
-from .agree import agree
-from .checkpoint import read_state
-from .config import TrainConfig
-from .data import TrainData, create_data
-from .distill import check_distillation, prepare_teacher
-from .freeze import apply_freeze, head_first
-from .loop import Run
-from .model import check_batch_of_one, check_model_name, count_statistics_once, create_model
-from .outcome import export_best, finish, write_reports
-from .plan import fit_momentum, updates_per_epoch
-from .progress import batches_done
-from .signs import signs_of
-from .splits import Datasets, create_datasets, describe_splits
-from .start import (
-    assemble,
-    begin,
-    carry_out,
-    create_with_weights,
-    folder_and_checkpoint,
-    make_accelerator,
-    used_precision,
-)
-from .task import build_penalties, build_task
-from .warm_start import check_warm_start, warm_start
+from .checkpoint import other_version, read_state
+from .config import LoopConfig
+from .data import TrainData
+from .run_dir import changed_since_checkpoint
+from .task import Task
+
+ConfigT = TypeVar('ConfigT', bound=LoopConfig)
 
 
-def train(
-        config: TrainConfig,
-        after_epoch: Callable[[Run], None] | None = None,
-        after_run: Callable[[Run, dict[str, Any]], None] | None = None,
-) -> dict[str, Any]:
-    """Train a model as a config says, and write its run folder.
+class Problem(ABC, Generic[ConfigT]):
+    """What differs from one kind of training to another: data, model, task and metrics. One is made for each run.
 
-    Every process of a launch calls it. Random states, thread and process settings stay as the run leaves them.
+    Making it opens the data. `train.prepare_run` calls the methods in the order in which they stand here.
 
     Args:
         config: The run's config.
-        after_epoch: Called by every process after the reports of each epoch.
-        after_run: Called by every process at the end, with the result.
+        accelerator: Its accelerator.
 
-    Returns:
-        The content of ``result.json``; see `outcome.summarise`.
-
-    Raises:
-        UserError: Anything a user can mend; one line.
-        StopRequested: SIGINT or SIGTERM; a checkpoint has been written.
+    Attributes:
+        config: The config, with what the data and the accelerator have settled.
+        name: What a run without ``experiment`` is called, after the time.
+        data: Loaders and sizes; there from `create_data` on.
+        metrics: What `evaluate` measures for ``summary.csv``.
+        metric: The one that chooses the best epoch.
     """
-    accelerator = create_accelerator(config)
-    return carry_out(accelerator, lambda: prepare(config, accelerator), finish, after_epoch, after_run)
+    config: ConfigT
+    name: str
+    data: TrainData
+    metrics: tuple[str, ...]
+    metric: str
+
+    @abstractmethod
+    def __init__(self, config: ConfigT, accelerator: Accelerator): ...
+
+    @staticmethod
+    def need_whole_weights(config: Any) -> list[tuple[bool, str]]:
+        """Options that do not go with sharded weights: whether each was asked for, and its flag."""
+        return []
+
+    def create_model(self, accelerator: Accelerator) -> Any:
+        """The model on the CPU, with the weights that it starts from; the main process says what became of them.
+
+        A run that goes on from a checkpoint has all weights in it: it does not end for a file that has gone since, or
+        that an older version took although it does not fit.
+
+        Raises:
+            UserError: The model cannot be made.
+        """
+        config, without = self.config, self.without_weights()
+        try:
+            model = self.build_model(config)
+        except UserError as e:
+            changed = changed_since_checkpoint(config)
+            if changed is None or changed.keys() & without.keys():
+                raise
+            model = self.build_model(replace(config, **without))
+            accelerator.print(f'resuming: the weights of the start are not looked at again ({e})')
+        if model.loaded_weights is not None:
+            accelerator.print(f'weights {model.loaded_weights}', flush=True)
+        return model
+
+    @abstractmethod
+    def build_model(self, config: ConfigT) -> Any:
+        """The model of a config on the CPU; its ``loaded_weights`` say what became of the weights that it names."""
+
+    @abstractmethod
+    def without_weights(self) -> dict[str, Any]:
+        """Options with which the config makes the same model without weights."""
+
+    @abstractmethod
+    def create_data(self, model: Any, accelerator: Accelerator) -> None:
+        """Set `data`: loaders that fit the model, not prepared."""
+
+    def describe(self) -> dict[str, Any]:
+        """Config and data as a checkpoint remembers them, to refuse a resumption with others."""
+        data = self.data
+        names = sha256(repr(data.class_names).encode()).hexdigest()[:12]
+        sizes = dict(
+            train_size=data.train_size, eval_size=data.eval_size, num_classes=data.num_classes, class_names=names)
+        return dict(config=asdict(self.config), data=sizes)
+
+    @abstractmethod
+    def create_task(self, model: Any, accelerator: Accelerator, resuming: bool) -> Task:
+        """The task around the model, which is on its device."""
+
+    def before_training(self, run: 'Run[ConfigT]', resuming: bool) -> None:
+        """What needs the length of the run; weights of a checkpoint are put back after it."""
+
+    @abstractmethod
+    def evaluate(self, run: 'Run[ConfigT]', model: nn.Module, loader: DataLoader, split: str) -> dict[str, Any]:
+        """`metrics`, ``images`` and ``seconds`` of a model over a prepared loader, the same on every process.
+
+        Args:
+            run: The run.
+            model: The model, or its average.
+            loader: Of the split.
+            split: ``eval``, ``ema`` (the average on the same data) or ``test``.
+        """
+
+    @abstractmethod
+    def save_best(
+            self,
+            folder: Path,
+            model: Any,
+            state_dict: dict[str, torch.Tensor],
+            metrics: dict[str, Any],
+    ) -> None:
+        """Write the best weights so far. Called by the main process.
+
+        Args:
+            folder: The run folder.
+            model: Unwrapped.
+            state_dict: Its weights, whole.
+            metrics: What `evaluate` gave for them.
+        """
+
+    @abstractmethod
+    def result(self, run: 'Run[ConfigT]') -> dict[str, Any]:
+        """The content of ``result.json``, without a test split. Every process calls it."""
+
+    @abstractmethod
+    def how_to_load(self, run: 'Run[ConfigT]') -> str:
+        """Code that loads the best weights."""
 
 
-def create_accelerator(config: TrainConfig) -> Accelerator:
-    """An `Accelerator` in which everything that the config leaves open is up to ``accelerate config`` or ``launch``.
+@dataclass
+class Progress:
+    """The counters of a run; JSON types only, part of every checkpoint."""
+    epoch: int = 0  # epochs done
+    batch: int = 0  # batches of each process done in the current epoch
+    updates: int = 0
+    images: int = 0  # training images of the epochs done, all processes
+    sums: dict[str, float] = field(default_factory=dict)  # of the current epoch, see `Meter`
+    epoch_seconds: float = 0.  # training time of the current epoch
+    train_seconds: float = 0.  # training time of the epochs done, without evaluation and checkpoints
+    eval_seconds: float = 0.
+    best: dict[str, Any] = field(default_factory=dict)
+    stale: int = 0  # evaluations since the best one
+    stopped_early: bool = False
+    teacher_top1: float | None = None  # as --kd-check found it
+    history: list[dict[str, Any]] = field(default_factory=list)  # rows of summary.csv
 
-    Raises:
-        UserError: Trackers or precision that are not available; options that do not go with sharded weights.
-    """
-    kwargs: dict[str, Any] = {}
-    if config.torchcompile:
-        kwargs['dynamo_plugin'] = TorchDynamoPlugin(backend=config.torchcompile, mode=config.torchcompile_mode)
-    return make_accelerator(config, [
-        (bool(config.kd_model_name) and config.kd_distill_type == 'feature', '--kd-distill-type feature'),
-        (bool(config.sb_ortho), '--sb-ortho'),
-        (bool(config.freeze_epochs), '--freeze-epochs'),
-    ], **kwargs)
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Path, accelerator: Accelerator) -> 'Progress':
+        """Where the run of a checkpoint was, in batches of the processes that there are now.
 
-
-def prepare(config: TrainConfig, accelerator: Accelerator) -> Run[TrainConfig]:
-    """Make everything that the loop needs, put a checkpoint back when resuming, and write the first files."""
-    check_model_name(config.model)
-    check_distillation(config)
-    check_warm_start(config)
-    with accelerator.main_process_first():
-        datasets = create_datasets(config)
-    accelerator.print(describe_splits(datasets.named(config)), flush=True)
-    config = replace(
-        config, num_classes=datasets.num_classes, mixed_precision=used_precision(config, accelerator))
-    metric = choosing_metric(config.eval_metric, datasets.multi_label)
-    set_seed(config.seed)
-    with accelerator.main_process_first():
-        model = create_with_weights(
-            lambda config: create_model(config, datasets.num_classes), config, accelerator,
-            pretrained=False, pretrained_path=None, initial_checkpoint='')
-    signs = signs_of(model)
-    data = create_data(
-        config, model, datasets, num_processes=accelerator.num_processes,
-        accum=accelerator.gradient_accumulation_steps)
-    kept_in_eval = apply_freeze(model, config.freeze, config.freeze_modules)
-    if config.batch_size == 1:
-        check_batch_of_one(model, data.data_config['input_size'], kept_in_eval)
-    name = f'{safe_model_name(config.model)}-{data.data_config["input_size"][-1]}'
-    description = describe(config, datasets, data)
-    folder, checkpoint = folder_and_checkpoint(accelerator, config, name, description)
-
-    if config.sync_bn and accelerator.num_processes > 1:
-        model = convert_sync_batchnorm(model)
-    if config.grad_checkpointing:
-        count_statistics_once(model)
-    model.to(accelerator.device)
-    if config.ic_warm_start is not None and checkpoint is None:
-        warm_start(config, model, data, accelerator)
-    with accelerator.main_process_first():  # a teacher may be downloaded
-        task = build_task(
-            config, model, data.mixup is not None, accelerator.device, data.data_config, data.class_names,
-            data.multi_label)
-    penalties = build_penalties(config, model)
-
-    def measure(model: nn.Module, loader: DataLoader, name: str) -> dict[str, Any]:
-        kept = Predictions() if name == 'test' and not datasets.multi_label else None
-        found = evaluate(
-            accelerator, model, loader, config.channels_last, name, datasets.multi_label, kept.add if kept else None)
-        if kept is not None:
-            agree(accelerator, lambda: kept.write(folder))
-        return found
-
-    run = assemble(
-        config, accelerator, folder, task, data, metric=metric,
-        measured=('loss', *accuracies(datasets.multi_label)), measure=measure, penalties=penalties,
-        kept_in_eval=kept_in_eval, signs=signs, weights=model.loaded_weights, description=description,
-        on_best=export_best, on_epoch=write_reports)
-    run.head_first = head_first(model, config.freeze_epochs)  # the optimizer has decided by now what trains at all
-    if config.bn_momentum is None:
-        updates = updates_per_epoch(run) * run.epochs
-        for line in fit_momentum(model, updates, config.model_kwargs, kept_in_eval):
-            accelerator.print(line)
-    accum = accelerator.gradient_accumulation_steps
-    task.set_length(run.epochs, len(run.train_loader), accum)
-    if checkpoint is not None:
+        Raises:
+            UserError: The checkpoint is of another version.
+        """
         state = read_state(checkpoint)
-        batch = batches_done(state['progress']['batch'], state['processes'], accelerator.num_processes, accum)
-        task.start_epoch(state['progress']['epoch'], batch, len(run.train_loader))
-    run.progress.teacher_top1 = prepare_teacher(
-        config, accelerator, task, data, run.eval_loader, folder, resuming=checkpoint is not None)
-    begin(run, checkpoint)
-    return run
+        try:
+            progress = cls(**state['progress'])
+        except (KeyError, TypeError) as e:
+            raise other_version(checkpoint, e) from e
+        progress.batch = batches_done(
+            progress.batch, state['processes'], accelerator.num_processes, accelerator.gradient_accumulation_steps)
+        return progress
+
+    @property
+    def seconds(self) -> float:
+        """Training and evaluation time of the whole run, over all its resumptions."""
+        return self.train_seconds + self.epoch_seconds + self.eval_seconds
+
+    @property
+    def images_per_second(self) -> float:
+        """Training speed over the epochs done."""
+        return self.images / self.train_seconds if self.train_seconds else 0.
+
+    def end_epoch(self, row: dict[str, Any]) -> None:
+        """Close the current epoch with its row of the summary."""
+        self.history.append(row)
+        self.images += round(self.sums.get('images', 0))
+        self.train_seconds += self.epoch_seconds
+        self.epoch, self.batch, self.sums, self.epoch_seconds = self.epoch + 1, 0, {}, 0.
+
+    def update_best(self, row: dict[str, Any], metric: str, keep: str = 'best') -> str:
+        """Compare an evaluated epoch with the best one so far, and keep the better one.
+
+        Args:
+            row: Row of the summary, with ``eval_*`` and, when there is a moving average, ``ema_*``.
+            metric: ``loss`` (lower is better) or the name of an accuracy (higher is better).
+            keep: ``last`` takes any epoch with finite outputs for better than those before it.
+
+        Returns:
+            Which weights are the new best, ``model`` or ``ema``; empty when there is no new best.
+        """
+        sign = -1 if metric == 'loss' else 1
+        best, chosen = None if keep == 'last' else self.best.get('value'), ''
+        for weights, prefix in (('model', 'eval'), ('ema', 'ema')):
+            value = row.get(f'{prefix}_{metric}')
+            # a model that gives NaN for some images is never the best, whatever its accuracy on the others
+            if value is None or not math.isfinite(row.get(f'{prefix}_loss', 0.)):
+                continue
+            if best is None or sign * value > sign * best:
+                best, chosen = value, weights
+                self.best = dict(epoch=row['epoch'], weights=weights, metric=metric, value=value)
+                measured = {k.removeprefix(f'{prefix}_'): v for k, v in row.items() if k.startswith(f'{prefix}_')}
+                self.best.update(measured)
+        self.stale = 0 if chosen else self.stale + 1
+        return chosen
 
 
-def describe(config: TrainConfig, datasets: Datasets, data: TrainData) -> dict[str, Any]:
-    """What a checkpoint remembers of config and data, to refuse a resumption with others."""
-    names = hashlib.sha256(repr(data.class_names).encode()).hexdigest()[:12]
-    found = dict(train_size=data.train_size, eval_size=data.eval_size, num_classes=data.num_classes, class_names=names)
-    return dict(config=asdict(config), data=found)
+def batches_done(batch: int, processes: int, now: int, accum: int) -> int:
+    """Batches of each process that are done in an epoch, when it goes on with another number of processes.
+
+    The same images are done, down to a whole update.
+
+    Args:
+        batch: Batches of each process that were done.
+        processes: Processes there were.
+        now: Processes there are.
+        accum: Batches of an update.
+    """
+    if processes == now:
+        return batch
+    done = batch * processes // now
+    return done - done % accum
+
+
+@dataclass
+class Run(Generic[ConfigT]):
+    """Everything that the loop works on; loaders, optimizer and the task's trainable module are prepared."""
+    config: ConfigT
+    problem: Problem[ConfigT]
+    accelerator: Accelerator
+    folder: Path
+    task: Task
+    optimizer: AcceleratedOptimizer
+    scheduler: Scheduler | None
+    epochs: int  # of the schedule
+    train_loader: DataLoader
+    eval_loader: DataLoader
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def data(self) -> TrainData:
+        """The loaders before they were prepared, and what they are made of."""
+        return self.problem.data
+
+    @property
+    def last_epoch(self) -> int:
+        """Epochs after which the run ends, unless it stops early."""
+        return min(self.epochs, self.config.stop_epoch or self.epochs)
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Optimizer updates of an epoch; the last may have fewer batches than the others."""
+        return math.ceil(len(self.train_loader) / self.accelerator.gradient_accumulation_steps)

@@ -16,6 +16,7 @@ from timm import task as timm_task
 from timm_spinal.errors import UserError
 
 from .config import TrainConfig
+from .optim import Frozen
 from .teacher import check_logits, open_teacher
 from .transforms import resolve_data
 
@@ -24,7 +25,26 @@ class Task(timm_task.TrainingTask):
     """timm's `TrainingTask`, which the loop tells how long the run is and where it stands.
 
     Most tasks need to know neither, so both methods do nothing here.
+
+    Attributes:
+        penalties: Penalties on weights by name; the loop adds each once per update, whatever the accumulation.
+        frozen: Parts of the model that the loop keeps still.
     """
+    penalties: dict[str, Callable[[], torch.Tensor]] = {}
+    frozen: Frozen = Frozen()
+
+    @property
+    def trained(self) -> nn.Module:
+        """The module that the optimizer trains, prepared."""
+        module = self.get_trainable_module()
+        assert module is not None
+        return module
+
+    def evaluated(self, ema: bool = False) -> nn.Module:
+        """The model that is evaluated; with ``ema`` its average, which must have been set up."""
+        model = self.get_eval_model(ema=ema)
+        assert model is not None
+        return model
 
     def set_length(self, epochs: int, batches_per_epoch: int, grad_accum_steps: int = 1) -> None:
         """Called once, when loaders and schedule are made.

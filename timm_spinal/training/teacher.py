@@ -13,8 +13,8 @@ from timm_spinal.models.hub_checksums import check_download
 from timm_spinal.models.hub_errors import explain, one_line
 
 from .config import TrainConfig
-from .export import CONFIG, WEIGHTS
 from .model import check_model_name
+from .results import CONFIG, WEIGHTS
 from .transforms import resolve_data
 
 _NO_TEACHER = (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError)

@@ -16,13 +16,13 @@ from timm_spinal.models.load_weights import load_exactly
 from timm_spinal.models.weight_files import WeightsError
 
 from . import report
-from .agree import new_accelerator
 from .checkpoint import EMA, STATE, damage, find_checkpoints, read_state
 from .config import ModelOptions, ValidateConfig
 from .data import count_skipped, create_eval_loader
-from .export import CONFIG, WEIGHTS
+from .distributed import new_accelerator
 from .model import check_classifier, create_model
 from .option_checks import RESULTS, check_output_file
+from .results import CONFIG, WEIGHTS
 from .splits import create_datasets, passed_over_lines
 
 

@@ -8,18 +8,18 @@ from dataclasses import replace
 import pytest
 
 from timm_spinal.compare.cli import main as compare
-from timm_spinal.detection.run import train_detector
+from timm_spinal.detection.problem import train_detector
 from timm_spinal.errors import UserError
-from timm_spinal.training.folder import LOCK, FolderLock, Occupied, check_name
-from timm_spinal.training.run import train
+from timm_spinal.training.run_dir import LOCK, FolderLock, Occupied, check_name
+from timm_spinal.training.train import train
 
-from ..detection.test_run import small_config as detection_config
+from ..detection.test_problem import small_config as detection_config
 from .runs import command, resumed, small_config, snapshot
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from timm_spinal.training.folder import FolderLock
+from timm_spinal.training.run_dir import FolderLock
 for folder in sys.argv[1:]:
     FolderLock(Path(folder)).acquire()
 if os.fork() == 0:  # as loader workers are

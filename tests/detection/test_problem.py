@@ -16,14 +16,12 @@ from safetensors.torch import save_file
 from tests.training.runs import assert_same_state, last_state, send_signal
 from timm_spinal.cli import main
 from timm_spinal.detection import load_detector
-from timm_spinal.detection.coco_metrics import Found, average_precision
+from timm_spinal.detection.coco_metrics import Detections, average_precision
 from timm_spinal.detection.data import DetectionData, open_splits
 from timm_spinal.detection.options import METRICS, DetectionConfig
-from timm_spinal.detection.run import train_detector
-from timm_spinal.detection.task import DetectionTask
-from timm_spinal.errors import UserError
+from timm_spinal.detection.problem import DetectionTask, train_detector
+from timm_spinal.errors import StopRequested, UserError
 from timm_spinal.training.config import to_yaml
-from timm_spinal.training.signals import StopRequested
 
 from .shapes import write_coco, write_voc
 
@@ -59,7 +57,7 @@ def measured_again(config, split='eval'):
     with torch.no_grad():
         for i in range(len(data)):
             answer = model([data[i, None][0]])[0]
-            found[i] = Found(*(answer[name].numpy() for name in Found._fields))
+            found[i] = Detections(*(answer[name].numpy() for name in Detections._fields))
     return average_precision(records, found, 2)
 
 

@@ -8,12 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from timm_spinal.errors import UserError
+from timm_spinal.errors import StopRequested, UserError
 from timm_spinal.training import task as task_module
 from timm_spinal.training.checkpoint import damage, find_checkpoints
 from timm_spinal.training.config import to_yaml
-from timm_spinal.training.run import train
-from timm_spinal.training.signals import StopRequested
+from timm_spinal.training.train import train
 
 from .runs import RANDOM, assert_same_state, at_update, last_state, resumed, send_signal, small_config
 
@@ -251,10 +250,10 @@ def test_changed_schedule_takes_effect_on_resume(tmp_path):
 TWO_PROCESSES = """
 import os, signal, sys, torch
 from dataclasses import replace
-from timm_spinal.training import objective
+from timm_spinal.training import task as objective
 from timm_spinal.training.parser import parse_config
-from timm_spinal.training.run import train
-from timm_spinal.training.signals import StopRequested
+from timm_spinal.training.train import train
+from timm_spinal.errors import StopRequested
 
 whole = parse_config(sys.argv[1:])
 broken = replace(whole, experiment='broken')

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 import timm_spinal
 from timm_spinal.errors import UserError
 from timm_spinal.training.checkpoint import find_checkpoints
-from timm_spinal.training.freeze import FREEZES, apply_freeze, head_first
-from timm_spinal.training.run import train
+from timm_spinal.training.optim import FREEZES, apply_freeze, head_first
+from timm_spinal.training.train import train
 
 from .runs import RANDOM, assert_same_state, command, resumed, small_config, train_until
 

@@ -2,7 +2,8 @@ import os
 import signal
 import threading
 
-from timm_spinal.training.signals import SignalFlag, StopRequested
+from timm_spinal.errors import StopRequested
+from timm_spinal.training.distributed import SignalFlag
 
 
 def test_flag_takes_the_first_signal_and_gives_the_handlers_back():

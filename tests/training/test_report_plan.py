@@ -6,8 +6,8 @@ import timm
 import torch
 import torch.nn as nn
 
-from timm_spinal.training.plan import fit_momentum
-from timm_spinal.training.run import train
+from timm_spinal.training.model import fit_momentum
+from timm_spinal.training.train import train
 
 from .images import make_folder
 from .runs import small_config

@@ -1,4 +1,4 @@
-"""Where a run writes, and that it is the only one that writes there."""
+"""The folder of a run: where it is, which checkpoint in it is resumed, and that no other run writes there."""
 import contextlib
 import errno
 import os
@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 from timm_spinal.errors import UserError
 
-from .checkpoint import find_checkpoints, is_checkpoint
+from .checkpoint import candidates, choose_checkpoint, find_checkpoints, is_checkpoint, read_state
 from .config import RunOptions
+from .resume_checks import changed_settings, check_same_run
 
 LOCK = '.lock'
 _BUSY = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
@@ -43,6 +44,61 @@ def check_name(name: str, where: str) -> None:
         wrong = 'is too long; use at most 200 bytes'
     if wrong:
         raise UserError(f'{where} {name!r}: {wrong}; give one name, such as first-run')
+
+
+def claim_run_folder(
+        config: RunOptions,
+        name: str,
+        description: dict[str, Any],
+        held: contextlib.ExitStack,
+) -> tuple[Path, Path | None]:
+    """The run folder, locked, and the checkpoint to go on from, None for a new run. For the main process.
+
+    Args:
+        config: The run's config.
+        name: What a run without ``experiment`` is called, after the time.
+        description: Config and data, as checkpoints hold them.
+        held: Unlocks the folder.
+
+    Raises:
+        UserError: A name that is none, a folder in which another run is going on or was, a checkpoint that is missing,
+            damaged or of another run. Nothing is written.
+    """
+    if config.resume and config.resume != 'auto':
+        candidates(config.resume)
+    folder = _lock_run_folder(config, name, held)
+    checkpoint = choose_checkpoint(config.resume, folder, print) if config.resume else None
+    if checkpoint is not None:
+        check_same_run(read_state(checkpoint), description, str(checkpoint), type(config))
+    return folder, checkpoint
+
+
+def _lock_run_folder(config: RunOptions, name: str, held: contextlib.ExitStack) -> Path:
+    while True:
+        folder = run_folder(config, name)
+        lock = FolderLock(folder)
+        try:
+            lock.acquire()
+            check_free(config, folder)
+        except Occupied:
+            lock.release()
+            if config.experiment or config.resume:
+                raise
+            continue  # another run took this name a moment before
+        except UserError:
+            lock.release()
+            raise
+        held.callback(lock.release)
+        return folder
+
+
+def changed_since_checkpoint(config: RunOptions) -> dict[str, str] | None:
+    """Settings that differ from those of the newest checkpoint of a run that is resumed; None where there is none."""
+    checkpoints = find_checkpoints(run_folder(config, '') / 'last') if config.resume else []
+    if not checkpoints:
+        return None
+    saved = read_state(checkpoints[0])
+    return changed_settings(saved['config'], vars(config), saved.get('cwd', ''), type(config))
 
 
 def run_folder(config: RunOptions, name: str) -> Path:

@@ -5,8 +5,8 @@ import pytest
 import timm
 import torch
 
-from timm_spinal.training.export import export_model, own_config
-from timm_spinal.training.run import train
+from timm_spinal.training.results import export_model, own_config
+from timm_spinal.training.train import train
 
 from .runs import small_config
 

@@ -5,8 +5,8 @@ import torch
 from accelerate.utils import set_seed
 
 import timm_spinal
-from timm_spinal.training.run import train
-from timm_spinal.training.signs import changed_percent, signs_of
+from timm_spinal.training.model import binary_signs, binary_weight_flips
+from timm_spinal.training.train import train
 
 from .runs import last_state, resumed, small_config
 
@@ -19,17 +19,17 @@ def capsule_model(head='xnodr'):
 
 def test_only_the_weights_that_are_binarised_count():
     model = capsule_model()
-    assert len(signs_of(model)) == 8 * 4 * 8 * 16
+    assert len(binary_signs(model)) == 8 * 4 * 8 * 16
     with torch.no_grad():
         model.attached_head.hidden.block.conv_pw.weight.neg_()
-    before = signs_of(model)
-    assert changed_percent(before, model) == 0.
+    before = binary_signs(model)
+    assert binary_weight_flips(before, model) == 0.
     with torch.no_grad():
         model.attached_head.fc.weight[0, :, 0].neg_()  # 4 x 16 of them
-    assert changed_percent(before, model) == 100 / 64
+    assert binary_weight_flips(before, model) == 100 / 64
     for head in ('caps', 'xnidr'):
         plain = capsule_model(head)
-        assert len(signs_of(plain)) == 0 and changed_percent(signs_of(plain), plain) is None
+        assert len(binary_signs(plain)) == 0 and binary_weight_flips(binary_signs(plain), plain) is None
 
 
 def test_zero_counts_as_negative():
@@ -37,12 +37,12 @@ def test_zero_counts_as_negative():
     weight = model.attached_head.fc.weight
     with torch.no_grad():
         weight.fill_(0.)
-        before = signs_of(model)
+        before = binary_signs(model)
         assert not before.any()
         weight.fill_(-1.)
-        assert changed_percent(before, model) == 0.
+        assert binary_weight_flips(before, model) == 0.
         weight.fill_(1.)
-    assert changed_percent(before, model) == 100.
+    assert binary_weight_flips(before, model) == 100.
 
 
 def test_result_counts_from_the_first_update_to_the_last(tmp_path):
