@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, List, Optio
 import torch
 from torch import nn
 
-from .shared_basis_kernel import pack
-
 
 @torch.fx.wrap
 def as_argument(basis: torch.Tensor) -> torch.Tensor:
@@ -76,10 +74,8 @@ class SharedStage(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         basis, basis2 = self._arguments()
-        for i, block in enumerate(self.children()):
+        for block in self.children():
             if hasattr(block, 'takes_basis'):
-                if not torch.jit.is_scripting() and i == 1:
-                    basis, basis2 = self._packed(x, basis, basis2)
                 x = block(x, basis, basis2)
             else:
                 x = block(x)
@@ -89,22 +85,6 @@ class SharedStage(nn.Module):
         basis = None if self.basis is None else as_argument(self.basis)
         basis2 = basis if self.basis2 is None else as_argument(self.basis2)
         return basis, basis2
-
-    @torch.jit.unused
-    def _packed(
-            self,
-            x: torch.Tensor,
-            basis: Optional[torch.Tensor],
-            basis2: Optional[torch.Tensor],
-    ) -> Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
-        """The bases laid out once for all blocks, where these compute with shared_basis_kernel."""
-        block: Any = self[1]
-        if basis is None or basis2 is None or not hasattr(block, 'runs_in_c'):
-            return basis, basis2
-        if not block.runs_in_c(x, basis, basis2):
-            return basis, basis2
-        packed = pack(basis, x, block.conv1.dilation)
-        return packed, packed if basis2 is basis else pack(basis2, x, block.conv2.dilation)
 
     def __iter__(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         basis, basis2 = self._arguments()

@@ -8,6 +8,8 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from timm.utils import unwrap_model
 
+from timm_spinal.layers import xnor_implementation
+
 from . import report
 from .agree import agree
 from .config import TrainConfig
@@ -84,7 +86,8 @@ def summarise(run: Run[TrainConfig]) -> dict[str, Any]:
     the only answer that the model has for all evaluation images; None, as it should be, where it has several.
     ``teacher_top1`` is what --kd-check found. ``weights`` says what became of the weights that the model started from
     (source, tensors loaded, names left out and new), None without any. ``sign_flips`` is the part of the binary weights
-    (XnODR), in percent, whose sign is another after the last update than before the first; None without any.
+    (XnODR), in percent, whose sign is another after the last update than before the first; None without any. ``xnor``,
+    for models with xnorized layers only, says what computed them; see `layers.xnor_implementation`.
     """
     config, module = run.config, unwrap_model(eval_model(run.task))
     teacher = {}
@@ -94,6 +97,7 @@ def summarise(run: Run[TrainConfig]) -> dict[str, Any]:
         model=config.model,
         **counts(run),
         **teacher,
+        **xnor_implementation(module),
         # a process of a sharded run holds a part of the weights only
         sign_flips=None if run.accelerator.distributed_type in SHARDED else changed_percent(run.signs, module),
         dataset=config.dataset or config.data_dir,
