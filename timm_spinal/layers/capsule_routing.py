@@ -74,13 +74,14 @@ def route_lean(
     for _ in range(iterations - 1):
         if torch.jit.is_scripting() or torch.is_grad_enabled():
             logits = logits + torch.cat([
-                _lean_agreement(x, w, c, xnor_projector, xnor_agreement) for w, c in zip(weights, couplings)], 2)
-        else:  # in place, so that no more than two tensors (B, N, J) are there
+                _route_chunk(x, w, c, xnor_projector, xnor_agreement) for w, c in zip(weights, couplings)], 2)
+        else:  # in place, so that there are no more than two tensors (B, N, J)
             for i, (w, c) in enumerate(zip(weights, couplings)):
-                logits[:, :, i * chunk:(i + 1) * chunk] += _agreement_chunk(x, w, c, xnor_projector, xnor_agreement)
-            couplings = uniform.split(1, 2)  # frees the last ones
+                logits[:, :, i * chunk:(i + 1) * chunk] += _route_chunk(x, w, c, xnor_projector, xnor_agreement)
+            couplings = uniform.split(1, 2)  # frees the old ones
         couplings = logits.softmax(2).split(chunk, 2)
-    return torch.cat([_lean_capsules(x, w, c, xnor_projector) for w, c in zip(weights, couplings)], 1)
+    return torch.cat([
+        _route_chunk(x, w, c, xnor_projector, xnor_agreement, last=True) for w, c in zip(weights, couplings)], 1)
 
 
 def _agreement(u_hat: torch.Tensor, v: torch.Tensor, xnor: bool) -> torch.Tensor:
@@ -96,39 +97,34 @@ def _predictions(x: torch.Tensor, weight: torch.Tensor, xnor: bool) -> torch.Ten
     return torch.einsum('bik,ijkd->bijd', x, xnorize(weight, 2) if xnor else weight)
 
 
-def _capsules_chunk(x: torch.Tensor, weight: torch.Tensor, coupling: torch.Tensor, xnor: bool) -> torch.Tensor:
-    return squash(torch.einsum('bij,bijd->bjd', coupling, _predictions(x, weight, xnor)))
-
-
-def _agreement_chunk(
+def _compute_chunk(
         x: torch.Tensor,
         weight: torch.Tensor,
         coupling: torch.Tensor,
         xnor_projector: bool,
         xnor_agreement: bool,
+        last: bool = False,
 ) -> torch.Tensor:
+    """One iteration for some classes j: v (B, j, D) in the last one, before that its agreement (B, N, j)."""
     u_hat = _predictions(x, weight, xnor_projector)
-    return _agreement(u_hat, squash(torch.einsum('bij,bijd->bjd', coupling, u_hat)), xnor_agreement)
+    v = squash(torch.einsum('bij,bijd->bjd', coupling, u_hat))
+    return v if last else _agreement(u_hat, v, xnor_agreement)
 
 
-def _lean_capsules(x: torch.Tensor, weight: torch.Tensor, coupling: torch.Tensor, xnor: bool) -> torch.Tensor:
-    if not torch.jit.is_scripting() and torch.is_grad_enabled():
-        return checkpoint(_capsules_chunk, x, weight, coupling, xnor, use_reentrant=False, preserve_rng_state=False)
-    return _capsules_chunk(x, weight, coupling, xnor)
-
-
-def _lean_agreement(
+def _route_chunk(
         x: torch.Tensor,
         weight: torch.Tensor,
         coupling: torch.Tensor,
         xnor_projector: bool,
         xnor_agreement: bool,
+        last: bool = False,
 ) -> torch.Tensor:
+    """:func:`_compute_chunk`, computed once more in the backward pass, so that its predictions are not kept."""
     if not torch.jit.is_scripting() and torch.is_grad_enabled():
         return checkpoint(
-            _agreement_chunk, x, weight, coupling, xnor_projector, xnor_agreement,
+            _compute_chunk, x, weight, coupling, xnor_projector, xnor_agreement, last,
             use_reentrant=False, preserve_rng_state=False)
-    return _agreement_chunk(x, weight, coupling, xnor_projector, xnor_agreement)
+    return _compute_chunk(x, weight, coupling, xnor_projector, xnor_agreement, last)
 
 
 def classes_per_chunk(
