@@ -8,8 +8,8 @@ Product, of XnODR alone: the projector; torch.bmm of xnorized float32, which giv
 popcount of packed x and W (the packing of x counts), which gives its sums P in bytes, the scales being apart. Both
 sides write into memory that is there. Head: feature map of 7 x 7 to scores, the papers' primary block included
 (MobileNetV2's with 128 capsules, ResNet's with 256). 'prepared' is a float head whose W was xnorized before, which
-the float head does in every call. Milliseconds are medians, ratios medians of the ratios of each round. At the end, what
-share the capsule layer has of whole networks.
+the float head does in every call. Milliseconds are medians, ratios medians of the ratios of each round. At the end,
+what share the capsule layer has of whole networks.
 """
 
 import copy

@@ -186,7 +186,7 @@ class CapsuleHead(ClassifierHead):
             ValueError: If it is negative, or 1, or another one for a packed head, which could not learn it.
         """
         super().check_classes(num_classes, reset_other)
-        made = 'fc' in self._modules
+        made = hasattr(self, 'fc')
         if made and self.packed and not (self.plain or reset_other) and num_classes not in (0, self.num_classes):
             raise ValueError(
                 f'A packed head is for inference and cannot be reset to {num_classes} classes; create the model '

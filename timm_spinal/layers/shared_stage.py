@@ -95,7 +95,7 @@ class SharedStage(nn.Module):
                 yield block
 
     def __len__(self) -> int:
-        return len(self._modules)
+        return len(list(self.children()))
 
     def __getitem__(self, index: int) -> nn.Module:
         return list(self.children())[index]
