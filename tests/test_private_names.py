@@ -14,7 +14,7 @@ import timm_spinal
 PACKAGE = Path(timm_spinal.__file__).parent
 LIBRARIES = ('torch', 'torchvision', 'timm', 'accelerate', 'huggingface_hub', 'safetensors')
 
-# names of imported things in full; ``.name`` is an attribute of an object, whose class a reader of the source cannot know
+# names of imported things in full; ``.name`` is an attribute of an object, whose class the source does not tell
 ALLOWED = {
     # stay: torch has no public name for them
     'torch._assert': 'a check that torch.fx can trace',
@@ -26,6 +26,7 @@ ALLOWED = {
     '._register_load_state_dict_pre_hook': 'renames the keys of weights for all ways of loading',
     # to go: a file of the training room
     '._accumulate_loss': "of timm's ClassificationEvaluator",
+    '._summary': "of timm's ClassificationEvaluator",
     '._prepare': "of timm's ClassificationEvaluator",
     'accelerate.state.AcceleratorState._reset_state': 'a second Accelerator in one process',
     # to go to models/_timm.py

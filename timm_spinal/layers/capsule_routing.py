@@ -16,9 +16,9 @@ from .classifier_head import check_positive
 
 MEMORY_MODES = ('auto', 'whole', 'lean')
 # elements of the prediction tensor (float32: 4 bytes each)
-WHOLE_LIMIT = 2 ** 24  # 64 MiB; 'auto' is lean above
-CHUNK_LIMIT = 2 ** 21  # 8 MiB; what lean routing makes at a time
-COMPILED_BATCH = 32  # stands for the batch where it is free, as in an exported model
+WHOLE_LIMIT = 2 ** 24  # 64 MiB; above it 'auto' chooses 'lean'
+CHUNK_LIMIT = 2 ** 21  # 8 MiB; the predictions that lean routing makes at a time
+COMPILED_BATCH = 32  # the batch size for which a compiled or exported model chooses, since its own may vary
 
 
 def route_whole(
@@ -51,7 +51,7 @@ def route_lean(
         xnor_agreement: bool,
         chunk: int,
 ) -> torch.Tensor:
-    """Routing that makes predictions for ``chunk`` classes at a time, in every iteration anew, and keeps none.
+    """Routing that makes the predictions of ``chunk`` classes at a time, in every iteration anew, and keeps none.
 
     Given the coupling coefficients, the classes do not depend on one another. What is kept is logits and coupling,
     (B, N, J) each; the backward pass makes each chunk's predictions once more.
@@ -139,7 +139,7 @@ def classes_per_chunk(
     """Classes that routing handles at a time; 0 for routing that keeps all predictions."""
     if memory == 'whole' or (memory == 'auto' and batch * capsules * classes * dim <= whole_limit):
         return 0
-    rows = max(batch, 8)  # a chunk's part of W counts too
+    rows = max(batch, 8)  # below that the chunk's part of W is larger than its predictions
     return max(1, min(classes, chunk_limit // (rows * capsules * dim)))
 
 
@@ -159,7 +159,7 @@ def _route(
         xnor_agreement: bool,
         chunk: int,
 ) -> torch.Tensor:
-    out_dtype = weight.dtype  # not that of x, since under autocast v may be too small for float16
+    out_dtype = weight.dtype  # not that of x: under autocast that is float16, for which v may be too small
     capsules, weight = float32_or_wider(x), float32_or_wider(weight)
     if xnor_projector:
         capsules = xnorize(capsules, 2)
@@ -192,7 +192,7 @@ def dynamic_routing(
             return _route(x, weight, iterations, xnor_projector, xnor_agreement, chunk)
 
 
-torch.fx.wrap('dynamic_routing')  # chosen by size, so no part of a traced graph
+torch.fx.wrap('dynamic_routing')  # it chooses by the size of its input, which tracing does not know
 
 
 def check_routed_classes(num_classes: int) -> None:

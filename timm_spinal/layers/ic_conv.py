@@ -2,7 +2,7 @@
 
 Paper: "IC Networks: Remodeling the Basic Unit for Convolutional Neural Networks", An, Liu, Zhao and Shen, 2021,
 https://arxiv.org/abs/2102.03495. Its full text was not available (spec ic_networks_wld): the neuron is sourced, the
-convolution derived from it; what neither settles is reconstructed, and an option.
+convolution derived from it; what follows from neither is reconstructed, and an option.
 """
 
 from typing import Any, List, Literal, Optional, Tuple, Union
@@ -48,7 +48,7 @@ def box_mean(
         return x
     if dilation == (1, 1) and 2 * padding[0] <= kernel_size[0] and 2 * padding[1] <= kernel_size[1]:
         return F.avg_pool2d(x, kernel_size, stride, padding)
-    # what pooling cannot do, a constant filter for each channel can
+    # pooling has no dilation and less padding than a convolution with a constant filter for each channel
     kh, kw = kernel_size
     box = x.new_full((channels, 1, kh, kw), 1. / (kh * kw))
     return F.conv2d(x, box, None, stride, padding, dilation, channels)
@@ -214,7 +214,7 @@ class ICConv2d(nn.Conv2d):
 
     @torch.jit.ignore
     def reset_collision(self) -> None:
-        """Start the collision anew; ``weight`` and ``bias`` stay."""
+        """Set the parameters of the collision to their start values; ``weight`` and ``bias`` stay."""
         nn.init.constant_(self.ic_weight, self.ic_init)
         if self.ic_bias is not None:
             nn.init.zeros_(self.ic_bias)

@@ -105,14 +105,14 @@ def check_packed_state(state_dict: Dict[str, Any], prefix: str, packed: bool, nu
     Raises:
         ValueError: The reason and the fix in one line.
     """
-    found = [name for name in (*XNODR_STATE, *XNIDR_STATE) if f'{prefix}{name}' in state_dict]
+    names = [name for name in (*XNODR_STATE, *XNIDR_STATE) if f'{prefix}{name}' in state_dict]
     if packed and f'{prefix}weight' in state_dict:
         raise ValueError(
             f'{prefix}weight: float capsule weights do not fit a packed model; create it without head_packed, load '
             'them, then call timm_spinal.pack_xnodr(model).')
-    if not found:
+    if not names:
         return
-    name, classes = f'{prefix}{found[0]}', state_dict[f'{prefix}{found[0]}'].shape[2]
+    name, classes = f'{prefix}{names[0]}', state_dict[f'{prefix}{names[0]}'].shape[2]
     if not packed:
         raise ValueError(
             f'{name}: packed capsule weights do not fit a float model; create it with head_packed=True, or load the '

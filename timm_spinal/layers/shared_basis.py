@@ -47,7 +47,7 @@ class SharedBasisConv2d(nn.Module):
         y = BN(A . z)                 1x1, R -> T
 
     Stride 1, padding that keeps H and W (spec shared_basis 1.2). U, A and both norms are its own; B_s belongs to the
-    stage and comes with each call. In eval mode the norms are folded into A and a bias on the way (spec 8.1 a).
+    stage and is passed to each call. In eval mode each call folds the norms into A and a bias (spec 8.1 a).
 
     Args:
         in_channels: C.
@@ -151,7 +151,7 @@ def check_ranks(shared: int, unique: int, width: int) -> int:
 
 
 class SharedConv2d(nn.Module):
-    """A convolution all of whose filters are shared: the stage owns them, they come with each call.
+    """A convolution all of whose filters are shared: the stage owns them and passes them to each call.
 
     Stride 1, padding that keeps H and W, no bias (spec shared_basis 1.5, 1.6).
 

@@ -9,7 +9,7 @@ from torch import nn
 
 @torch.fx.wrap
 def as_argument(basis: torch.Tensor) -> torch.Tensor:
-    """A parameter to call a module with; torch.utils.flop_counter takes none that asks for gradients without them."""
+    """A shared parameter, detached where no gradients are recorded: FlopCounterMode cannot count otherwise."""
     return basis if torch.is_grad_enabled() else basis.detach()
 
 
@@ -44,7 +44,7 @@ class SharedStage(nn.Module):
         for i, block in enumerate(blocks):
             self.add_module(str(i), block)
             if i > 0:
-                block.takes_basis = True  # on the block itself, where TorchScript can see it
+                block.takes_basis = True  # an attribute of the block, since TorchScript resolves hasattr() of one
         for name, size in (('basis', shape), ('basis2', shape2)):
             basis = None if size is None else nn.Parameter(torch.empty(size, device=device, dtype=dtype))
             self.register_parameter(name, basis)
