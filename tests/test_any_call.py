@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Sequence
 
 import pytest
 
@@ -12,6 +13,7 @@ hypothesis = pytest.importorskip('hypothesis')
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+from timm_spinal.active_share import ActiveShareConfig  # noqa: E402
 from timm_spinal.cli import VERBS, main  # noqa: E402
 from timm_spinal.compare.gradflow import GradflowConfig  # noqa: E402
 from timm_spinal.compare.options import FrozenConfig  # noqa: E402
@@ -52,10 +54,30 @@ BASES = {
 VALUES = ('-1', '0', '1', '2', '0.5', '1e999', 'nan', '4294967296', '9' * 5000, 'x', '', ' ', 'no/such', '.', 'data',
           'run', 'zero.pth', 'deep.yaml', 'twice.yaml', 'latin.csv', 'a=1', 'a=b=c', 'true', 'None', '*', '[', '../x',
           'ü', 'a\nb')
+# of options whose values are names or texts with a form of their own, by flag: right ones and nearly right ones
+NAMES = ('test_resnet', 'test_vit', 'spinalcnn_a1', 'test_resnet_pspinal', 'resnet20_cifar', 'test_resnet_xnodr',
+         'ictest_resnet', 'x', 'a/b', 'hf-hub:a/b', 'local-dir:run', 'local-dir:x', 'test_*')
+POOLS = {
+    '--model': NAMES, '-m': NAMES, '--backbone': NAMES, '--kd-model-name': (*NAMES, 'run'),
+    '--model-kwargs': ('head_width=2', 'x=1', 'a', '=', 'in_chans=1', 'block=3', 'drop_rate=x', 'head_layers=0'),
+    '--opt-kwargs': ('foreach=true', 'lr=1', 'x=1', 'nesterov=3', '='),
+    '--opt': ('sgd', 'adamw', 'lamb', 'lookahead_sgd', 'adafactor', 'lbfgs', 'muon', 'x', ''),
+    '--aa': ('rand-m9-mstd0.5', 'augmix-m3', 'original', '3a', 'v0', 'rand-m99', 'rand', 'x-1', ''),
+    '--dataset': ('digits', 'torch/digits', 'torch/cifar10', 'hfds/x', 'wds/x', 'multimnist', 'folder', 'x/', ''),
+    '--heads': ('linear,mlp', 'spinal:width=2', 'spinal:width=0', 'mlp=spinal', 'linear,linear', 'x', ','),
+    '--seeds': ('1', '0', '3,3', '1,2', 'x', '-1'), '--control': ('linear', 'mlp', 'x'),
+    '--gp': ('avg', 'max', 'avgmax', 'fast', 'x'), '--interpolation': ('bicubic', 'nearest', 'random', 'x'),
+    '--train-interpolation': ('bicubic', 'random', 'x'), '--input-img-mode': ('L', 'RGB', 'CMYK', '1', 'I;16', 'x'),
+    '--freeze-modules': ('conv1', 'layer1', 'fc', 'x'), '--class-map': ('run.yaml', 'no.txt', 'latin.csv'),
+    '--lr-decay-fn': ('linear', 'cosine', '1-sqrt', 'x'), '--weights': ('best', 'raw', 'ema', 'x'),
+    '--results-file': ('r.csv', 'r.json', 'r.txt', 'no/r.csv', 'data'), '--output': ('new', 'run', 'p.png', 'no/p.png'),
+    '--checkpoint': ('run', 'run/last', 'run/model.safetensors', 'zero.pth', 'no*'), '--resume': ('auto', 'run', 'no'),
+}
 # what would take minutes, the network or another process
-LEFT_OUT = {'--torchcompile', '--help', '--debug', '--workers', '--log-with', '--jobs', '--epochs', '-j'}
+LEFT_OUT = {'--torchcompile', '--help', '--debug', '--workers', '--log-with', '--jobs', '--epochs', '--epoch-repeats',
+            '--min-updates', '-j'}
 CONFIGS = {'train': TrainAndPushConfig, 'validate': ValidateConfig, 'compare': FrozenConfig, 'gradflow': GradflowConfig,
-           'train-detection': DetectionConfig}
+           'train-detection': DetectionConfig, 'active-share': ActiveShareConfig}
 
 
 @pytest.fixture(scope='module')
@@ -89,15 +111,22 @@ def values_of(verb: str, flag: str) -> st.SearchStrategy:
     """Values that are mostly of the flag's type, so that they come past the parser."""
     known = {f.name: f for f in dataclasses.fields(CONFIGS[verb])} if verb in CONFIGS else {}
     field = known.get(flag.lstrip('-').replace('-', '_').removeprefix('no_'))
+    if flag in POOLS:
+        return some(POOLS[flag], 1, 2 if field is None else 3 if 'list' in str(field.type) else 1)
     if field is None:
         return st.lists(st.sampled_from(VALUES), max_size=2)
     kind, choices = str(field.type), [str(c) for c in field.metadata['choices']]
     if 'bool' in kind:
         return st.just([])
-    numbers = ['0', '1', '2', '3'] if 'int' in kind else ['0', '0.1', '0.5', '1', '2'] if 'float' in kind else VALUES
-    size = field.metadata['nargs'] or 1
-    value = st.one_of(st.sampled_from(choices or numbers), st.sampled_from(VALUES))
-    return st.lists(value, min_size=size, max_size=size)
+    numbers = ['0', '1', '2', '3', '7'] if 'int' in kind else ['0', '0.1', '0.5', '1', '2', '1e-30', '1e5']
+    right = choices or (numbers if 'int' in kind or 'float' in kind else VALUES)
+    size = field.metadata['nargs'] or 0
+    return some(right, size or 1, size or (3 if 'list' in kind else 1))
+
+
+def some(right: Sequence[str], least: int = 1, most: int = 1) -> st.SearchStrategy:
+    """Values of which most are of the right kind."""
+    return st.lists(st.sampled_from([*list(right) * (1 + 40 // len(right)), *VALUES]), min_size=least, max_size=most)
 
 
 def contents(folder: Path) -> dict[str, tuple]:
@@ -115,7 +144,7 @@ def test_any_call(place, tmp_path_factory, capsys, monkeypatch):
     def calls(draw):
         verb = draw(st.sampled_from(verbs))
         argv = list(draw(st.sampled_from(BASES.get(verb, [('--nosuch',)]))))
-        for _ in range(draw(st.integers(0, 2))):
+        for _ in range(draw(st.integers(0, 3))):
             flag = draw(st.sampled_from(flags[verb]))
             argv += [flag, *draw(values_of(verb, flag))]
         if draw(st.integers(0, 9)) == 0:

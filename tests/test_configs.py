@@ -49,7 +49,7 @@ def test_config_is_sound(path):
     assert config.val_split_fraction or config.val_split != 'test'
     header = path.read_text().split('\n', 12)
     if path.stem not in GENERAL:
-        assert all(any(line.startswith(f'# {word}:') for line in header) for word in ('Split', 'Reported', 'Differs'))
+        assert all(any(line.startswith(f'# {word}:') for line in header) for word in ('Source', 'Reported', 'Differs'))
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)

@@ -10,7 +10,6 @@ from timm_spinal.arguments import Parser
 
 PACKAGES = ('timm-spinal', 'timm', 'torch', 'torchvision', 'accelerate', 'huggingface-hub', 'safetensors', 'numpy')
 KERNELS = {
-    'avx512': 'C code with AVX-512',
     'avx2': 'C code with AVX2',
     'neon': 'C code with NEON',
     'portable': 'portable C code',

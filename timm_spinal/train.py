@@ -20,7 +20,8 @@ def run(argv: list[str]) -> int:
     from timm_spinal.hub.options import TrainAndPushConfig, split_config
     from timm_spinal.training.parser import parse_config
     config, hub = split_config(parse_config(argv, TrainAndPushConfig, 'timm-spinal train', __doc__))
-    from timm_spinal.training.train import open_run, train, train_epochs, write_result
+    from timm_spinal.training.results import write_result
+    from timm_spinal.training.train import open_run, train, train_epochs
     if not hub.push_to_hub:
         train(config)
         return 0

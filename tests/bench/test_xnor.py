@@ -6,7 +6,7 @@ import torch
 from timm_spinal.bench import xnor
 from timm_spinal.errors import UserError
 from timm_spinal.layers import xnor_backend
-from timm_spinal.layers.xnor_ops import pack_signs
+from timm_spinal.layers.xnor import pack_signs
 
 built = pytest.mark.skipif(xnor_backend() == 'torch', reason='the C code is not built')
 
@@ -20,10 +20,6 @@ def test_both_products_give_the_same():
     scale = pack_signs(0.1 * torch.randn(6, 5, 8, 16, generator=g))[1]
     ours = sums * x.mean(2).view(3, 6, 1, 1) * scale
     torch.testing.assert_close(ours, theirs.view(6, 3, 5, 16).transpose(0, 1), atol=1e-6, rtol=1e-6)
-
-    for _ in range(2):
-        theirs, ours = (call() for call in xnor.agreement_calls(case))
-    torch.testing.assert_close(ours, theirs.view(3, 5, 6).transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize('layer', xnor.LAYERS)

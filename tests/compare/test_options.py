@@ -15,6 +15,7 @@ def test_seeds():
 @pytest.mark.parametrize('text, message', [
     ('0', 'an empty list of seeds'), ('', 'an empty list of seeds'), ([], 'an empty list of seeds'),
     ('-1,2', 'negative'), ('1,1', 'comes twice'), ('many', 'not a number of seeds'),
+    ('4294967296', 'too large; give at most 1000 seeds'), ('1,4294967296', 'each below 4294967296'),
 ])
 def test_bad_seeds(text, message):
     with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""ICConv2d against the all-ones convolution and the fused kernel, both written out."""
+"""ICConv2d against the all-ones convolution and the convolution with the whole kernel, both written out."""
 
 import copy
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from timm_spinal.layers import ICConv2d
-from timm_spinal.layers.ic_collide import PIECE, collide, collide_plain
+from timm_spinal.layers.ic_conv import collide
 
 GEOMETRIES = (
     dict(in_channels=8, out_channels=12, kernel_size=3, padding=1, bias=False),
@@ -137,42 +137,60 @@ def test_both_scales_start_as_the_same_function(mode):
     torch.testing.assert_close(raw(x), mean(x))
 
 
+def expression(z, s, w, groups, b1=None, b2=None):
+    """y = z + ReLU(z - w s + b1) + b2."""
+    u = z - s.repeat_interleave(len(w) // groups, 1) * w.view(-1, 1, 1)
+    u = u if b1 is None else u + b1.view(-1, 1, 1)
+    y = z + torch.relu(u)
+    return y if b2 is None else y + b2.view(-1, 1, 1)
+
+
 @pytest.mark.parametrize('biases', [(), ('b1',), ('b2',), ('b1', 'b2')], ids=''.join)
 @pytest.mark.parametrize('groups', [1, 2])
-def test_gradients_of_the_in_place_form(groups, biases):
+def test_gradients_of_the_form_that_keeps_a_mask(groups, biases):
     torch.manual_seed(0)
     shapes = ((2, 4, 2, 3), (2, groups, 2, 3), *[(4,)] * (1 + len(biases)))
     given = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
     def run(z, s, w, *rest):
-        return collide(z * 1, s, w, groups, **dict(zip(biases, rest)))  # collide may overwrite its first argument
+        return collide(z, s, w, groups, **dict(zip(biases, rest)))
 
     assert torch.autograd.gradcheck(run, given) and torch.autograd.gradgradcheck(run, given)
-    expected = collide_plain(*given[:3], groups, **dict(zip(biases, given[3:])))
+    expected = expression(*given[:3], groups, **dict(zip(biases, given[3:])))
     torch.testing.assert_close(run(*given), expected)
     with torch.no_grad():
         torch.testing.assert_close(run(*given), expected)
 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-def test_pieces_are_put_together_in_order(memory_format):
-    """Values and gradients of batches of several pieces, the last one smaller, and of an image larger than a piece."""
-    for shape in ((7, 16, 80, 80), (2, 4, 300, 300)):
-        assert shape[0] > 1 and torch.Size(shape).numel() > PIECE
-        g = torch.Generator().manual_seed(0)
-        z = torch.randn(shape, generator=g).to(memory_format=memory_format).requires_grad_()
-        s = torch.rand(shape[0], 2, *shape[2:], generator=g).requires_grad_()
-        w, b1, b2 = (torch.randn(shape[1], generator=g).requires_grad_() for _ in range(3))
-        expected = collide_plain(z, s, w, 2, b1, b2)
-        torch.testing.assert_close(collide(z.clone(), s, w, 2, b1, b2), expected)
-        with torch.no_grad():
-            torch.testing.assert_close(collide(z.clone(), s, w, 2, b1, b2), expected)
-        grad = torch.randn(shape, generator=g).to(memory_format=memory_format)
-        given = (z, s, w, b1, b2)
-        found = torch.autograd.grad(collide(z.clone(), s, w, 2, b1, b2), given, grad)
-        assert found[0].is_contiguous(memory_format=memory_format)
-        for one, two in zip(found, torch.autograd.grad(expected, given, grad)):
-            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)  # sums of 10^5 terms
+def test_values_and_gradients_keep_the_memory_format(memory_format):
+    """Of maps of the size that a network has."""
+    shape, g = (7, 16, 80, 80), torch.Generator().manual_seed(0)
+    z = torch.randn(shape, generator=g).to(memory_format=memory_format).requires_grad_()
+    s = torch.rand(shape[0], 2, *shape[2:], generator=g).requires_grad_()
+    w, b1, b2 = given = [torch.randn(shape[1], generator=g).requires_grad_() for _ in range(3)]
+    expected, y = expression(z, s, w, 2, b1, b2), collide(z, s, w, 2, b1, b2)
+    torch.testing.assert_close(y, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(collide(z, s, w, 2, b1, b2), expected)
+    grad, given = torch.randn(shape, generator=g).to(memory_format=memory_format), (z, s, *given)
+    found = torch.autograd.grad(y, given, grad)
+    assert y.is_contiguous(memory_format=memory_format) and found[0].is_contiguous(memory_format=memory_format)
+    for one, two in zip(found, torch.autograd.grad(expected, given, grad)):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)  # sums of 10^4 terms
+
+
+def test_gradients_of_each_image_by_vmap():
+    layer = make(in_channels=8, out_channels=12, kernel_size=3, groups=4, ic_norm='bias')
+    x, parameters = image(layer), dict(layer.named_parameters())
+
+    def loss(parameters, x):
+        return torch.func.functional_call(layer, parameters, (x[None],)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for name, p in parameters.items():
+        expected = torch.stack([torch.autograd.grad(loss(parameters, one), p)[0] for one in x])
+        torch.testing.assert_close(found[name], expected)
 
 
 def test_an_empty_batch_gives_an_empty_map():

@@ -8,7 +8,15 @@ import sys
 import pytest
 import torch
 
-from timm_spinal.layers import CapsuleRouting, PackedXnidr, PackedXnodr, create_head, xnor_kernel
+from timm_spinal.layers import (
+    CapsuleRouting,
+    PackedXnidr,
+    PackedXnodr,
+    create_head,
+    xnor_backend,
+    xnor_implementation,
+)
+from timm_spinal.layers.xnor import library
 
 from ..conftest import launch_env
 from .test_capsule_head import image_map, live, make
@@ -26,11 +34,11 @@ def tensor_bytes(module):
     return sum(t.nbytes for t in module.state_dict().values())
 
 
-@pytest.mark.parametrize('backend', xnor_kernel.xnor_paths())
+@pytest.mark.parametrize('backend', library.xnor_paths())
 @pytest.mark.parametrize('name', BOTH)
 @pytest.mark.parametrize('kwargs', [{}, dict(primary='bottleneck', capsules=0), dict(capsule_dim=12, class_dim=7)])
 def test_scores_are_those_of_the_float_head(name, kwargs, backend, monkeypatch):
-    monkeypatch.setenv(xnor_kernel.ENVIRONMENT, backend)
+    monkeypatch.setenv(library.ENVIRONMENT, backend)
     head = live(make(name, num_classes=30, **kwargs))
     x = image_map(12)
     expected = head(x)
@@ -107,10 +115,10 @@ def test_capsfc_cannot_be_created_packed():
         make('caps', packed=True)
 
 
-@pytest.mark.parametrize('backend', xnor_kernel.xnor_paths())
+@pytest.mark.parametrize('backend', library.xnor_paths())
 @pytest.mark.parametrize('name', BOTH)
 def test_script_trace_compile_export(name, backend, monkeypatch):
-    monkeypatch.setenv(xnor_kernel.ENVIRONMENT, backend)
+    monkeypatch.setenv(library.ENVIRONMENT, backend)
     head = packed(live(make(name)))
     x = image_map()
     with torch.no_grad():
@@ -152,11 +160,29 @@ def test_unpickled_in_a_fresh_process(tmp_path):
     """Where nothing packed was made before."""
     head, x = packed(live(make())), image_map()
     torch.save((head, x, head(x).detach()), tmp_path / 'head.pt')
-    code = (f'import torch, timm_spinal, sys; assert "timm_spinal.layers.xnor_ops" not in sys.modules\n'
+    code = (f'import torch, timm_spinal\n'
             f'head, x, expected = torch.load({str(tmp_path / "head.pt")!r}, weights_only=False)\n'
             f'assert torch.allclose(head(x), expected, atol=1e-6)')
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=launch_env(), timeout=100)
     assert done.returncode == 0, done.stderr
+
+
+def test_implementation_of_a_model(monkeypatch):
+    """A packed layer on the CPU is computed by the C code where it takes its sizes, a float one by torch."""
+    best = xnor_backend()
+    in_c = 'torch' if best == 'torch' else f'c-{best}'
+    for name in BOTH:
+        assert xnor_implementation(make(name)) == {'xnor': 'torch'}
+        head = packed(live(make(name)))
+        assert xnor_implementation(head) == {'xnor': in_c}
+        assert xnor_implementation(copy.deepcopy(head).to('meta')) == {'xnor': 'torch'}
+        assert xnor_implementation(copy.deepcopy(head).double()) == {'xnor': 'torch'}
+        assert xnor_implementation(packed(live(make(name, class_dim=7)))) == {'xnor': 'torch'}
+        monkeypatch.setenv(library.ENVIRONMENT, 'torch')
+        assert xnor_implementation(head) == {'xnor': 'torch'}
+        monkeypatch.delenv(library.ENVIRONMENT)
+    for head in (make('caps'), make(num_classes=0), torch.nn.Linear(3, 2)):
+        assert xnor_implementation(head) == {}
 
 
 def test_training_is_refused():

@@ -1,15 +1,12 @@
-"""Shared-basis networks without gradients, where norms, shortcuts and ReLUs are part of other steps, against with."""
+"""Shared-basis networks without gradients, where norms are folded on the way, against with."""
 
 import pytest
 import timm
 import torch
 from torch import nn
 
-from timm_spinal.layers import shared_basis_kernel
 from timm_spinal.models import fold_bases
 
-# only AVX-512 has the C code; what torch computes instead is tested everywhere
-needs_c = pytest.mark.skipif(shared_basis_kernel.library() is None, reason='no C code for this processor')
 NAMES = ['resnet18_sb_s32u1', 'resnet34_sb_s48u1d', 'resnet50_sb', 'resnet32_sb_s16u1_cifar']
 
 
@@ -58,7 +55,7 @@ def test_other_blocks_and_stems(options):
 
 
 def test_weights_that_change_are_seen():
-    """Nothing folded or packed outlives a call."""
+    """Nothing folded outlives a call."""
     model, x = trained('resnet18_sb_s32u1'), images()
     before = agree(model, x)
     with torch.no_grad():
@@ -79,24 +76,6 @@ def test_hooks_are_called(name):
     handle.remove()
     agree(model, x)
     assert len(seen) == 2
-
-
-@needs_c
-def test_blocks_and_stem_take_the_short_way(monkeypatch):
-    """Of a resnet18 each second block, both of its convolutions; the bases are laid out once per stage."""
-    model, x, calls, packs = trained('resnet18_sb_s32u1'), images(), [], []
-    run, pack = type(model.layer1[1].conv1).run_in_c, shared_basis_kernel.pack
-    monkeypatch.setattr(type(model.layer1[1].conv1), 'run_in_c', lambda conv, x, basis, shortcut=None, relu=False: (
-        calls.append((shortcut is not None, relu, basis.is_mkldnn)), run(conv, x, basis, shortcut, relu))[1])
-    monkeypatch.setattr('timm_spinal.layers.shared_stage.pack', lambda *args: (packs.append(1), pack(*args))[1])
-    norms = []
-    for norm in (model.bn1, model.layer1[0].bn1):
-        monkeypatch.setattr(
-            norm, 'forward', lambda x, norm=norm: (norms.append(norm), nn.BatchNorm2d.forward(norm, x))[1])
-    with torch.inference_mode():
-        model(x)
-    assert calls == [(False, True, True), (True, True, True)] * 4 and len(packs) == 4
-    assert norms == [model.layer1[0].bn1]
 
 
 def test_ensembles_by_vmap():

@@ -4,13 +4,12 @@
     timm-spinal bench xnor --layer xnidr --capsules 128
     timm-spinal bench xnor --threads 1 --classes 10 -b 32 --models
 
-Product, of XnODR: the projector; torch.bmm of xnorized float32, which gives u_hat in float32, against XOR and popcount
-of packed x and W (the packing of x counts), which gives its sums P in bytes, the scales being apart. Of XnIDR: the
-agreement of an iteration; torch.bmm of xnorized float32 against XOR and popcount of packed u_hat and v (the packing of
-v counts). Both sides write into memory that is there. Head: feature map of 7 x 7 to scores, the papers' primary block
-included (MobileNetV2's with 128 capsules, ResNet's with 256). 'prepared' is a float head whose W was xnorized before,
-which the float head does in every call. Milliseconds are medians, ratios medians of the ratios of each round. At the
-end, what share the capsule layer has of whole networks.
+Product, of XnODR alone: the projector; torch.bmm of xnorized float32, which gives u_hat in float32, against XOR and
+popcount of packed x and W (the packing of x counts), which gives its sums P in bytes, the scales being apart. Both
+sides write into memory that is there. Head: feature map of 7 x 7 to scores, the papers' primary block included
+(MobileNetV2's with 128 capsules, ResNet's with 256). 'prepared' is a float head whose W was xnorized before, which
+the float head does in every call. Milliseconds are medians, ratios medians of the ratios of each round. At the end,
+what share the capsule layer has of whole networks.
 """
 
 import copy
@@ -25,8 +24,8 @@ from torch import nn
 
 from ..arguments import Parser, number
 from ..layers import create_head, xnor_backend, xnorize
-from ..layers.xnor_kernel import run
-from ..layers.xnor_ops import pack_signs
+from ..layers.xnor import pack_signs
+from ..layers.xnor.library import run
 from ..models import ensure_registered, pack_xnodr
 from .heads import count_macs
 from .timing import machine_load, paired_ratio, times_in_turns
@@ -72,11 +71,6 @@ def compare(calls: Sequence[Callable[[], object]], seconds: float) -> Comparison
     )
 
 
-def product_calls(layer: str, case: Case) -> List[Callable[[], torch.Tensor]]:
-    """torch.bmm and the bit kernel."""
-    return projector_calls(case) if layer == 'xnodr' else agreement_calls(case)
-
-
 def projector_calls(case: Case) -> List[Callable[[], torch.Tensor]]:
     """u_hat (N, B, J D) in float32, and P (B, N, J, D) in int8."""
     g = torch.Generator().manual_seed(0)
@@ -90,22 +84,6 @@ def projector_calls(case: Case) -> List[Callable[[], torch.Tensor]]:
     return [
         lambda: torch.bmm(floats, matrices, out=theirs),
         lambda: run('products', x, bits, None, ours, case.capsules, IN_DIM, case.classes, CLASS_DIM),
-    ]
-
-
-def agreement_calls(case: Case) -> List[Callable[[], torch.Tensor]]:
-    """Logits (B J, N, 1), and (B, N, J)."""
-    g = torch.Generator().manual_seed(0)
-    u_hat = torch.randn(case.batch, case.capsules, case.classes, CLASS_DIM, generator=g)
-    v = torch.randn(case.batch, case.classes, CLASS_DIM, generator=g)
-    bits, scale = pack_signs(u_hat.flatten(0, 1).unsqueeze(3))
-    floats = xnorize(u_hat, 3).transpose(1, 2).flatten(0, 1)
-    vectors = xnorize(v, 2).view(-1, CLASS_DIM, 1)
-    theirs = torch.empty(case.batch * case.classes, case.capsules, 1)
-    ours = torch.empty(case.batch, case.capsules, case.classes)
-    return [
-        lambda: torch.bmm(floats, vectors, out=theirs),
-        lambda: run('agreement', v, bits, scale, ours.zero_(), case.capsules, IN_DIM, case.classes, CLASS_DIM),
     ]
 
 
@@ -136,10 +114,10 @@ def measure(layer: str, case: Case, seconds: float) -> bool:
     """Print the line of a case; whether it keeps the targets."""
     kept = True
     columns = [f'{case.capsules:8d} {case.classes:7,d} {case.batch:5d}']
-    if case.predictions > LARGEST or xnor_backend() == 'torch':
+    if layer != 'xnodr' or case.predictions > LARGEST or xnor_backend() == 'torch':
         columns.append(f'{"-":>10} {"-":>9} {"-":>6}')
     else:
-        found = compare(product_calls(layer, case), seconds)
+        found = compare(projector_calls(case), seconds)
         columns.append('{:10.3f} {:9.3f} {:6.2f}'.format(*found.milliseconds, *found.ratios))
         kept = case.batch < 32 or case.classes > 100 or found.ratios[0] >= PRODUCT_TARGET
     found = compare(head_calls(layer, case), seconds)

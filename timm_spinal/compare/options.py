@@ -16,7 +16,7 @@ from timm_spinal.training.options import Options, option, to_flag
 
 from .train_group import Recipe
 
-BATCH_SIZE, MIN_UPDATES = 512, 16
+BATCH_SIZE, MIN_UPDATES, MOST_SEEDS = 512, 16, 1000
 
 
 @dataclass
@@ -111,9 +111,12 @@ def parse_seeds(text: str | int | list[int], where: str = '--seeds') -> list[int
         elif ',' in str(text):
             seeds = [int(part) for part in str(text).split(',') if part.strip()]
         else:
-            seeds = list(range(int(text or 0)))
+            count = int(text or 0)
+            seeds = list(range(min(count, MOST_SEEDS + 1)))
     except (TypeError, ValueError) as e:
         raise UserError(f'{where} {text}: not a number of seeds; write 5, or the seeds themselves as 3,7,11') from e
+    if len(seeds) > MOST_SEEDS or max(seeds, default=0) >= 2 ** 32:
+        raise UserError(f'{where} {str(text):.40}: too large; give at most {MOST_SEEDS} seeds, each below {2 ** 32}')
     if not seeds or min(seeds) < 0:
         raise UserError(f'{where} {text!r}: an empty list of seeds; write 5 for the seeds 0 to 4'
                         if not seeds else f'{where} {text}: seeds must not be negative')

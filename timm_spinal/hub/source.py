@@ -131,9 +131,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / CONFIG, CONFIG_TYPES, fix)
     if 'architecture' not in config:
         raise UserError(f'{folder / CONFIG}: names no architecture; {fix}')
+    check_model_name(config['architecture'])
     if not config.get('pretrained_cfg', {}).get('input_size'):
         raise UserError(f'{folder / CONFIG}: names no size of images (input_size of pretrained_cfg); {fix}')
-    check_model_name(config['architecture'])
     return config
 
 

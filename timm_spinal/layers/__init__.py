@@ -24,6 +24,7 @@ from .ic_conv import check_ic_options as check_ic_options
 from .orthogonality import orthogonality_loss as orthogonality_loss
 from .packed_routing import PackedXnidr as PackedXnidr
 from .packed_routing import PackedXnodr as PackedXnodr
+from .packed_routing import xnor_implementation as xnor_implementation
 from .primary_capsules import PrimaryCapsules as PrimaryCapsules
 from .progressive_spinal_head import ProgressiveLayers as ProgressiveLayers
 from .progressive_spinal_head import ProgressiveSpinalHead as ProgressiveSpinalHead
@@ -34,4 +35,4 @@ from .shared_basis import check_ranks as check_ranks
 from .shared_stage import SharedStage as SharedStage
 from .spinal_head import SpinalHead as SpinalHead
 from .spinal_head import SpinalLayers as SpinalLayers
-from .xnor_kernel import xnor_backend as xnor_backend
+from .xnor import xnor_backend as xnor_backend

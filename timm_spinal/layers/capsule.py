@@ -40,7 +40,7 @@ def sign_ste(x: torch.Tensor) -> torch.Tensor:
     sign = (x > 0).to(x.dtype).mul_(2.).sub_(1.)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return sign
-    # zero in value; not by clamp, whose gradient at the bounds changes with torch's version
+    # the second term is zero and carries the gradient; clamp's gradient at the bounds differs between versions of torch
     return sign + torch.where(x.abs() <= 1., x - x.detach(), torch.zeros_like(x))
 
 

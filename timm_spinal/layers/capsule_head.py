@@ -18,7 +18,7 @@ from .primary_capsules import BN_EPS, BN_MOMENTUM, VECTOR, PrimaryCapsules
 
 PAPER_CLASSES = 10
 
-torch.fx.wrap('length')  # looks at the type of its input
+torch.fx.wrap('length')  # it branches on the type of its input
 
 
 class CapsuleScores(nn.Module):
@@ -119,7 +119,7 @@ class CapsuleHead(ClassifierHead):
             device=None,
             dtype=None,
     ):
-        # what _create_fc reads, which the base class calls
+        # set before super().__init__, which calls _create_fc, which reads them
         self.takes_map = primary != VECTOR
         self.channels_last = input_fmt == 'NHWC'
         self.plain = False
@@ -150,7 +150,7 @@ class CapsuleHead(ClassifierHead):
     def _create_fc(self, device=None, dtype=None) -> nn.Module:
         dd = {'device': device, 'dtype': dtype}
         has_capsules = self.num_classes > 0 and not self.plain
-        # registered in front of fc, whose weight has to be the last parameter
+        # registered before fc, since timm's AGC takes the last parameters for the classifier
         scores: nn.Module = nn.Identity()
         if has_capsules:
             scores = self._create_scores(num_classes=self.num_classes, **dd)
@@ -186,7 +186,7 @@ class CapsuleHead(ClassifierHead):
             ValueError: If it is negative, or 1, or another one for a packed head, which could not learn it.
         """
         super().check_classes(num_classes, reset_other)
-        made = 'fc' in self._modules
+        made = hasattr(self, 'fc')
         if made and self.packed and not (self.plain or reset_other) and num_classes not in (0, self.num_classes):
             raise ValueError(
                 f'A packed head is for inference and cannot be reset to {num_classes} classes; create the model '

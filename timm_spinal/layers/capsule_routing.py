@@ -16,9 +16,9 @@ from .classifier_head import check_positive
 
 MEMORY_MODES = ('auto', 'whole', 'lean')
 # elements of the prediction tensor (float32: 4 bytes each)
-WHOLE_LIMIT = 2 ** 24  # 64 MiB; 'auto' is lean above
-CHUNK_LIMIT = 2 ** 21  # 8 MiB; what lean routing makes at a time
-COMPILED_BATCH = 32  # stands for the batch where it is free, as in an exported model
+WHOLE_LIMIT = 2 ** 24  # 64 MiB; above it 'auto' chooses 'lean'
+CHUNK_LIMIT = 2 ** 21  # 8 MiB; the predictions that lean routing makes at a time
+COMPILED_BATCH = 32  # the batch size for which a compiled or exported model chooses, since its own may vary
 
 
 def route_whole(
@@ -51,7 +51,7 @@ def route_lean(
         xnor_agreement: bool,
         chunk: int,
 ) -> torch.Tensor:
-    """Routing that makes predictions for ``chunk`` classes at a time, in every iteration anew, and keeps none.
+    """Routing that makes the predictions of ``chunk`` classes at a time, in every iteration anew, and keeps none.
 
     Given the coupling coefficients, the classes do not depend on one another. What is kept is logits and coupling,
     (B, N, J) each; the backward pass makes each chunk's predictions once more.
@@ -74,13 +74,14 @@ def route_lean(
     for _ in range(iterations - 1):
         if torch.jit.is_scripting() or torch.is_grad_enabled():
             logits = logits + torch.cat([
-                _lean_agreement(x, w, c, xnor_projector, xnor_agreement) for w, c in zip(weights, couplings)], 2)
-        else:  # in place, so that no more than two tensors (B, N, J) are there
+                _route_chunk(x, w, c, xnor_projector, xnor_agreement) for w, c in zip(weights, couplings)], 2)
+        else:  # in place, so that there are no more than two tensors (B, N, J)
             for i, (w, c) in enumerate(zip(weights, couplings)):
-                logits[:, :, i * chunk:(i + 1) * chunk] += _agreement_chunk(x, w, c, xnor_projector, xnor_agreement)
-            couplings = uniform.split(1, 2)  # frees the last ones
+                logits[:, :, i * chunk:(i + 1) * chunk] += _route_chunk(x, w, c, xnor_projector, xnor_agreement)
+            couplings = uniform.split(1, 2)  # frees the old ones
         couplings = logits.softmax(2).split(chunk, 2)
-    return torch.cat([_lean_capsules(x, w, c, xnor_projector) for w, c in zip(weights, couplings)], 1)
+    return torch.cat([
+        _route_chunk(x, w, c, xnor_projector, xnor_agreement, last=True) for w, c in zip(weights, couplings)], 1)
 
 
 def _agreement(u_hat: torch.Tensor, v: torch.Tensor, xnor: bool) -> torch.Tensor:
@@ -96,39 +97,34 @@ def _predictions(x: torch.Tensor, weight: torch.Tensor, xnor: bool) -> torch.Ten
     return torch.einsum('bik,ijkd->bijd', x, xnorize(weight, 2) if xnor else weight)
 
 
-def _capsules_chunk(x: torch.Tensor, weight: torch.Tensor, coupling: torch.Tensor, xnor: bool) -> torch.Tensor:
-    return squash(torch.einsum('bij,bijd->bjd', coupling, _predictions(x, weight, xnor)))
-
-
-def _agreement_chunk(
+def _compute_chunk(
         x: torch.Tensor,
         weight: torch.Tensor,
         coupling: torch.Tensor,
         xnor_projector: bool,
         xnor_agreement: bool,
+        last: bool = False,
 ) -> torch.Tensor:
+    """One iteration for some classes j: v (B, j, D) in the last one, before that its agreement (B, N, j)."""
     u_hat = _predictions(x, weight, xnor_projector)
-    return _agreement(u_hat, squash(torch.einsum('bij,bijd->bjd', coupling, u_hat)), xnor_agreement)
+    v = squash(torch.einsum('bij,bijd->bjd', coupling, u_hat))
+    return v if last else _agreement(u_hat, v, xnor_agreement)
 
 
-def _lean_capsules(x: torch.Tensor, weight: torch.Tensor, coupling: torch.Tensor, xnor: bool) -> torch.Tensor:
-    if not torch.jit.is_scripting() and torch.is_grad_enabled():
-        return checkpoint(_capsules_chunk, x, weight, coupling, xnor, use_reentrant=False, preserve_rng_state=False)
-    return _capsules_chunk(x, weight, coupling, xnor)
-
-
-def _lean_agreement(
+def _route_chunk(
         x: torch.Tensor,
         weight: torch.Tensor,
         coupling: torch.Tensor,
         xnor_projector: bool,
         xnor_agreement: bool,
+        last: bool = False,
 ) -> torch.Tensor:
+    """:func:`_compute_chunk`, computed once more in the backward pass, so that its predictions are not kept."""
     if not torch.jit.is_scripting() and torch.is_grad_enabled():
         return checkpoint(
-            _agreement_chunk, x, weight, coupling, xnor_projector, xnor_agreement,
+            _compute_chunk, x, weight, coupling, xnor_projector, xnor_agreement, last,
             use_reentrant=False, preserve_rng_state=False)
-    return _agreement_chunk(x, weight, coupling, xnor_projector, xnor_agreement)
+    return _compute_chunk(x, weight, coupling, xnor_projector, xnor_agreement, last)
 
 
 def classes_per_chunk(
@@ -143,7 +139,7 @@ def classes_per_chunk(
     """Classes that routing handles at a time; 0 for routing that keeps all predictions."""
     if memory == 'whole' or (memory == 'auto' and batch * capsules * classes * dim <= whole_limit):
         return 0
-    rows = max(batch, 8)  # a chunk's part of W counts too
+    rows = max(batch, 8)  # below that the chunk's part of W is larger than its predictions
     return max(1, min(classes, chunk_limit // (rows * capsules * dim)))
 
 
@@ -163,7 +159,7 @@ def _route(
         xnor_agreement: bool,
         chunk: int,
 ) -> torch.Tensor:
-    out_dtype = weight.dtype  # not that of x, since under autocast v may be too small for float16
+    out_dtype = weight.dtype  # not that of x: under autocast that is float16, for which v may be too small
     capsules, weight = float32_or_wider(x), float32_or_wider(weight)
     if xnor_projector:
         capsules = xnorize(capsules, 2)
@@ -196,7 +192,7 @@ def dynamic_routing(
             return _route(x, weight, iterations, xnor_projector, xnor_agreement, chunk)
 
 
-torch.fx.wrap('dynamic_routing')  # chosen by size, so no part of a traced graph
+torch.fx.wrap('dynamic_routing')  # it chooses by the size of its input, which tracing does not know
 
 
 def check_routed_classes(num_classes: int) -> None:

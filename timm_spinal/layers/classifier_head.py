@@ -71,7 +71,7 @@ class ClassifierHead(nn.Module):
     Args:
         in_features: Width F of the pooled vector.
         num_classes: Number of classes C, 0 for none.
-        create_hidden: Makes the hidden layers from (in_features, device=, dtype=); the module tells its
+        create_hidden: Makes the hidden layers from (in_features, device=, dtype=); the module has an attribute
             ``out_features``. None for a plain linear classifier.
         dropout: Dropout rate in front of the last linear.
     """

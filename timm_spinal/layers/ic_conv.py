@@ -2,19 +2,15 @@
 
 Paper: "IC Networks: Remodeling the Basic Unit for Convolutional Neural Networks", An, Liu, Zhao and Shen, 2021,
 https://arxiv.org/abs/2102.03495. Its full text was not available (spec ic_networks_wld): the neuron is sourced, the
-convolution derived from it; what neither settles is reconstructed, and an option.
+convolution derived from it; what follows from neither is reconstructed, and an option.
 """
 
-from typing import Any, Literal, Tuple, Union
+from typing import Any, List, Literal, Optional, Tuple, Union
 
 import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import nn
-
-from .ic_collide import collide
-
-torch.fx.wrap('collide')  # one node for FX
 
 IC_CHOICES = {
     'mode': ('filter', 'layer', 'pair'),
@@ -52,10 +48,93 @@ def box_mean(
         return x
     if dilation == (1, 1) and 2 * padding[0] <= kernel_size[0] and 2 * padding[1] <= kernel_size[1]:
         return F.avg_pool2d(x, kernel_size, stride, padding)
-    # what pooling cannot do, a constant filter for each channel can
+    # pooling has no dilation and less padding than a convolution with a constant filter for each channel
     kh, kw = kernel_size
     box = x.new_full((channels, 1, kh, kw), 1. / (kh * kw))
     return F.conv2d(x, box, None, stride, padding, dilation, channels)
+
+
+def pre_activation(z: torch.Tensor, s: torch.Tensor, w: torch.Tensor, b1: Optional[torch.Tensor]) -> torch.Tensor:
+    """u = z - w s + b1: z (N, G, K, H, W), s (N, G, H, W), w and b1 (G, K) -> (N, G, K, H, W)."""
+    u = torch.addcmul(z, s.unsqueeze(2), w.unsqueeze(2).unsqueeze(3), value=-1)
+    return u if b1 is None else u + b1.unsqueeze(2).unsqueeze(3)
+
+
+class _AddReLU(torch.autograd.Function):
+    """y = z + ReLU(u) with u of :func:`pre_activation`.
+
+    Of each value it keeps one byte for the backward pass, whether u > 0, where autograd keeps four.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+            z: torch.Tensor,
+            s: torch.Tensor,
+            w: torch.Tensor,
+            b1: Optional[torch.Tensor],
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        u = pre_activation(z, s, w, b1)
+        active = u > 0
+        return u.relu_().add_(z), active
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[torch.Tensor, torch.Tensor]) -> None:
+        _, s, w, _ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1], s, w)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> Tuple[Optional[torch.Tensor], ...]:  # type: ignore[override]
+        active, s, w = ctx.saved_tensors
+        du = active.view(torch.uint8).to(grad.dtype).mul_(grad)  # faster on a CPU than torch.where
+        ds = -torch.einsum('ngkhw,gk->nghw', du, w)
+        dw = -torch.einsum('ngkhw,nghw->gk', du, s)
+        return grad + du, ds, dw, du.sum((0, 3, 4)) if ctx.needs_input_grad[3] else None
+
+
+@torch.jit.unused
+def _is_recorded(tensors: List[Optional[torch.Tensor]]) -> bool:
+    """Whether eager autograd records what is computed of some tensors; compilers and tracers get the expression."""
+    if torch.jit.is_tracing() or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+@torch.jit.unused
+def _add_relu(z: torch.Tensor, s: torch.Tensor, w: torch.Tensor, b1: Optional[torch.Tensor]) -> torch.Tensor:
+    return _AddReLU.apply(z, s, w, b1)[0]
+
+
+@torch.fx.wrap
+def collide(
+        z: torch.Tensor,
+        s: torch.Tensor,
+        w: torch.Tensor,
+        groups: int,
+        b1: Optional[torch.Tensor] = None,
+        b2: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """y = z + ReLU(z - w s + b1) + b2, computed in the type of z: (N, C, H, W).
+
+    Args:
+        z: (N, C, H, W).
+        s: (N, groups, H, W), one map for all filters of a group.
+        w: (C,), each filter's own factor.
+        groups: Number of groups of filters.
+        b1: (C,).
+        b2: (C,).
+    """
+    grouped, s, w = z.unflatten(1, (groups, -1)), s.to(z.dtype), w.to(z.dtype).view(groups, -1)
+    if b1 is not None:
+        b1 = b1.to(z.dtype).view(groups, -1)
+    if not torch.jit.is_scripting() and _is_recorded([z, s, w, b1]):
+        y = _add_relu(grouped, s, w, b1)
+    else:
+        y = grouped + F.relu(pre_activation(grouped, s, w, b1), inplace=True)
+    y = y.flatten(1, 2)
+    return y if b2 is None else y + b2.to(z.dtype).view(-1, 1, 1)
 
 
 class ICConv2d(nn.Conv2d):
@@ -122,6 +201,9 @@ class ICConv2d(nn.Conv2d):
         # padding other than the same number of zeros on both sides comes in front of the convolution
         self.ic_pad_mode = 'constant' if padding_mode == 'zeros' else padding_mode
         self.ic_pad_first = isinstance(padding, str) or padding_mode != 'zeros'
+        sides = {'valid': [0, 0], 'same': [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size)]}
+        both = sides[padding] if isinstance(padding, str) else [2 * int(p) for p in self.padding]
+        self.ic_pad = [part for total in reversed(both) for part in (total // 2, total - total // 2)]  # as F.pad
         self.ic_padding = (0, 0) if self.ic_pad_first else (int(self.padding[0]), int(self.padding[1]))
 
         shape = {'filter': (out_channels,), 'layer': (1,), 'pair': (out_channels, in_channels // groups)}[ic_mode]
@@ -132,7 +214,7 @@ class ICConv2d(nn.Conv2d):
 
     @torch.jit.ignore
     def reset_collision(self) -> None:
-        """Start the collision anew; ``weight`` and ``bias`` stay."""
+        """Set the parameters of the collision to their start values; ``weight`` and ``bias`` stay."""
         nn.init.constant_(self.ic_weight, self.ic_init)
         if self.ic_bias is not None:
             nn.init.zeros_(self.ic_bias)
@@ -151,7 +233,7 @@ class ICConv2d(nn.Conv2d):
     def parts(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """z, (N, C_out, H', W'), :meth:`local_mean`, and its factors, (C_out,) or for pairs (C_out, C_in / groups)."""
         if self.ic_pad_first:
-            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.ic_pad_mode)
+            x = F.pad(x, self.ic_pad, mode=self.ic_pad_mode)
         z = F.conv2d(x, self.weight, None, self.stride, self.ic_padding, self.dilation, self.groups)
         w = self.ic_weight * self.ic_factor
         if self.ic_mode == 'layer':
@@ -172,7 +254,7 @@ class ICConv2d(nn.Conv2d):
         if self.ic_mode != 'pair' and self.ic_bn is None:
             return collide(z, s, w, self.groups, self.ic_bias, self.bias)
         y = z + F.relu(self.pre_sigma(z, s, w))
-        bias = self.bias  # TorchScript believes what is said of a local name
+        bias = self.bias  # TorchScript narrows the type of a local variable, not of an attribute
         if bias is not None:
             y = y + bias.view(-1, 1, 1).to(y.dtype)
         return y

@@ -15,7 +15,7 @@ MODES = ('official', 'stage')
 
 
 class GramError(NamedTuple):
-    """Of a matrix M of n filters of m numbers: the counted entries of (M M^T - I)^2."""
+    """Entries of (M M^T - I)^2 that the penalty counts, for a matrix M of n filters of m numbers each."""
 
     total: torch.Tensor  # their sum, without the floor
     floor: int  # n - m where n > m: no such M gets below it

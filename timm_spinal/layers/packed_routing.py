@@ -1,29 +1,26 @@
 """The capsule layers of XnODR and XnIDR in the form for inference, with bits in place of floats.
 
+Packing is for CPUs, where C code computes with the bits, and for the size of files: on a GPU the float layer is faster.
+
 Paper: https://arxiv.org/abs/2111.10854 (spec capsule_xnor_heads 3 and 8). The file format is ours.
 """
 
-import importlib
 from typing import Any, Dict
 
 import torch
 from torch import nn
 
 from .capsule_routing import CapsuleRouting
+from .xnor import can_run, pack_signs, xnor_backend
 
 XNODR_STATE = ('bits', 'scale')
 XNIDR_STATE = ('projector',)
 
 
-def _operators() -> Any:
-    """Registers the operators, which takes 15 ms and so is left out when the package is imported."""
-    return importlib.import_module('.xnor_ops', __package__)
-
-
 class PackedRouting(nn.Module):
     """A capsule layer for inference, (B, N, d) -> (B, J, D), that gives what the float layer does.
 
-    A program exported from it needs ``import timm_spinal.layers.xnor_ops`` in the process that loads it.
+    A program exported from it needs ``import timm_spinal`` in the process that loads it, which registers the operators.
 
     Args:
         routing: The float layer, which stays as it is.
@@ -34,11 +31,6 @@ class PackedRouting(nn.Module):
         self.in_capsules, self.in_dim = routing.in_capsules, routing.in_dim
         self.out_features, self.class_dim = routing.out_features, routing.class_dim
         self.iterations = routing.iterations
-        _operators()
-
-    def __setstate__(self, state: Dict[str, Any]) -> None:
-        _operators()
-        super().__setstate__(state)
 
     def extra_repr(self) -> str:
         return (f'{self.in_capsules} x {self.in_dim} -> {self.out_features} x {self.class_dim}, '
@@ -54,7 +46,7 @@ class PackedXnodr(PackedRouting):
 
     def __init__(self, routing: CapsuleRouting):
         super().__init__(routing)
-        bits, scale = _operators().pack_signs(routing.weight.detach())
+        bits, scale = pack_signs(routing.weight.detach())
         self.register_buffer('bits', bits)
         self.register_buffer('scale', scale)
 
@@ -84,6 +76,23 @@ def pack_routing(routing: CapsuleRouting) -> PackedRouting:
     return PackedXnodr(routing) if routing.xnor_projector else PackedXnidr(routing)
 
 
+def xnor_implementation(model: nn.Module) -> Dict[str, str]:
+    """What computes the xnorized products of a model where it is now.
+
+    Returns:
+        ``{'xnor': name}``, the name 'c-avx2', 'c-neon', 'c-portable' or 'torch', which float layers always use; empty
+        for a model without such layers.
+    """
+    names = set()
+    for module in model.modules():
+        if isinstance(module, CapsuleRouting) and (module.xnor_projector or module.xnor_agreement):
+            names.add('torch')
+        elif isinstance(module, PackedRouting):
+            weights = next(buffer for buffer in module.buffers() if buffer.is_floating_point())
+            names.add(f'c-{xnor_backend()}' if can_run(weights, weights, module.class_dim) else 'torch')
+    return {'xnor': ', '.join(sorted(names))} if names else {}
+
+
 def check_packed_state(state_dict: Dict[str, Any], prefix: str, packed: bool, num_classes: int) -> None:
     """Refuse weights of the other form, and packed ones of other classes, before anything is loaded.
 
@@ -96,14 +105,14 @@ def check_packed_state(state_dict: Dict[str, Any], prefix: str, packed: bool, nu
     Raises:
         ValueError: The reason and the fix in one line.
     """
-    found = [name for name in (*XNODR_STATE, *XNIDR_STATE) if f'{prefix}{name}' in state_dict]
+    names = [name for name in (*XNODR_STATE, *XNIDR_STATE) if f'{prefix}{name}' in state_dict]
     if packed and f'{prefix}weight' in state_dict:
         raise ValueError(
             f'{prefix}weight: float capsule weights do not fit a packed model; create it without head_packed, load '
             'them, then call timm_spinal.pack_xnodr(model).')
-    if not found:
+    if not names:
         return
-    name, classes = f'{prefix}{found[0]}', state_dict[f'{prefix}{found[0]}'].shape[2]
+    name, classes = f'{prefix}{names[0]}', state_dict[f'{prefix}{names[0]}'].shape[2]
     if not packed:
         raise ValueError(
             f'{name}: packed capsule weights do not fit a float model; create it with head_packed=True, or load the '

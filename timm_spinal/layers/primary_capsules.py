@@ -11,7 +11,7 @@ from .classifier_head import check_positive
 BN_EPS = 1e-3  # Keras' defaults, which the authors keep
 BN_MOMENTUM = 0.01
 
-torch.fx.wrap('squash')  # looks at the type of its input
+torch.fx.wrap('squash')  # it branches on the type of its input
 
 
 class DepthwisePrimary(nn.Module):

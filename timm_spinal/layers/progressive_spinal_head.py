@@ -69,7 +69,8 @@ class ProgressiveLayers(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         z: List[torch.Tensor] = [self.skip_drop(x), self.first(x)]
-        for block in self.blocks:  # joined anew each time: so the backward pass adds gradients of the h_i only
+        for block in self.blocks:
+            # of all parts, not of the last result and h: in the backward pass only gradients of the parts are added
             z.append(block(torch.cat(z, dim=1)))
         return torch.cat(z, dim=1)
 

@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, List, Optio
 import torch
 from torch import nn
 
-from .shared_basis_kernel import pack
-
 
 @torch.fx.wrap
 def as_argument(basis: torch.Tensor) -> torch.Tensor:
-    """A parameter to call a module with; torch.utils.flop_counter takes none that asks for gradients without them."""
+    """A shared parameter, detached where no gradients are recorded: FlopCounterMode cannot count otherwise."""
     return basis if torch.is_grad_enabled() else basis.detach()
 
 
@@ -46,7 +44,7 @@ class SharedStage(nn.Module):
         for i, block in enumerate(blocks):
             self.add_module(str(i), block)
             if i > 0:
-                block.takes_basis = True  # on the block itself, where TorchScript can see it
+                block.takes_basis = True  # an attribute of the block, since TorchScript resolves hasattr() of one
         for name, size in (('basis', shape), ('basis2', shape2)):
             basis = None if size is None else nn.Parameter(torch.empty(size, device=device, dtype=dtype))
             self.register_parameter(name, basis)
@@ -76,10 +74,8 @@ class SharedStage(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         basis, basis2 = self._arguments()
-        for i, block in enumerate(self.children()):
+        for block in self.children():
             if hasattr(block, 'takes_basis'):
-                if not torch.jit.is_scripting() and i == 1:
-                    basis, basis2 = self._packed(x, basis, basis2)
                 x = block(x, basis, basis2)
             else:
                 x = block(x)
@@ -90,22 +86,6 @@ class SharedStage(nn.Module):
         basis2 = basis if self.basis2 is None else as_argument(self.basis2)
         return basis, basis2
 
-    @torch.jit.unused
-    def _packed(
-            self,
-            x: torch.Tensor,
-            basis: Optional[torch.Tensor],
-            basis2: Optional[torch.Tensor],
-    ) -> Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
-        """The bases laid out once for all blocks, where these compute with shared_basis_kernel."""
-        block: Any = self[1]
-        if basis is None or basis2 is None or not hasattr(block, 'runs_in_c'):
-            return basis, basis2
-        if not block.runs_in_c(x, basis, basis2):
-            return basis, basis2
-        packed = pack(basis, x, block.conv1.dilation)
-        return packed, packed if basis2 is basis else pack(basis2, x, block.conv2.dilation)
-
     def __iter__(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         basis, basis2 = self._arguments()
         for block in self.children():
@@ -115,7 +95,7 @@ class SharedStage(nn.Module):
                 yield block
 
     def __len__(self) -> int:
-        return len(self._modules)
+        return len(list(self.children()))
 
     def __getitem__(self, index: int) -> nn.Module:
         return list(self.children())[index]

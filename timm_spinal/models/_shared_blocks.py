@@ -8,7 +8,6 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 from ..layers import SharedBasisConv2d, SharedConv2d, SharedStage, check_ranks
-from ..layers.shared_basis_kernel import is_hooked
 
 
 class SharedBasicBlock(BasicBlock):
@@ -25,8 +24,6 @@ class SharedBasicBlock(BasicBlock):
             basis: Optional[torch.Tensor],
             basis2: Optional[torch.Tensor],
     ) -> torch.Tensor:
-        if not torch.jit.is_scripting() and self.runs_in_c(x, basis, basis2):
-            return self.run_in_c(x, basis, basis2)
         shortcut = x
         x = self.conv1(x, basis)
         x = self.drop_block(x)
@@ -38,23 +35,6 @@ class SharedBasicBlock(BasicBlock):
             x = self.drop_path(x)
         x += shortcut
         return self.act2(x)
-
-    @torch.jit.unused
-    def run_in_c(self: Any, x: torch.Tensor, basis: Any, basis2: Any) -> torch.Tensor:
-        """The output, where :meth:`runs_in_c`."""
-        return self.conv2.run_in_c(self.conv1.run_in_c(x, basis, relu=True), basis2, shortcut=x, relu=True)
-
-    @torch.jit.unused
-    def runs_in_c(self: Any, x: torch.Tensor, basis: Optional[torch.Tensor], basis2: Optional[torch.Tensor]) -> bool:
-        """Whether both convolutions do, with only ReLU and the shortcut to add, and no hook would miss anything."""
-        acts = (self.act1, self.act2)
-        plain = self.se is None and all(type(act) is nn.ReLU for act in acts)
-        if self.training or not plain or basis is None or basis2 is None:
-            return False
-        passed = (self.conv1, self.conv2, self.drop_block, *acts, *([] if self.drop_path is None else [self.drop_path]))
-        if any(module.training for module in passed) or is_hooked(*passed):
-            return False
-        return self.conv1.runs_in_c(x, basis) and self.conv2.runs_in_c(x, basis2)
 
 
 class SharedBottleneck(Bottleneck):

@@ -10,6 +10,8 @@ from .attach_head import HEAD_NAME
 def pack_xnodr(model: nn.Module) -> nn.Module:
     """Pack the capsule head of a trained model, in place: bits and scales for XnODR, an agreement of bits for XnIDR.
 
+    Packing is for CPUs and for the size of files; on a GPU the float model is faster.
+
     Scores are those of the float model to 1e-5. The model cannot be trained any more. It is saved and loaded as any
     timm model; its ``config.json`` has the option ``head_packed``.
 

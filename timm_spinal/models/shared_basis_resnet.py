@@ -16,7 +16,6 @@ from timm.models import ResNet, register_model
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
-from ._inplace_stem import InplaceStem
 from ._packaged import generate_default_cfgs
 from ._shared_blocks import SharedBottleneck, share_basic_stages, share_convs, stage_names
 from ._shared_model import SharedBasisModel, checkpoint_filter_fn, shared_cfg
@@ -27,7 +26,7 @@ __all__ = ['SharedBasisResNet', 'SharedBottleneckResNet']
 STAGES = ('layer1', 'layer2', 'layer3', 'layer4')
 
 
-class SharedBasisResNet(InplaceStem, SharedBasisModel, ResNet):
+class SharedBasisResNet(SharedBasisModel, ResNet):
     """timm's ResNet of BasicBlocks, all but the first of each stage decomposed over the stage's basis.
 
     Args:
@@ -72,7 +71,7 @@ class SharedBasisResNet(InplaceStem, SharedBasisModel, ResNet):
         self.init_shared()
 
 
-class SharedBottleneckResNet(InplaceStem, SharedBasisModel, ResNet):
+class SharedBottleneckResNet(SharedBasisModel, ResNet):
     """timm's ResNet of Bottlenecks, all but the first of each stage with one shared 3x3 convolution.
 
     Args:

@@ -15,6 +15,7 @@ from timm_spinal.errors import UserError
 from timm_spinal.evaluation.evaluate import evaluate
 from timm_spinal.evaluation.metrics import accuracies, choosing_metric
 from timm_spinal.evaluation.predictions import Predictions
+from timm_spinal.layers import xnor_implementation
 
 from .config import TrainConfig
 from .data import create_data
@@ -153,9 +154,10 @@ class Classification(Problem[TrainConfig]):
         ``teacher_top1`` is what --kd-check found. ``weights`` says what became of the weights that the model started
         from (source, tensors loaded, names left out and new), None without any. ``sign_flips`` is the part of the
         binary weights (XnODR), in percent, whose sign is another after the last update than before the first; None
-        without any.
+        without any. ``xnor``, for models with xnorized layers only, says what computed them; see
+        `layers.xnor_implementation`.
         """
-        config, teacher = self.config, {}
+        config, model, teacher = self.config, unwrap_model(run.task.evaluated()), {}
         if config.kd_model_name:
             teacher = dict(teacher=config.kd_model_name, teacher_top1=run.progress.teacher_top1)
         # a process of a sharded run holds a part of the weights only
@@ -164,7 +166,8 @@ class Classification(Problem[TrainConfig]):
             model=config.model,
             **common_result(run),
             **teacher,
-            sign_flips=binary_weight_flips(self.first_signs, unwrap_model(run.task.evaluated())) if whole else None,
+            **xnor_implementation(model),
+            sign_flips=binary_weight_flips(self.first_signs, model) if whole else None,
             dataset=config.dataset or config.data_dir,
             **environment(run),
         )

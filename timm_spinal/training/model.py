@@ -10,6 +10,7 @@ import torch.nn as nn
 from timm.models import parse_model_name, resolve_model_input_args, split_model_name_tag
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.module_tracker import ModuleTracker
 
 import timm_spinal
 from timm_spinal.errors import UserError
@@ -25,6 +26,7 @@ from .results import CONFIG_TYPES
 
 FAST_MOMENTUM = 0.1  # of BatchNorm; PyTorch's default
 WINDOWS = 20  # times that the running statistics of BatchNorm are renewed in a run, at least
+_TRACKER = ModuleTracker()  # says whether a backward pass is running
 _REGISTERED_ON_IMPORT = frozenset(timm_spinal.list_models())
 
 
@@ -219,8 +221,8 @@ def count_statistics_once(model: nn.Module) -> None:
 
 def _stop_counting(module: Any, inputs: Any) -> None:
     # a compiled model is left to the compiler, which keeps side effects out of what it computes twice
-    if module.training and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-        # within a backward pass; to checkpointing both passes must look alike, so the statistics are still passed on
+    if module.training and not torch.compiler.is_compiling() and _TRACKER.is_bw:
+        # to checkpointing both passes must look alike, so the statistics are still passed on
         module.counted = module.momentum
         module.momentum = 0.
         module.num_batches_tracked.sub_(1)

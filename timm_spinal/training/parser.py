@@ -206,7 +206,7 @@ class _Converted(argparse.Action):
         try:
             setattr(namespace, self.dest, convert(values, self.field))
         except ValueError as e:
-            raise UserError(f'{option_string}: {e}') from e
+            raise UserError(f'{option_string or self.dest}: {e}') from e
 
 
 class _KeyValues(_Converted):

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from timm_spinal.errors import UserError, dead_workers_named
 from timm_spinal.evaluation.evaluate import evaluate
 from timm_spinal.evaluation.metrics import accuracies, same_answer_warning
+from timm_spinal.layers import xnor_implementation
 from timm_spinal.models.load_weights import load_exactly
 from timm_spinal.models.weight_files import WeightsError
 
@@ -41,8 +42,9 @@ def validate(config: ValidateConfig) -> list[dict[str, Any]]:
         One row per model: ``model``, ``top1``, ``top1_err``, ``top5``, ``top5_err`` (percent; for images with two
         classes those of `metrics.PairEvaluator`, each with its ``_err``), ``loss`` (nats), ``param_count`` (millions),
         ``img_size``, ``crop_pct``, ``crops``, ``interpolation``, ``images``, ``skipped``, ``nonfinite``,
-        ``same_answer`` (`metrics.SameAnswer`), ``images_per_second``; or ``model`` and ``error`` for one of several
-        that could not be evaluated.
+        ``same_answer`` (`metrics.SameAnswer`), ``images_per_second``, and for a model with xnorized layers ``xnor``,
+        what computed them (`layers.xnor_implementation`); or ``model`` and ``error`` for one of several that could not
+        be evaluated.
 
     Raises:
         UserError: Nothing that could be evaluated, or, with a single model, whatever is wrong with it.
@@ -183,6 +185,7 @@ def validate_one(accelerator: Accelerator, candidate: Candidate, printed: set[st
         nonfinite=metrics['nonfinite'],
         same_answer=metrics['same_answer'],
         images_per_second=metrics['images'] / metrics['seconds'],
+        **xnor_implementation(model),
     )
 
 
@@ -198,8 +201,9 @@ def _check_class_names(model: Any, class_names: list[str] | None, name: str) -> 
 def _line(row: dict[str, Any]) -> str:
     skipped = f', {row["skipped"]} unreadable' if row['skipped'] else ''
     bad = f', NaN or infinite logits for {row["nonfinite"]}' if row['nonfinite'] else ''
+    xnor = f', xnorized layers by {row["xnor"]}' if 'xnor' in row else ''
     line = (f'{row["model"]}: {report.accuracy_text(row, 3)}, loss {row["loss"]:.4f}, '
-            f'{row["images"]} images{skipped}{bad}, {row["images_per_second"]:.0f} images/s')
+            f'{row["images"]} images{skipped}{bad}, {row["images_per_second"]:.0f} images/s{xnor}')
     return '\n'.join([line, *same_answer_warning(row['model'], row['same_answer'], None)])
 
 
