@@ -90,7 +90,7 @@ class Trainings:
             name: Of the run.
             options: Of ``timm-spinal train``.
             before: Lines of Python that the process begins with.
-            launcher: Arguments of ``accelerate launch``; without any a plain Python process.
+            launcher: Arguments of Python that start a launcher; without any a plain process.
             code: The exit code that the process must have.
 
         Returns:
@@ -98,17 +98,14 @@ class Trainings:
         """
         script = self.output / f'{name}.py'
         script.write_text(f'{before}\n{ENTRY}')
-        start = [sys.executable]
-        if launcher:
-            start += ['-m', 'accelerate.commands.launch', '--num_processes', '1', '--main_process_port', '0', *launcher]
         options = (
             '--data-dir', self.images, '--img-size', 32, '--batch-size', 16, '--warmup-epochs', 0, '--lr', 0.01,
             '--workers', 0, '--log-interval', 1000, '--debug', '--output', self.output, '--experiment', name, *options)
         environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[2]), CUBLAS_WORKSPACE_CONFIG=':4096:8')
         if DEVICE == 'cpu':
             environment['ACCELERATE_USE_CPU'] = 'true'
-        done = subprocess.run(
-            [*start, str(script), *map(str, options)], env=environment, capture_output=True, text=True, timeout=240)
+        command = [sys.executable, *launcher, str(script), *map(str, options)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == code, f'{name}: exit code {done.returncode}\n{(done.stdout + done.stderr)[-4000:]}'
         result = self.output / name / 'result.json'
         return json.loads(result.read_text()) if result.exists() else {}

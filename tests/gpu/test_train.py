@@ -9,6 +9,7 @@ from .conftest import DEVICE
 
 HALF = ('--mixed_precision', 'fp16') if DEVICE == 'cuda' else ()
 PRECISIONS = ('no', 'bf16', 'fp16') if DEVICE == 'cuda' else ('no', 'bf16')  # GradScaler needs a GPU
+COMPILER = 'inductor' if DEVICE == 'cuda' else 'aot_eager'
 PSPINAL = ('--model', 'resnet18_pspinal')
 DETERMINISTIC = """
 import torch
@@ -56,7 +57,7 @@ def test_precision(training, precision):
     (('--grad-accum-steps', 2), 10),
     (('--model', 'resnet18_xnodr', '--loss', 'margin', '--smoothing', 0), 20),
     (('--model', 'resnet32_sb_s16u1_cifar', '--sb-ortho', 10), 20),
-    (('--torchcompile', '--epochs', 1), 10),
+    (('--torchcompile', COMPILER, '--epochs', 1), 10),
 ], ids=['agc', 'accumulation', 'margin', 'ortho', 'compile'])
 def test_options(training, options, updates):
     check(training('run', *PSPINAL, '--epochs', 2, *HALF, *options), updates)
@@ -82,15 +83,17 @@ def test_resume_is_exact(training, tmp_path, precision):
     assert difference(tmp_path / 'part', tmp_path / 'whole') == 0.
 
 
-FSDP = ('--use_fsdp', '--fsdp_auto_wrap_policy', 'NO_WRAP', '--fsdp_version')
+FSDP = ('-m', 'accelerate.commands.launch', '--num_processes', '1', '--main_process_port', '0', '--use_fsdp',
+        '--fsdp_auto_wrap_policy', 'NO_WRAP', '--fsdp_version')
 LAUNCHES = dict(
-    ddp=('--multi_gpu',),
+    ddp=('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '1'),  # accelerate wants two for it
     fsdp2=(*FSDP, '2'),
     fsdp2_whole_load=(*FSDP, '2', '--fsdp_cpu_ram_efficient_loading', 'false'),
     fsdp1=(*FSDP, '1', '--fsdp_state_dict_type', 'SHARDED_STATE_DICT', '--fsdp_use_orig_params', 'true'),
 )
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize('kind', LAUNCHES)
 def test_launches_of_one_process(training, tmp_path, kind):
     """The same weights as without a launcher; a test split, and a resumed run."""
