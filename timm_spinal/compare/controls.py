@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from timm_spinal.errors import UserError
-from timm_spinal.layers import HEADS, create_head, equal_size_mlp_width, head_options, head_takes_map
+from timm_spinal.layers import HEADS, create_head, equal_size_mlp_width, head_needs_feature_map, head_options
 
 CONTROL = 'mlp'
 # what torch and timm raise where a value of an option makes no sense
@@ -106,7 +106,7 @@ def new_head(variant: Variant, in_features: int, num_classes: int, device: Any =
 
 def takes_map(variant: Variant) -> bool:
     """Whether a variant reads the feature map and not the pooled vector."""
-    return head_takes_map(variant.head, **variant.options)
+    return head_needs_feature_map(variant.head, **variant.options)
 
 
 def count_params(module: nn.Module) -> int:

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Union
 
 import timm.models
-from timm.models import split_model_name_tag
-from timm.models._pretrained import DefaultCfg, PretrainedCfg
+from timm.models import DefaultCfg, PretrainedCfg, split_model_name_tag
 
 FOLDER = Path(__file__).resolve().parents[1] / 'weights'
 _SOURCE_KEYS = ('url', 'hf_hub_id', 'hf_hub_filename', 'source')

@@ -57,12 +57,12 @@ class _Load:
     """How the next weights are loaded.
 
     Attributes:
-        found: Filled with what became of them.
+        report: Filled with what became of them.
         classifier: Names of the model's classifiers.
         enforce: Refuse weights that fill less than the backbone.
         features: The model will lose its head.
     """
-    found: LoadedWeights
+    report: LoadedWeights
     classifier: Names = None
     enforce: bool = False
     features: bool = False
@@ -92,7 +92,7 @@ def watch_load(
     outer = _load.get()
     if outer is not None:
         outer.classifier, outer.enforce, outer.features = classifier, enforce, features
-        yield outer.found
+        yield outer.report
         return
     load = _Load(LoadedWeights(source), classifier, enforce, features)
     token, plain = _load.set(load), nn.Module.load_state_dict
@@ -105,15 +105,15 @@ def watch_load(
             state_dict, strict = _fitting(module, dict(state_dict), strict, load), False
         result = plain(module, state_dict, strict, *args, **kwargs)
         missing = [name for name in result.missing_keys if not name.endswith(COUNTER)]
-        load.found.loaded += len(state_dict) - len(result.unexpected_keys)
-        load.found.left_out += result.unexpected_keys
+        load.report.loaded += len(state_dict) - len(result.unexpected_keys)
+        load.report.left_out += result.unexpected_keys
         head = _head_prefixes(load.classifier)[1] if load.features else ()
-        load.found.new += [name for name in missing if not name.startswith(head)]
+        load.report.new += [name for name in missing if not name.startswith(head)]
         return type(result)([], []) if load.enforce else result
 
     nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign, assignment]
     try:
-        yield load.found
+        yield load.report
     finally:
         nn.Module.load_state_dict = plain  # type: ignore[method-assign]
         _load.reset(token)
@@ -123,7 +123,7 @@ def _fitting(model: nn.Module, state_dict: State, strict: bool, load: _Load) -> 
     """The weights that a model has a place for."""
     if isinstance(model, ResNet):
         state_dict = plain_resnet_names(state_dict)
-    check_backbone(model, state_dict, load.found.source, load.classifier, strict)
+    check_backbone(model, state_dict, load.report.source, load.classifier, strict)
     own = model.state_dict()
     fits = {name: value for name, value in state_dict.items() if name in own and same_shape(own[name], value)}
     classifier, head = _head_prefixes(load.classifier)
@@ -131,8 +131,8 @@ def _fitting(model: nn.Module, state_dict: State, strict: bool, load: _Load) -> 
     if load.features or not fits.keys() >= set(hidden):  # the model has no head, or another one
         fits = {name: value for name, value in fits.items() if not name.startswith(head)}
     left_out = [name for name in state_dict if name not in fits]
-    load.found.left_out += left_out
-    load.found.classes = next(
+    load.report.left_out += left_out
+    load.report.classes = next(
         (len(state_dict[name]) for name in left_out if name in own and name.startswith(classifier)), None)
     return fits
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 from safetensors.torch import save_file
-from timm.models._hub import save_config_for_hf
 
+from timm_spinal.models._timm import save_config_for_hf
 from timm_spinal.models.attach_head import HEAD_NAME
 
 from .files import write_atomically
@@ -59,7 +59,7 @@ def own_config(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """
     args = {k: v for k, v in config.get('model_args', {}).items() if k != 'num_classes'}
     head = getattr(model, HEAD_NAME, None)
-    if head is not None and head.takes_map and not model.unpooled and args.get('global_pool') == '':
+    if head is not None and head.needs_feature_map and not model.unpooled and args.get('global_pool') == '':
         del args['global_pool']
     cfg = {k: v for k, v in config['pretrained_cfg'].items() if k not in _OF_OTHER_WEIGHTS}
     return {**config, 'model_args': args, 'pretrained_cfg': cfg}

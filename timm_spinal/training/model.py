@@ -7,12 +7,12 @@ from typing import Any
 import timm
 import torch
 import torch.nn as nn
-from timm.models import parse_model_name, resolve_model_input_args, split_model_name_tag
-from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
+from timm.models import load_model_config_from_hf, parse_model_name, resolve_model_input_args, split_model_name_tag
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import timm_spinal
 from timm_spinal.errors import UserError
+from timm_spinal.models._timm import load_model_config_from_path
 from timm_spinal.models.fill_weights import LoadedWeights, watch_load
 from timm_spinal.models.load_weights import create_from_file, load_exactly
 from timm_spinal.models.weight_files import MisfitError, WeightsError, first_names
@@ -140,7 +140,8 @@ def check_model_name(name: str) -> None:
         return
     near = difflib.get_close_matches(arch, timm.list_models(), n=3, cutoff=0.5)
     hint = f'the nearest are {", ".join(near)}' if near else "'timm-spinal list' shows all"
-    raise UserError(f'unknown model {arch!r}; {hint}; any <timm model>_<head> and ic<timm model> '
+    converted = ' and '.join(f'{prefix}<timm model>' for prefix in timm_spinal.CONVOLUTIONS)
+    raise UserError(f'unknown model {arch!r}; {hint}; any <timm model>_<head> and {converted} '
                     f'work too (heads: {", ".join(timm_spinal.HEADS)}; timm_spinal.register_head_variant)')
 
 
