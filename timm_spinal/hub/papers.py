@@ -82,10 +82,10 @@ def papers_of(architecture: str, paper_ids: Any = None) -> list[Paper]:
         In the order of `PAPERS`. One that a head or a convolution names and `PAPERS` lacks comes last, with its number
         alone.
     """
-    numbers = set()
-    for ids in (paper_ids, get_pretrained_cfg(architecture).paper_ids):
+    numbers, registered = set(), get_pretrained_cfg(architecture)
+    for ids in (paper_ids, registered.paper_ids if registered else None):
         numbers |= {str(i).lower().removeprefix('arxiv:') for i in ([ids] if isinstance(ids, str) else ids or ())}
-    row, head = convolution_of(architecture), HEADS.get(architecture.rpartition('_')[2])
-    of_parts = {part.paper for part in (row, head) if getattr(part, 'paper', '')}
+    parts = convolution_of(architecture), HEADS.get(architecture.rpartition('_')[2])
+    of_parts = {getattr(part, 'paper', '') for part in parts} - {''}
     others = of_parts - {paper.arxiv for paper in PAPERS}
     return [paper for paper in PAPERS if paper.arxiv in numbers | of_parts] + [Paper('', i, '') for i in sorted(others)]

@@ -1,4 +1,4 @@
-"""What the papers' small nets share: timm's model contract over stages and a head."""
+"""The base class of the papers' small nets: timm's model contract over stages and a head."""
 
 from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union

@@ -1,4 +1,4 @@
-"""What registered models that are made of a plain one have in common: its weights, and their names."""
+"""What `head_variants.py` and `convolution_variants.py` share: registration, and weights of the plain timm model."""
 
 import sys
 from collections import deque
@@ -32,8 +32,11 @@ TAG_PREFIX = 'backbone'
 
 
 def variant_cfgs(name: str, backbone: str, **changes: Any) -> DefaultCfg:
-    """The plain model's cfgs, with changes, under tags that say that only a backbone is in the weights; and those of
-    packaged weights of the whole model, which the name without tag means where they want the same of an image."""
+    """Pretrained cfgs of a model that is made of a plain one.
+
+    They are the plain model's, with changes, under tags ``backbone_<tag>``, and those of packaged weights of the whole
+    model. The latter are the default where their preprocessing is the plain model's.
+    """
     cfgs = {}
     for plain_name, cfg in get_arch_pretrained_cfgs(backbone).items():
         tag = split_model_name_tag(plain_name)[1]
@@ -53,7 +56,7 @@ def variant_cfgs(name: str, backbone: str, **changes: Any) -> DefaultCfg:
 
 
 def read_state_dict(cfg: Dict[str, Any], cache_dir: Any) -> Dict[str, torch.Tensor]:
-    """The weights that timm finds for a cfg, unchanged, wherever they lie."""
+    """The weights that a cfg names, as they are in the file, wherever timm loads them from."""
     state_dict: Dict[str, torch.Tensor] = {}
 
     def keep(loaded: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
@@ -73,9 +76,9 @@ def create_backbone(
         cache_dir: Any = None,
         **kwargs: Any,
 ) -> Tuple[Any, Dict[str, torch.Tensor]]:
-    """The plain model, built and loaded by timm through its family's own filters, and all weights that cfg names.
+    """The plain model, made by timm with its part of the weights, and all weights that the cfg names.
 
-    What became of the plain model's part of them is its ``loaded_weights``, to which the caller adds the rest.
+    Its ``loaded_weights`` tell what became of its part; the caller adds the rest.
 
     Args:
         backbone: Its registered name.
@@ -108,7 +111,7 @@ def _load_backbone(
         cfg: Dict[str, Any],
         is_ours: Callable[[str], bool],
 ) -> Tuple[Any, Dict[str, torch.Tensor]]:
-    """As :func:`create_backbone`, with the plain model's cfg, which says where the weights of our model are."""
+    """:func:`create_backbone` with weights; ``cfg`` is the plain model's, with the source of our model's weights."""
     state_dict: Dict[str, torch.Tensor] = {}
     load_cfg = cfg
     if not cfg.get('custom_load'):
@@ -136,16 +139,16 @@ def register_variant(
         instead: str,
         **cfg: Any,
 ) -> str:
-    """Make a model that is made of a plain one a name that ``timm.create_model`` knows.
+    """Register the name of a model that is made of a plain one with timm.
 
     Args:
-        module: Name of the module whose ``default_cfgs`` will have the name.
+        module: Name of the module whose ``default_cfgs`` get its cfgs.
         name: The new name. Registering it again changes nothing.
         backbone: The plain model's name.
         create: Makes the model, as an entrypoint of timm's does.
         doc: Its docstring.
-        instead: What to use if the name belongs to another model.
-        **cfg: What differs in the plain model's pretrained cfgs.
+        instead: A function for the message where the name belongs to another model.
+        **cfg: Changes of the plain model's pretrained cfgs.
 
     Raises:
         ValueError: If there is no such plain model, or the name belongs to another model.

@@ -1,8 +1,8 @@
 """Put a head in the place of the classifier of a model that timm has built.
 
-Every timm classification model can give up its classifier by ``reset_classifier(0)`` and then answers with its pooled
-embedding. That is the whole mechanism: the model's class is replaced by a subclass of it which sends that embedding
-through a head, the submodule ``attached_head``. Backbone parameter names do not change, the head's come last.
+Every timm classification model drops its classifier by ``reset_classifier(0)`` and then returns its pooled embedding.
+The model's class is replaced by a subclass that sends this embedding through a head, the submodule ``attached_head``.
+Names of backbone parameters do not change, the head's come last.
 A head that reads the feature map (its ``needs_feature_map``) gets what the model gives by ``reset_classifier(0, '')``.
 """
 
@@ -29,10 +29,10 @@ _NEEDED = ('pretrained_cfg', 'num_classes', 'head_hidden_size', 'forward_head', 
 class HeadedModel:
     """What :func:`attach_head` mixes into a timm class, in front of it in the method resolution order.
 
-    ``pooled`` is the timm class's own ``forward_head``: features to pooled embedding, since its classifier is gone;
-    to the feature map, if that is what the head reads.
-    A model of several classifiers would average the input of each, so its ``pooled`` is asked for its pre-logits.
-    With pooling off (``global_pool=''``) the head is passed by and the model gives its feature map, as in timm.
+    ``pooled`` is the timm class's own ``forward_head``. Without a classifier it returns the pooled embedding, or the
+    feature map if the head reads that. With several classifiers it would average the input of each, so it is called
+    for its pre-logits. With pooling off (``global_pool=''``) the model returns its feature map, as in timm, and the
+    head is not used.
     """
 
     if TYPE_CHECKING:  # TorchScript reads annotations at run time
@@ -165,11 +165,11 @@ def attach_head(model: TimmModel, head: str, num_classes: Optional[int] = None, 
         head_kwargs = dict(map_head_defaults(model), input_fmt=input_fmt, **head_kwargs)
     new_head = create_head(head, in_features, num_classes, **head_kwargs, **get_device_dtype(model))
 
-    # nothing is refused from here on
+    # the model is changed from here on, so everything was checked before
     if old_head is None:
         classifier = model.pretrained_cfg.get('classifier') or ''
         model.several_classifiers = not isinstance(classifier, str) or isinstance(model.get_classifier(), tuple)
-        # a model saved with a head that reads the map has no pooling of its own
+        # the config of a model with a head that reads the map says '', since the backbone does not pool
         model.unpooled = get_model_args(model).get('global_pool') == '' and not (needs_map and num_classes)
         model.reset_classifier(0, **({'global_pool': ''} if needs_map else {}))
         model.backbone_architecture = model.pretrained_cfg['architecture']
@@ -178,7 +178,7 @@ def attach_head(model: TimmModel, head: str, num_classes: Optional[int] = None, 
     else:
         _take_off(model, needs_map)
     if needs_map and isinstance(getattr(model, 'head', None), ClassifierHead):
-        model.head.reset(0, reset_other=True)  # a small net's hidden layers, which the map goes past
+        model.head.reset(0, reset_other=True)  # a small net's hidden layers would get no gradient
     if not needs_map and not model.unpooled and model.head_hidden_size != in_features:
         new_head.reset(num_classes, in_features=model.head_hidden_size)
     model.attached_head = new_head.train(model.training)
@@ -192,7 +192,7 @@ def attach_head(model: TimmModel, head: str, num_classes: Optional[int] = None, 
 
 
 def _take_off(model: TimmModel, needs_map: bool) -> None:
-    """Let a model with a head answer with what the next head reads, and forget the options of the present one."""
+    """Prepare a model with a head for another one: return what that reads, and drop the old head's options."""
     unpooled = model.unpooled
     pool = 'avg' if model.attached_head.needs_feature_map and not unpooled else None
     _reset_backbone(model, '' if needs_map else pool, reset_other=False)

@@ -16,10 +16,10 @@ from .convolutions import CONVOLUTIONS, Convolution
 SCOPES = ('spatial', 'block', 'all')
 
 # parts of timm's module names
-STEMS = ('stem', 'conv1', 'conv_stem')  # of a model's children: what lies in a deep stem beside its first convolution
+STEMS = ('stem', 'conv1', 'conv_stem')  # children of a model; a deep stem has further convolutions behind its first
 PROJECTIONS = ('downsample', 'shortcut', 'skip', 'project')
 GATES = ('se', 'se_module', 'attn', 'attn_last')
-HEADS = ('head', HEAD_NAME)  # of a model's children
+HEADS = ('head', HEAD_NAME)  # children of a model
 
 
 def convert(
@@ -131,7 +131,7 @@ def _check_plain(model: TimmModel, row: Convolution, architecture: str) -> None:
 
 
 def _in_scope(name: str, conv: Any, scope: str, stems: List[str]) -> bool:
-    flat = flat_name(name)  # as long as features_only leaves a name
+    flat = flat_name(name)
     parts = name.split('.')
     if parts[0] in HEADS or any(part in GATES for part in parts):
         return False
@@ -144,12 +144,12 @@ def _in_scope(name: str, conv: Any, scope: str, stems: List[str]) -> bool:
 
 
 def flat_name(name: str) -> str:
-    """The same for a module in a model and in what ``features_only`` makes of it."""
+    """A module's name, which is the same in a model and in its form for ``features_only``."""
     return name.removeprefix('model.').removeprefix('body.').replace('.', '_')
 
 
 def _output_sizes(model: TimmModel) -> Dict[str, int]:
-    """Positions in the map that each convolution gives, at the model's own input size."""
+    """Number of positions of each convolution's output map, at the model's own input size."""
     sizes: Dict[str, int] = {}
 
     def note(name: str) -> Any:

@@ -109,7 +109,7 @@ def _load_added(model: TimmModel, added: Dict[str, torch.Tensor], row: Convoluti
 
 
 def register_convolution_variant(backbone: str, convolution: str) -> str:
-    """Make `<prefix><backbone>` a name that ``timm.create_model`` knows.
+    """Register `<prefix><backbone>` with timm.
 
     The model takes the backbone's arguments and the options of :func:`timm_spinal.convert`, prefixed ``<prefix>_``.
 

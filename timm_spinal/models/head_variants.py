@@ -2,7 +2,7 @@
 
 ``pretrained=True`` loads timm's weights of the backbone (tags ``backbone_<timm tag>``) and says that the head is new.
 Weights of a whole model, as `timm.models.save_for_hf` writes them, load with their head.
-A vision transformer made with ``num_classes=0`` and no weights of a head answers with the backbone's embedding.
+A vision transformer made with ``num_classes=0`` and no weights of a head returns the backbone's embedding.
 """
 
 import logging
@@ -86,7 +86,13 @@ def _load_head(model: TimmModel, state_dict: Dict[str, torch.Tensor], num_classe
 
 
 def _note(model: TimmModel, head: Dict[str, torch.Tensor], kept: Dict[str, torch.Tensor]) -> None:
-    """Add what became of a head to what became of the backbone."""
+    """Add the head to the report of the backbone's weights.
+
+    Args:
+        model: The model, with the backbone's report.
+        head: The head's weights, empty where the source has none.
+        kept: Those of them that were loaded.
+    """
     loaded: LoadedWeights = model.loaded_weights
     loaded.loaded += len(kept)
     if 'fc.weight' not in kept and (fc := head.get('fc.weight')) is not None and fc.ndim == 2:
@@ -128,7 +134,7 @@ def create_headed(
     saved = kwargs.get('pretrained_model_args') or {}
     if default_classes and saved.get('global_pool') == '' and head_needs_feature_map(
             head, head_kwargs.get('head_primary', '')):
-        kwargs.pop('global_pool')  # timm saves the backbone's pooling, which a head that reads the map has turned off
+        kwargs.pop('global_pool')  # timm saved '', the pooling of a backbone whose head reads the map
 
     model, state_dict = create_backbone(
         backbone, cfg, _is_in_head, pretrained=pretrained, cache_dir=cache_dir, num_classes=0, **kwargs)
@@ -138,7 +144,7 @@ def create_headed(
     attach_head(model, head, num_classes, **head_kwargs)
     is_embedding = not num_classes and not model.unpooled and hasattr(model, 'num_prefix_tokens')
     if is_embedding and not any(map(_is_in_head, state_dict)):
-        # a token model of timm's that is made without classes answers with num_features, its embedding
+        # timm promises an embedding of num_features from a token model that is made without classes
         model.attached_head.postpone_hidden()
         model.head_hidden_size = model.attached_head.hidden_size
     loaded = pretrained and _load_head(model, state_dict, default_classes, is_from_file(cfg))
@@ -149,7 +155,7 @@ def create_headed(
 
 
 def register_head_variant(backbone: str, head: str) -> str:
-    """Make `<backbone>_<head>` a name that ``timm.create_model`` knows.
+    """Register `<backbone>_<head>` with timm.
 
     The model takes the backbone's arguments and the head's, the latter prefixed ``head_``.
 

@@ -85,10 +85,10 @@ def ic_warm_start(
 ) -> Dict[str, float]:
     """Choose each w' so that few positions collide, then estimate BatchNorm statistics anew, in place.
 
-    Other parameters stay. It looks at the plain model, collisions switched off, in eval mode: weights and BatchNorm
-    statistics are to be those of a trained plain model, as ``pretrained=True`` or :func:`timm_spinal.convert_to_ic`
-    leave them. The rule is for inputs that are not negative, such as those behind a ReLU; where they are, more
-    positions are active than asked for.
+    Other parameters stay. The quantiles are those of the plain model, without collisions, in eval mode: weights and
+    BatchNorm statistics must be those of a trained plain model, as after ``pretrained=True`` or
+    :func:`timm_spinal.convert_to_ic`. The rule is for inputs that are not negative, such as those behind a ReLU; with
+    negative ones more positions are active than asked for.
 
     Args:
         model: A model with IC convolutions without BatchNorm inside sigma.

@@ -1,4 +1,4 @@
-"""The ways in which weights get into a model from a file: as a new model's, or exactly into one that is there."""
+"""Weights from a file: a new model with those that fit, or all of them into a model that exists."""
 
 import os
 from collections import OrderedDict
@@ -38,7 +38,7 @@ SOURCE_KEYS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'sou
 def create_from_file(name: str, path: str, **kwargs: Any) -> Any:
     """``timm.create_model`` with the weights of a file: the backbone and, where it fits, the classifier.
 
-    What became of the file is the model's ``loaded_weights``, a `LoadedWeights`.
+    The model's ``loaded_weights``, a `LoadedWeights`, report what was loaded.
 
     Args:
         name: Any name that timm takes; of a saved model its architecture and arguments.
@@ -70,8 +70,9 @@ def build_model(
 ) -> Any:
     """timm's ``build_model_with_cfg``, with files of weights read and loaded by the rules of this package.
 
-    A name whose own cfg has no weights, as its images are prepared otherwise, means those inside the package. The model
-    renames the weights of foreign code in ``load_state_dict`` too, so that ``checkpoint_path`` takes them.
+    ``pretrained=True`` for a name whose default cfg has no weights loads those of the package, which were trained with
+    another preprocessing. The model renames the weights of foreign code in ``load_state_dict`` too, so that
+    ``checkpoint_path`` takes them.
     """
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict()
     if pretrained and not _has_weights(cfg):
@@ -133,7 +134,7 @@ def create_filled(
             stem = state_dict.get(f'{cfg.get("first_conv")}.weight')
             if 'is inconsistent with input_size' not in str(e) or stem is None:
                 raise
-            # of a model with other channels than the cfg says, which timm does not look at
+            # the weights have other input channels than the cfg says, and timm trusts the cfg
             in_chans = kwargs.get('in_chans', cfg['input_size'][0])
             load_cfg = dict(load_cfg, input_size=(stem.shape[1], *cfg['input_size'][1:]))
             model = create(pretrained_cfg=load_cfg, in_chans=in_chans)
@@ -143,7 +144,7 @@ def create_filled(
     return model
 
 
-# ---- a state dict that must fit as it is -----------------------------------------------------------------------
+# ---- all weights of a file, into a model that exists -----------------------------------------------------------
 
 
 def load_exactly(model: Any, path: str, use_ema: Optional[bool] = None) -> LoadedWeights:
@@ -160,7 +161,7 @@ def load_exactly(model: Any, path: str, use_ema: Optional[bool] = None) -> Loade
     if os.path.splitext(path)[1] in ('.npz', '.npy'):  # of JAX, for the models of timm that convert it
         try:
             load_checkpoint(model, path)
-        except Exception as e:  # whatever the model's own converter does with other arrays
+        except Exception as e:  # the model's own converter raises any error at other arrays
             raise WeightsError(f'{path}: {" ".join(str(e).split()) or "no such file"}') from e
         return LoadedWeights(path, len(model.state_dict()))
     state_dict: Any = OrderedDict(read_weights(path, use_ema))
@@ -191,7 +192,7 @@ def rename_weights(model: Any, state_dict: Dict[str, Any], prefix: str, *args: A
     The model's ``rename_fn`` is the filter of its family, None for none.
     """
     own = model.state_dict().keys()
-    if prefix or state_dict.keys() <= own:  # a part of something else, or what was saved of such a model
+    if prefix or state_dict.keys() <= own:  # a part of a larger module, or names that are right already
         return
     renamed = unwrap(state_dict) or {}
     if isinstance(model, ResNet):
