@@ -1,12 +1,13 @@
 """timm entrypoints, one file per family. Importing this package registers them."""
 
+from inspect import ismodule
 from typing import Iterable, List, Union
 
 import timm
 from timm.models import is_model, split_model_name_tag
 
 from ..layers import HEADS
-from . import (
+from . import (  # noqa: F401
     capsule_net,
     cifar100_resnet,
     cifar_resnet,
@@ -38,14 +39,8 @@ from .merge_bases import fold_bases as fold_bases
 from .merge_bases import merge_bases as merge_bases
 from .recalibrate_bn import recalibrate_bn as recalibrate_bn
 
-# timm's registry knows a model by the last part of the module that defines it
-_MODULES = [
-    module.__name__.rpartition('.')[2]
-    for module in (
-        capsule_net, cifar100_resnet, cifar_resnet, convolution_variants, head_variants, shared_basis_cifar,
-        shared_basis_mobilenet, shared_basis_resnet, spinal_cifar, spinal_cnn, spinal_mlp, spinal_vgg5,
-    )
-]
+# timm's registry knows a model by the last part of the name of the module that registers it
+_MODULES = [name for name, value in vars().copy().items() if ismodule(value) and hasattr(value, 'default_cfgs')]
 
 
 def ensure_registered(model_name: str) -> bool:
