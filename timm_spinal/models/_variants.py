@@ -97,6 +97,7 @@ def create_backbone(
     if pretrained:
         model, state_dict = _load_backbone(create, backbone, plain_cfg, is_ours)
     else:
+        plain_cfg.pop('state_dict', None)  # not to be kept with the model
         model = create(pretrained_cfg=plain_cfg)
         model.loaded_weights = None
     if not (kwargs.get('features_only') or hasattr(model, 'rename_fn')):
