@@ -118,7 +118,7 @@ def test_finished_runs_are_kept_until_a_setting_changes(tmp_path, monkeypatch):
 
 class MapHead(nn.Module):
     """A head that takes the feature map, as those of capsules."""
-    takes_map = True
+    needs_feature_map = True
 
     def __init__(self, in_features, num_classes, input_fmt='NCHW', device=None, dtype=None):
         super().__init__()
@@ -128,7 +128,7 @@ class MapHead(nn.Module):
         return self.fc(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
 
 
-def test_a_head_that_takes_maps_needs_no_word_here(tmp_path, monkeypatch):
+def test_a_head_that_needs_feature_maps_needs_no_word_here(tmp_path, monkeypatch):
     monkeypatch.setitem(HEADS, 'mapped', MapHead)
     compare_frozen(config(tmp_path, heads='linear,mapped', img_size=64), 'cmd')
     rows = read_csv(tmp_path / 'results.csv')
@@ -171,7 +171,7 @@ def test_bad_input_is_refused_before_features_are_made(tmp_path, monkeypatch, ch
 
 class BrokenHead(nn.Module):
     """Can be made, but not trained."""
-    takes_map = False
+    needs_feature_map = False
 
     def __init__(self, in_features, num_classes, device=None, dtype=None):
         super().__init__()

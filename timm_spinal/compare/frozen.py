@@ -14,7 +14,7 @@ from timm_spinal.training.report import hardware
 from timm_spinal.training.run_dir import FolderLock
 from timm_spinal.training.splits import describe_splits
 
-from .controls import Variant, count_params, new_head, new_heads, parse_variants, size_controls, slug, takes_map
+from .controls import Variant, count_params, needs_feature_map, new_head, new_heads, parse_variants, size_controls, slug
 from .cost import head_cost, latency_ms, macs
 from .features import Extracted, extract, feature_shapes
 from .findings import count_text
@@ -61,7 +61,7 @@ def compare_frozen(config: FrozenConfig, command: str) -> Path | None:
     accelerator.print(describe_splits(splits.named()), flush=True)
     if model.loaded_weights is not None:
         accelerator.print(f'weights {model.loaded_weights}', flush=True)
-    shapes = feature_shapes(config, model, accelerator.device, any(takes_map(variant) for variant in variants))
+    shapes = feature_shapes(config, model, accelerator.device, any(needs_feature_map(variant) for variant in variants))
     variants = _sized_and_tried(variants, shapes, splits, (recipes or [recipe])[0], accelerator.device)
     output = Path(config.output or f'output/compare/{safe_model_name(config.backbone)}')
     lock = FolderLock(output)
@@ -113,7 +113,7 @@ def _sized_and_tried(
     data = {kind: Features(torch.randn(1, batch, *shape, generator=generator), labels).to(device)
             for kind, shape in shapes.items()}
     for variant in variants:
-        kind = 'map' if takes_map(variant) else 'pooled'
+        kind = 'map' if needs_feature_map(variant) else 'pooled'
         heads = partial(new_heads, variant, widths[kind], splits.num_classes)
         HeadTask(heads, [0], data[kind], data[kind], recipe).try_out(variant.name)
     return variants
@@ -121,7 +121,7 @@ def _sized_and_tried(
 
 def _data(found: Extracted, variant: Variant, device: torch.device) -> dict[str, Features]:
     """The splits as a variant reads them."""
-    kind = '.map' if takes_map(variant) else ''
+    kind = '.map' if needs_feature_map(variant) else ''
     return {split: found.features[split + kind].to(device) for split in ('train', 'validation', 'test')}
 
 

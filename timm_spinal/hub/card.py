@@ -6,6 +6,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import model_entrypoint
 
 import timm_spinal
+from timm_spinal.models.convolutions import convolution_of
 from timm_spinal.training.model import needs_registration
 from timm_spinal.training.report import accuracy_text, epochs_done
 from timm_spinal.training.task import CAPSULE_LOSSES
@@ -64,7 +65,8 @@ def make_card(source: Source, options: PublishOptions, cost: Cost, name: str, lo
         results=_results(source, beside, data, options.dtype),
         recipe=_recipe(source, load_name.startswith('hf-hub:')),
         limits=_limits(source, options, beside.rows) + _limits_in_transformers(cost.input_size[0], load_name),
-        citation='\n'.join(paper.bibtex for paper in (*papers, *_timm_if_used(source.architecture))),
+        citation='\n'.join(
+            paper.bibtex for paper in (*papers, *_timm_if_used(source.architecture)) if paper.bibtex),
     )
     return str(card).rstrip() + '\n'
 
@@ -96,7 +98,7 @@ def _metadata(source: Source, options: PublishOptions, papers: list[Paper], name
         license=licence.id,
         license_name=licence.name or None,
         license_link=licence.link or None,
-        tags=['timm', 'timm-spinal', TASK, *(paper.tag for paper in papers), *arxiv],
+        tags=['timm', 'timm-spinal', TASK, *(paper.tag for paper in papers if paper.tag), *arxiv],
         datasets=[dataset] if dataset else None,
         base_model=base_model(source.args) or None,
         metrics=['accuracy'] if results else None,
@@ -128,11 +130,15 @@ def _register_line(architecture: str) -> str:
     if not needs_registration(architecture):
         return ''
     backbone, _, head = architecture.rpartition('_')
-    return f"timm_spinal.register_head_variant('{backbone}', '{head}')  # makes the name known to timm"
+    call = f"ensure_registered('{architecture}')"
+    if head in timm_spinal.HEADS and convolution_of(backbone) is None:
+        call = f"register_head_variant('{backbone}', '{head}')"
+    return f'timm_spinal.{call}  # makes the name known to timm'
 
 
 def _details(source: Source, cost: Cost, papers: list[Paper]) -> dict[str, Any]:
-    kwargs = {k: v for k, v in source.config.get('model_args', {}).items() if k.startswith(('head_', 'ic_', 'sb_'))}
+    prefixes = ('head_', 'sb_', *(f'{prefix}_' for prefix in timm_spinal.CONVOLUTIONS))
+    kwargs = {k: v for k, v in source.config.get('model_args', {}).items() if k.startswith(prefixes)}
     details = {
         'Parameters (M)': f'{cost.params / 1e6:.3g}',
         'GMACs': f'{cost.macs / 1e9:.3g} (convolutions and matrix products, torch.utils.flop_counter)',

@@ -11,7 +11,7 @@ from timm.models import get_pretrained_cfg, save_for_hf
 import timm_spinal
 from timm_spinal import ensure_registered, list_models, register_ic_variant
 from timm_spinal.layers import ICConv2d
-from timm_spinal.models.ic_variants import BACKBONES
+from timm_spinal.models.convolutions import CONVOLUTIONS
 
 # spec ic_networks_wld 3; the CIFAR nets by 6 n (16 + 32 + 64) + the plain count
 COUNTS = {
@@ -48,10 +48,10 @@ def test_parameter_counts(name):
 
 
 def test_every_row_of_the_table_is_registered_and_counted():
-    assert {f'ic{backbone}' for backbone in BACKBONES} == set(COUNTS) <= set(list_models('ic*'))
+    assert {f'ic{backbone}' for backbone in CONVOLUTIONS['ic'].backbones} == set(COUNTS) <= set(list_models('ic*'))
 
 
-@pytest.mark.parametrize('backbone', [name for name in BACKBONES if not name.endswith('_cifar')])
+@pytest.mark.parametrize('backbone', [name for name in CONVOLUTIONS['ic'].backbones if not name.endswith('_cifar')])
 def test_tags_point_at_timms_own_weights(backbone):
     ours, timms = get_pretrained_cfg(f'ic{backbone}'), get_pretrained_cfg(backbone)
     assert ours.tag == f'backbone_{timms.tag}' and ours.hf_hub_id == timms.hf_hub_id and ours.hf_hub_id

@@ -1,13 +1,7 @@
-"""BatchNorm folded into the convolution before it, for inference: exact for plain convolutions, and for IC ones where
-no gain is negative.
-
-With a = gamma / sqrt(var + eps) >= 0 the collision scales as a whole, a (z + ReLU(z - w'S + b1)) =
-(a z) + ReLU((a z) - (a w') S + (a b1)), so W, w' and b1 take a, and b2 takes the rest. A negative a would turn ReLU
-around; such a layer keeps its BatchNorm.
-"""
+"""Forms of a trained model for inference: BatchNorm folded into convolutions, capsule layers packed into bits."""
 
 import copy
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.fx
@@ -16,9 +10,12 @@ from timm.models import get_notrace_functions, get_notrace_modules
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..layers import ICConv2d
+from ..layers import CapsuleHead
+from ._timm import update_model_args
+from .attach_head import HEAD_NAME
+from .convolutions import CONVOLUTIONS
 
-CONVS = (nn.Conv2d, Conv2dSame, ICConv2d)
+PLAIN = (nn.Conv2d, Conv2dSame)
 NORMS = (nn.BatchNorm2d, BatchNormAct2d)
 
 
@@ -27,7 +24,7 @@ class _Tracer(torch.fx.Tracer):
 
     def __init__(self) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
-        self.leaves = CONVS + NORMS + tuple(get_notrace_modules())
+        self.leaves = _conv_classes() + NORMS + tuple(get_notrace_modules())
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) in self.leaves or super().is_leaf_module(m, module_qualified_name)
@@ -49,14 +46,22 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
                          'call model.eval() first.')
     folded = copy.deepcopy(model)
     modules: Dict[str, Any] = dict(folded.named_modules())
-    pairs = [(c, n) for c, n in _pairs(folded, modules) if _is_exact(modules[c], modules[n])]
-    if not pairs:
-        raise ValueError(f'fold_batchnorm: {type(model).__name__} has no BatchNorm behind a convolution to fold.')
-    for conv, norm in pairs:
-        folded.set_submodule(conv, _folded(modules[conv], modules[norm]))
+    count = 0
+    for conv, norm in _pairs(folded, modules):
+        new = _folded(modules[conv], modules[norm])
+        if new is None:
+            continue
+        count += 1
+        folded.set_submodule(conv, new)
         rest = [modules[norm].drop, modules[norm].act] if isinstance(modules[norm], BatchNormAct2d) else []
         folded.set_submodule(norm, nn.Sequential(*rest).eval())
+    if not count:
+        raise ValueError(f'fold_batchnorm: {type(model).__name__} has no BatchNorm behind a convolution to fold.')
     return folded
+
+
+def _conv_classes() -> Tuple[Any, ...]:
+    return PLAIN + tuple(row.layer for row in CONVOLUTIONS.values())
 
 
 def _pairs(model: nn.Module, modules: Dict[str, Any]) -> List[Tuple[str, str]]:
@@ -68,38 +73,47 @@ def _pairs(model: nn.Module, modules: Dict[str, Any]) -> List[Tuple[str, str]]:
         raise ValueError(f'fold_batchnorm: torch.fx cannot trace {type(model).__name__} ({reason}).') from e
     calls = [node for node in graph.nodes if node.op == 'call_module']
     targets = [node.target for node in calls]
-    found = []
+    classes = _conv_classes()
+    pairs = []
     for node in calls:
         before: Any = node.args[0] if node.args else None
         if type(modules[str(node.target)]) not in NORMS or before not in calls:
             continue
         once = len(before.users) == targets.count(before.target) == targets.count(node.target) == 1
-        if once and type(modules[before.target]) in CONVS:
-            found.append((before.target, str(node.target)))
-    return found
-
-
-def _is_exact(conv: nn.Conv2d, norm: Any) -> bool:
-    if norm.running_var is None:
-        return False
-    return not isinstance(conv, ICConv2d) or norm.weight is None or bool((norm.weight >= 0).all())
+        if once and type(modules[before.target]) in classes:
+            pairs.append((before.target, str(node.target)))
+    return pairs
 
 
 @torch.no_grad()
-def _folded(conv: Any, norm: Any) -> nn.Conv2d:
-    new: Any = fuse_conv_bn_eval(conv, norm)
-    if not isinstance(conv, ICConv2d):
-        return new
-    scale = torch.rsqrt(norm.running_var + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    if new.ic_mode == 'layer':
-        new.ic_mode = 'filter'
-        new.ic_weight = nn.Parameter(new.ic_weight.expand(len(scale)))
-    new.ic_weight = nn.Parameter(new.ic_weight * scale.view(-1, *[1] * (new.ic_weight.ndim - 1)))
-    if new.ic_bias is not None:
-        new.ic_bias.mul_(scale)
-    if new.ic_bn is not None:  # a BN(u) as one of a u
-        new.ic_bn.running_mean.mul_(scale)
-        new.ic_bn.bias.mul_(scale)
-    return new
+def _folded(conv: Any, norm: Any) -> Optional[nn.Conv2d]:
+    """The convolution with the norm behind it, None where that is not exact; other kinds than nn.Conv2d know how."""
+    if norm.running_var is None:
+        return None
+    if type(conv) in PLAIN:
+        return fuse_conv_bn_eval(conv, norm)
+    return conv.fold_batchnorm(norm) if hasattr(conv, 'fold_batchnorm') else None
+
+
+def pack_xnodr(model: nn.Module) -> nn.Module:
+    """Pack the capsule head of a trained model, in place: bits and scales for XnODR, an agreement of bits for XnIDR.
+
+    Packing is for CPUs and for the size of files; on a GPU the float model is faster. Scores are those of the float
+    model to 1e-5. The model cannot be trained any more. It is saved and loaded as any
+    timm model; its ``config.json`` has the option ``head_packed``.
+
+    Args:
+        model: A model with an 'xnodr' or 'xnidr' head, attached or its own.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: There is no such head, or it is packed already.
+    """
+    head = getattr(model, HEAD_NAME, None) or getattr(model, 'head', None)
+    if not isinstance(head, CapsuleHead):
+        raise ValueError(f"{type(model).__name__} has no capsule head; give a model with the head 'xnodr' or 'xnidr'.")
+    head.pack()
+    update_model_args(model, head_packed=True)
+    return model

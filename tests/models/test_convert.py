@@ -12,7 +12,8 @@ import timm_spinal
 from timm_spinal import convert_to_ic
 from timm_spinal.bench.heads import count_macs
 from timm_spinal.layers import ICConv2d
-from timm_spinal.models.convert_ic import find_convs
+from timm_spinal.models.convert import find_convs
+from timm_spinal.models.convolutions import CONVOLUTIONS
 
 # Spec ic_networks_wld 2.4: convolutions, and parameters of w' for each filter.
 TABLE = [
@@ -92,10 +93,10 @@ def test_what_stays(name, scope, stay):
     model = timm.create_model(name, device='meta')
     if not stay:
         with pytest.raises(ValueError, match="IC cannot replace 'stages.0.blocks.0.conv2', a StdConv2d"):
-            find_convs(model, scope, True)
+            find_convs(model, CONVOLUTIONS['ic'], scope, True)
         return
     convs = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    found = set(find_convs(model, scope, True))
+    found = set(find_convs(model, CONVOLUTIONS['ic'], scope, True))
     assert set(stay) <= convs and not found & set(stay)
     assert {conv for conv in convs - found if '.se.' not in conv and '.downsample.' not in conv} <= set(stay) | {
         'conv_stem'}
