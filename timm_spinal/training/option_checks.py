@@ -59,8 +59,8 @@ def check_options(config: Any, given: Collection[str] = ()) -> None:
     if set_.get('torchcompile_mode') and not set_.get('torchcompile'):
         raise UserError('--torchcompile-mode: nothing is compiled; add --torchcompile')
     if set_.get('early_stop_patience') and set_.get('keep') == 'last':
-        raise UserError('--early-stop-patience and --keep last contradict each other: no evaluation is without a better '
-                        'metric; leave one out')
+        raise UserError('--early-stop-patience and --keep last contradict each other: with the second one every '
+                        'evaluation is the best so far; leave one out')
     if set_.get('results_file'):
         check_output_file(set_['results_file'], '--results-file', RESULTS)
 
