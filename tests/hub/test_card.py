@@ -13,11 +13,11 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from timm_spinal.cost import Cost, cost_of
 from timm_spinal.errors import UserError
 from timm_spinal.hub.beside import Row, result_rows, table
 from timm_spinal.hub.card import make_card, resolve_licence
 from timm_spinal.hub.card_check import check_card
-from timm_spinal.hub.cost import Cost, cost_of
 from timm_spinal.hub.options import PublishOptions
 from timm_spinal.hub.papers import CAPSULES, IC, PROGRESSIVE, SHARED_BASIS, SPINAL, XNODR, papers_of
 from timm_spinal.hub.recipe import base_model, command, dataset_name, hparams_yaml, hub_dataset, shared_options

@@ -10,7 +10,7 @@ from torch import nn
 
 import timm_spinal
 from timm_spinal import convert_to_ic
-from timm_spinal.bench.heads import count_macs
+from timm_spinal.cost import count_macs
 from timm_spinal.layers import ICConv2d
 from timm_spinal.models.convert import find_convs
 from timm_spinal.models.convolutions import CONVOLUTIONS

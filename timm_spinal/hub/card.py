@@ -6,6 +6,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import model_entrypoint
 
 import timm_spinal
+from timm_spinal.cost import Cost
 from timm_spinal.models.convolutions import convolution_of
 from timm_spinal.training.model import needs_registration
 from timm_spinal.training.report import accuracy_text, epochs_done
@@ -14,7 +15,6 @@ from timm_spinal.version import ADDRESS
 
 from .beside import Row, Table, result_rows, table
 from .card_check import TASK
-from .cost import Cost
 from .licences import Licence, choose_licence
 from .options import PublishOptions
 from .papers import TIMM, Paper, papers_of

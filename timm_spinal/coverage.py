@@ -27,11 +27,11 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-from ..arguments import Parser, number
-from ..errors import UserError
-from ..layers import HEADS
-from ..models import attach_head, list_models
-from ..models.attach_head import CLASSIFIER_NAME, HEAD_NAME
+from timm_spinal.arguments import Parser, number
+from timm_spinal.errors import UserError
+from timm_spinal.layers import HEADS
+from timm_spinal.models import attach_head, list_models
+from timm_spinal.models.attach_head import CLASSIFIER_NAME, HEAD_NAME
 
 KINDS = ('linear', 'several', 'conv', 'none')  # of classifier
 KIND_TITLES = ('one nn.Linear', 'several', '1x1 conv', 'none')

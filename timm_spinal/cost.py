@@ -1,4 +1,4 @@
-"""What a model costs, for its card: parameters, multiply-accumulates, activations."""
+"""What a model costs: parameters, multiply-accumulates, activations."""
 from typing import Any, NamedTuple
 
 import torch
@@ -37,11 +37,23 @@ class _ActivationCounter(TorchDispatchMode):
         return out
 
 
+def count_params(model: nn.Module) -> int:
+    """Parameters, each counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+@torch.no_grad()
+def count_macs(model: nn.Module, x: torch.Tensor) -> int:
+    """Multiply-accumulates of one forward: half the FLOPs that torch.utils.flop_counter counts."""
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops() // 2
+
+
 @torch.no_grad()
 def cost_of(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     """Count what one image costs; the model is left in eval mode."""
     x = torch.zeros(1, *input_size)
     with FlopCounterMode(display=False) as flops, _ActivationCounter() as activations:
         model.eval()(x)
-    params = sum(p.numel() for p in model.parameters())
-    return Cost(params, flops.get_total_flops() // 2, activations.total, input_size)
+    return Cost(count_params(model), flops.get_total_flops() // 2, activations.total, input_size)

@@ -5,7 +5,7 @@ import timm
 from torch import nn
 
 import timm_spinal
-from timm_spinal.bench.coverage import (
+from timm_spinal.coverage import (
     Coverage,
     check_head,
     classifier_kind,
