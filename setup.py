@@ -9,7 +9,7 @@ from setuptools import Extension, find_namespace_packages, setup
 
 kernels = Extension(
     'timm_spinal.layers._kernels',
-    sources=[f'timm_spinal/layers/{name}.c' for name in ('xnor', 'shared_basis', 'dropout', 'sparse_product')],
+    sources=[f'timm_spinal/layers/{name}.c' for name in ('xnor', 'shared_basis')],
     depends=['timm_spinal/layers/xnor.h', 'timm_spinal/layers/vectors.h'],
     extra_compile_args=['-O3', '-Wno-psabi', '-fvisibility=hidden'],
     libraries=['m'],

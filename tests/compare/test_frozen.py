@@ -136,6 +136,27 @@ def test_a_head_that_takes_maps_needs_no_word_here(tmp_path, monkeypatch):
     assert int(rows[2]['params']) == 4 * (int(rows[0]['params']) - 10) + 10
 
 
+@pytest.mark.parametrize('options', [{}, dict(matmul_precision='medium')])
+def test_products_have_the_precision_that_the_report_names(tmp_path, monkeypatch, options):
+    seen = []
+
+    class Spy(nn.Linear):
+        takes_map = False
+
+        def forward(self, x):
+            if self.training and len(x) == 50:
+                seen.append(torch.get_float32_matmul_precision())
+            return super().forward(x)
+
+    monkeypatch.setitem(HEADS, 'spy', Spy)
+    before = torch.get_float32_matmul_precision()
+    compare_frozen(config(tmp_path, heads='linear,spy', seeds='1', **options), 'cmd')
+    expected = options.get('matmul_precision', 'highest')
+    assert seen[-18:] == [expected] * 18  # 3 epochs of 6 updates
+    assert f'float32 with products of precision {expected}' in (tmp_path / 'report.md').read_text()
+    assert torch.get_float32_matmul_precision() == before
+
+
 def test_a_diverging_head_is_reported(tmp_path):
     compare_frozen(config(tmp_path, heads='linear,spinal:width=4', seeds='1', opt='sgd', lr=1e30, warmup_epochs=0), 'c')
     text = (tmp_path / 'report.md').read_text()

@@ -1,6 +1,6 @@
 import pytest
 
-from timm_spinal.compare.train_group import Recipe, Trained
+from timm_spinal.compare.train_head import Recipe, Trained
 from timm_spinal.compare.tune import FIRST_SEED, choose, grid
 from timm_spinal.errors import UserError
 

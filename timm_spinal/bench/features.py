@@ -23,7 +23,7 @@ from timm_spinal.compare.controls import new_heads, parse_variants, size_control
 from timm_spinal.compare.features import backbone_batch, extract
 from timm_spinal.compare.options import FrozenConfig, as_train_config
 from timm_spinal.compare.splits import open_splits
-from timm_spinal.compare.train_group import Features
+from timm_spinal.compare.train_head import Features
 from timm_spinal.compare.train_heads import HeadTask, train_heads
 from timm_spinal.training.model import create_model
 

@@ -41,10 +41,10 @@ from timm_spinal.training.transforms import (
     train_transform,
 )
 
-from .cores import core_each
 from .options import FrozenConfig, as_train_config
 from .splits import Splits
-from .train_group import Features
+from .train_head import Features
+from .train_heads import one_core_each
 
 _CPU_BATCH = 16  # small enough for activations to stay in the caches: up to twice the speed of a batch of 128
 
@@ -270,7 +270,7 @@ def _run_part(
             return {name: value.cpu() for name, value in run_backbone(model, images, maps).items()}
 
     kept: dict[str, list[torch.Tensor]] = {}
-    with core_each() as pool:  # loader workers disturb that less than all cores on one chunk
+    with one_core_each() as pool:  # loader workers disturb that less than all cores on one chunk
         run = pool.map if accelerator.device.type == 'cpu' else map
         begun = ((end, labels, run(answer, _as_images(images, part, decode).split(step)))
                  for end, (images, labels) in zip(ends, loader))

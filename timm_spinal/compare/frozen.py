@@ -23,7 +23,7 @@ from .options import FrozenConfig, as_train_config, check_frozen, parse_seeds
 from .report import write_report
 from .runs import Comparison, write_comparison
 from .splits import Splits, open_splits
-from .train_group import Features, Recipe
+from .train_head import Features, Recipe
 from .train_heads import HeadTask, check_batch
 from .tune import grid
 
@@ -127,11 +127,15 @@ def _data(found: Extracted, variant: Variant, device: torch.device) -> dict[str,
 
 def _train(config: FrozenConfig, benches: list[HeadBench], comparison: Comparison, recipes: list[Recipe]) -> None:
     """Tune where there is a grid, then train what is not finished."""
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(config.matmul_precision)
-    for bench in benches:
-        if recipes:
-            comparison.tuned[bench.variant.name] = bench.tune(recipes)
-    run_benches(benches, comparison.seeds)
+    try:
+        for bench in benches:
+            if recipes:
+                comparison.tuned[bench.variant.name] = bench.tune(recipes)
+        run_benches(benches, comparison.seeds)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _describe_data(found: Extracted, splits: Splits) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from timm_spinal.training.report import hardware, versions, write_table, write_t
 from .controls import Variant, count_params, new_head, new_heads, slug
 from .options import FrozenConfig
 from .runs import ERROR, RESULT, SUMMARY, read_json, run_folder, write_json
-from .train_group import Features, Recipe, Trained
+from .train_head import Features, Recipe, Trained
 from .train_heads import HeadTask, predict, train_heads
 from .tune import choose
 

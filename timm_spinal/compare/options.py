@@ -7,7 +7,7 @@ from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig
 from timm_spinal.training.options import AugmentOptions, DataOptions, LoaderOptions, ModelOptions, option
 
-from .train_group import Recipe
+from .train_head import Recipe
 
 BATCH_SIZE, MIN_UPDATES = 512, 16
 

@@ -4,7 +4,7 @@ from typing import Any, Callable
 
 from timm_spinal.errors import UserError
 
-from .train_group import Recipe, Trained
+from .train_head import Recipe, Trained
 
 FIRST_SEED = 10 ** 6  # seeds of their own, so that no reported run has been chosen among
 
