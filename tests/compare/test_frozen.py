@@ -7,7 +7,7 @@ import torch
 from safetensors.numpy import load_file
 from torch import nn
 
-from timm_spinal.compare import head_bench
+from timm_spinal.compare import head_experiment
 from timm_spinal.compare.cli import main
 from timm_spinal.compare.frozen import compare_frozen
 from timm_spinal.compare.options import FrozenConfig
@@ -94,13 +94,13 @@ def test_report_is_remade_from_the_folders(done):
 
 def train_counter(monkeypatch):
     trained = []
-    original = head_bench.train_heads
+    original = head_experiment.train_heads
 
     def count(tasks, *args, **kwargs):
         trained.extend(seed for task in tasks for seed in task.seeds)
         return original(tasks, *args, **kwargs)
 
-    monkeypatch.setattr(head_bench, 'train_heads', count)
+    monkeypatch.setattr(head_experiment, 'train_heads', count)
     return trained
 
 

@@ -42,7 +42,7 @@ class HeadTask:
         """
         check_batch(self.train.x.shape[1], self.recipe.batch_size)
 
-    def try_out(self, name: str) -> None:
+    def dry_run(self, name: str) -> None:
         """Make two updates, whose result is thrown away.
 
         Args:
