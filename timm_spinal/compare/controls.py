@@ -1,4 +1,4 @@
-"""Variants by name, and the MLP controls that are as large as the head they stand beside."""
+"""Variants of a comparison by name, and MLP controls with as many parameters as another head."""
 import ast
 import difflib
 import re

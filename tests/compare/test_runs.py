@@ -3,8 +3,7 @@ import json
 import pytest
 
 from timm_spinal.compare.report import write_report
-from timm_spinal.compare.run_folders import comparisons_in
-from timm_spinal.compare.runs import Comparison, read_rows, write_comparison
+from timm_spinal.compare.runs import Comparison, comparisons_in, read_run_results, write_comparison
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig, to_yaml
 
@@ -25,7 +24,7 @@ def test_variants_are_what_runs_differ_in(tmp_path):
     assert comparison.variants == [
         'resnet18, lr=0.1', 'resnet18, lr=0.2', 'resnet18_spinal, lr=0.1', 'resnet18_spinal, lr=0.2']
     assert comparison.control == 'resnet18, lr=0.1'
-    rows = read_rows(output, comparison)
+    rows = read_run_results(output, comparison)
     assert [(r.variant, r.seed, r.val_top1, r.test_top1) for r in rows[2:4]] == [
         ('resnet18, lr=0.2', 0, 90, 89), ('resnet18, lr=0.2', 3, 93, 92)]
 

@@ -1,11 +1,11 @@
-"""Results of a run beside those of other runs: other seeds of it, controls, other heads."""
+"""Results of a published run in one table with those of other runs: other seeds of it, controls, other heads."""
 import glob
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from timm_spinal.compare.runs import read_comparison, read_result, read_rows
+from timm_spinal.compare.runs import read_comparison, read_result, read_run_results
 from timm_spinal.errors import UserError
 from timm_spinal.evaluation.metrics import TITLES
 from timm_spinal.training.config import TrainConfig
@@ -20,7 +20,7 @@ OF_THE_MODEL = ('model', 'model_kwargs')
 
 
 @dataclass
-class Row:
+class ModelResults:
     """The runs that differ in nothing but the seed.
 
     Attributes:
@@ -59,10 +59,10 @@ class Table(NamedTuple):
     Attributes:
         metric: What is compared, such as 'test top-1'.
         rows: The published run's row first.
-        recipe: Options beside the model's in which the runs differ.
+        recipe: Options other than the model's in which the runs differ.
     """
     metric: str = ''
-    rows: list[Row] = []
+    rows: list[ModelResults] = []
     recipe: list[str] = []
 
 
@@ -72,12 +72,12 @@ class _Run(NamedTuple):
     variant: str = ''  # its name in a comparison
 
 
-def result_rows(source: Source, beside: tuple[str, ...]) -> Table:
+def result_rows(source: Source, folders: tuple[str, ...]) -> Table:
     """The published run's results and those of others: the variants of a comparison, or what the runs differ in.
 
     Args:
         source: The published run.
-        beside: Run folders, wildcards of them, or the folder of a comparison that holds the published run.
+        folders: Run folders, wildcards of them, or the folder of a comparison that holds the published run.
 
     Raises:
         UserError: A folder that is no finished run, or has other data or lacks the accuracy that is compared.
@@ -86,15 +86,15 @@ def result_rows(source: Source, beside: tuple[str, ...]) -> Table:
         return Table()
     metric = compared_metric(source.result)
     name = metric.removeprefix('test_')
-    variant, others = _other_runs(source, beside)
+    variant, others = _other_runs(source, folders)
     runs = [_Run(shared_options(source.args), source.result, variant), *others]
     names = config_diff([run.settings for run in runs])
-    rows: dict[str, Row] = {}
+    rows: dict[str, ModelResults] = {}
     for i, (key, (settings, result, _)) in enumerate(zip(_labels(runs, names), runs)):
         if any(result.get(k) is None for k in (metric, name, 'params')) or _data(result) != _data(source.result):
             raise UserError(f'--beside: the run of {settings["model"]}, seed {settings["seed"]}, is of other data or '
                             f'has no {metric} as the published one has; leave it out')
-        row = rows.setdefault(key, Row(key, result['params']))
+        row = rows.setdefault(key, ModelResults(key, result['params']))
         row.published |= i == 0
         if row.values.setdefault(settings['seed'], result[metric]) != result[metric]:
             raise UserError(f'--beside: two runs of {key} have seed {settings["seed"]}; leave one out')
@@ -120,15 +120,15 @@ def _data(result: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(result.get(k) for k in ('train_size', 'eval_size', 'test_images', 'num_classes'))
 
 
-def _other_runs(source: Source, beside: tuple[str, ...]) -> tuple[str, list[_Run]]:
-    """The published run's name in a comparison, '' outside of one, and the runs beside it."""
+def _other_runs(source: Source, patterns: tuple[str, ...]) -> tuple[str, list[_Run]]:
+    """The published run's name in a comparison, '' outside of one, and the runs that it is compared with."""
     variant, runs = '', []
-    for folder in _folders(beside):
+    for folder in _folders(patterns):
         comparison = read_comparison(folder)
         if comparison is None:
             runs.append(_read_run(folder))
             continue
-        rows = [row for row in read_rows(folder, comparison) if row.status == 'done']
+        rows = [row for row in read_run_results(folder, comparison) if row.status == 'done']
         mine = [row.variant for row in rows if source.folder and Path(row.folder).resolve() == source.folder.resolve()]
         if not mine:
             raise UserError(f'--beside {folder}: the published run is not one of this comparison; give run folders')
@@ -137,13 +137,13 @@ def _other_runs(source: Source, beside: tuple[str, ...]) -> tuple[str, list[_Run
     return variant, runs
 
 
-def _folders(beside: tuple[str, ...]) -> list[Path]:
+def _folders(patterns: tuple[str, ...]) -> list[Path]:
     folders = []
-    for pattern in beside:
-        found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
-        if not found:
+    for pattern in patterns:
+        matches = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+        if not matches:
             raise UserError(f'--beside {pattern}: nothing there matches')
-        folders += [Path(f) for f in found]
+        folders += [Path(f) for f in matches]
     return folders
 
 
@@ -155,7 +155,7 @@ def _read_run(folder: Path) -> _Run:
     return _Run(shared_options(args), read_result(folder) or {})
 
 
-def table(rows: list[Row], metric: str, data: str) -> str:
+def table(rows: list[ModelResults], metric: str, data: str) -> str:
     """The rows as Markdown."""
     lines = [f'| model | parameters | seeds | {metric} on {data} (%) |', '|---|---|---|---|']
     for row in rows:

@@ -1,14 +1,15 @@
 """One head of a comparison on frozen features: what it is trained with, and its run folders."""
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 import torch.nn.functional as F
 from torch import nn
 
+from timm_spinal.errors import UserError
 from timm_spinal.evaluation.predictions import PREDICTIONS, Predictions
 from timm_spinal.training.model import fit_momentum
 from timm_spinal.training.report import hardware, versions, write_table, write_text
@@ -16,13 +17,14 @@ from timm_spinal.training.report import hardware, versions, write_table, write_t
 from .controls import Variant, count_params, new_head, new_heads, slug
 from .options import FrozenConfig
 from .runs import ERROR, RESULT, SUMMARY, read_json, read_result, run_folder, write_json
-from .train_group import Features, Recipe, Trained
+from .train_head import Features, Recipe, Trained
 from .train_heads import HeadTask, predict, train_heads
-from .tune import choose
+
+FIRST_SEED = 10 ** 6  # tuning has seeds of its own: no reported run has taken part in the choice
 
 
-class HeadBench:
-    """Trains one variant on cached features and keeps its run folders."""
+class HeadExperiment:
+    """Trains one variant on cached features and writes its run folders."""
 
     def __init__(
             self,
@@ -44,7 +46,7 @@ class HeadBench:
         self.recipe = recipe
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
-        """What a finished run must agree in to be kept."""
+        """Settings of a run; a finished run with other settings is trained again."""
         return dict(
             features=self.identity, head=self.variant.head, options=self.variant.options, recipe=asdict(recipe),
             matmul_precision=self.config.matmul_precision)
@@ -62,24 +64,27 @@ class HeadBench:
         return heads
 
     def tune(self, recipes: list[Recipe]) -> list[dict[str, Any]]:
-        """Choose the recipe and give all points; a choice from the same grid on the same features is kept."""
+        """Choose the recipe and return all points of the grid.
+
+        An earlier choice from the same grid on the same features is read from ``tune.json`` instead.
+        """
         path = self.output / 'runs' / slug(self.variant.name) / 'tune.json'
         settings = dict(grid=[self.settings(recipe) for recipe in recipes], seeds=self.config.tune_seeds)
-        kept = read_json(path)
-        if kept and kept['settings'] == settings:
-            points = kept['points']
+        earlier = read_json(path)
+        if earlier and earlier['settings'] == settings:
+            points = earlier['points']
             self.recipe = recipes[[point['chosen'] for point in points].index(True)]
             return points
-        self.recipe, points = choose(self.variant.name, recipes, self._train, self.config.tune_seeds)
+        self.recipe, points = choose_recipe(self.variant.name, recipes, self._train, self.config.tune_seeds)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, dict(settings=settings, points=points))
         return points
 
     def _train(self, recipes: list[Recipe], seeds: list[int]) -> list[list[Trained]]:
-        found: list[list[Trained]] = [[] for _ in recipes]
+        results: list[list[Trained]] = [[] for _ in recipes]
         for i, trained in train_heads([self.task(recipe, seeds) for recipe in recipes]):
-            found[i].append(trained)
-        return found
+            results[i].append(trained)
+        return results
 
     def unfinished(self, seeds: list[int]) -> list[int]:
         """Seeds without a finished run of these settings."""
@@ -125,11 +130,66 @@ class HeadBench:
         return run_folder(self.output, self.variant.name, seed)
 
 
-def run_benches(benches: Sequence[HeadBench], seeds: list[int]) -> None:
+def run_experiments(experiments: Sequence[HeadExperiment], seeds: list[int]) -> None:
     """Train what is not finished, all variants and seeds side by side, and write each run folder as its run ends."""
-    todo = [bench.unfinished(seeds) for bench in benches]
-    for i, trained in train_heads([bench.task(bench.recipe, left) for bench, left in zip(benches, todo)]):
-        benches[i].write(trained)
-    for bench, left in zip(benches, todo):
+    todo = [experiment.unfinished(seeds) for experiment in experiments]
+    tasks = [experiment.task(experiment.recipe, left) for experiment, left in zip(experiments, todo)]
+    for i, trained in train_heads(tasks):
+        experiments[i].write(trained)
+    for experiment, left in zip(experiments, todo):
         already = f' ({len(seeds) - len(left)} were there already)' if len(left) < len(seeds) else ''
-        print(bench.describe(seeds) + already, flush=True)
+        print(experiment.describe(seeds) + already, flush=True)
+
+
+# ---- learning rate and weight decay, chosen on the validation split ----------------------------------------------
+
+
+def recipe_grid(recipe: Recipe, rates: list[float], decays: list[float]) -> list[Recipe]:
+    """Every learning rate with every weight decay.
+
+    Raises:
+        UserError: An empty grid.
+    """
+    if not rates or not decays:
+        raise UserError('--tune: the grid is empty; give --tune-lr and --tune-weight-decay at least one value each')
+    return [replace(recipe, lr=lr, weight_decay=decay) for lr in rates for decay in decays]
+
+
+def choose_recipe(
+        name: str,
+        recipes: list[Recipe],
+        run: Callable[[list[Recipe], list[int]], list[list[Trained]]],
+        seeds: int,
+) -> tuple[Recipe, list[dict[str, Any]]]:
+    """The recipe with the best mean validation accuracy, and all points for the report; the first one wins a tie.
+
+    Args:
+        name: Variant, for the error.
+        recipes: From `recipe_grid`.
+        run: Trains the variant with some recipes, each for some seeds.
+        seeds: Number of seeds of each point.
+
+    Raises:
+        UserError: Training failed at every point.
+    """
+    points: list[dict[str, Any]] = []
+    for recipe, runs in zip(recipes, run(recipes, [FIRST_SEED + i for i in range(seeds)])):
+        failed = any(trained.failure or not trained.best for trained in runs)
+        top1 = None if failed else sum(trained.best['top1'] for trained in runs) / len(runs)
+        points.append(dict(lr=recipe.lr, weight_decay=recipe.weight_decay, val_top1=top1, chosen=False))
+    return recipes[mark_best(name, points)], points
+
+
+def mark_best(name: str, points: list[dict[str, Any]]) -> int:
+    """Mark the best point as chosen and return its index.
+
+    Raises:
+        UserError: No point has an accuracy.
+    """
+    tops = [point['val_top1'] for point in points]
+    known = [top1 for top1 in tops if top1 is not None]
+    if not known:
+        raise UserError(f'--tune: training of {name} failed at every point of the grid; use lower learning rates')
+    best = tops.index(max(known))
+    points[best]['chosen'] = True
+    return best
