@@ -250,7 +250,7 @@ def test_changed_schedule_takes_effect_on_resume(tmp_path):
 TWO_PROCESSES = """
 import os, signal, sys, torch
 from dataclasses import replace
-from timm_spinal.training import task as objective
+from timm_spinal.training import task as task_module
 from timm_spinal.training.parser import parse_config
 from timm_spinal.training.train import train
 from timm_spinal.errors import StopRequested
