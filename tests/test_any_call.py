@@ -47,8 +47,7 @@ BASES = {
     'gram': [('run',)],
     'verify': [('run',)],
     'export': [('nosuch_model',)],
-    'bench heads': [('nosuch_model',)],
-    'bench ic': [('nosuch_model',)],
+    'bench': [('nosuch_model',), ('routing', 'resnet18'), ('ic', 'nosuch_model')],
     'coverage': [('nosuch_model',)],
 }
 VALUES = ('-1', '0', '1', '2', '0.5', '1e999', 'nan', '4294967296', '9' * 5000, 'x', '', ' ', 'no/such', '.', 'data',

@@ -5,7 +5,7 @@
     timm-spinal list '*pspinal'
     timm-spinal plot output/train/plain output/train/wld --to-accuracy 85
     timm-spinal coverage
-    timm-spinal bench train
+    timm-spinal bench resnet50_pspinal
 
 Bad input ends with one line and exit code 2; `--debug` shows the traceback.
 """
@@ -37,7 +37,7 @@ VERBS = {
     'active-share': Verb('timm_spinal.active_share', 'run', 'how often each collision of an IC model is active'),
     'env': Verb('timm_spinal.env', 'run', 'versions, and what computes with bits'),
     'list': Verb('timm_spinal.cli', 'list_models', 'names of the models that this package adds to timm'),
-    'coverage': Verb('timm_spinal.bench.coverage', 'main', 'which timm models can take a head'),
+    'coverage': Verb('timm_spinal.coverage', 'main', 'which timm models can take a head'),
     'compare': Verb('timm_spinal.compare.cli', 'main', 'which head, or any other choice, helps on some data'),
     'plot': Verb('timm_spinal.compare.plot', 'main', 'curves of several runs, and epochs and seconds to an accuracy'),
     'gradflow': Verb('timm_spinal.compare.gradflow', 'main', 'gradient of shared filters with and without the penalty'),
@@ -45,13 +45,7 @@ VERBS = {
     'publish': Verb('timm_spinal.hub.cli', 'main', 'put a run on the Hugging Face Hub'),
     'export': Verb('timm_spinal.hub.export_cli', 'main', 'models as ONNX or torch.export files, checked'),
     'verify': Verb('timm_spinal.hub.verify', 'main', 'check what is published on the Hub'),
-    'bench train': Verb('timm_spinal.bench.train', 'main', "speed of this trainer's loop against timm's"),
-    'bench features': Verb('timm_spinal.bench.features', 'main', 'speed of compare on a frozen backbone'),
-    'bench heads': Verb('timm_spinal.bench.heads', 'main', 'speed of models with and without a head'),
-    'bench basis': Verb('timm_spinal.bench.basis', 'main', 'speed and size of shared filter bases'),
-    'bench ic': Verb('timm_spinal.bench.ic', 'main', 'speed and memory of models with inter-layer collision'),
-    'bench routing': Verb('timm_spinal.bench.routing', 'main', 'memory and speed of capsule routing, whole and lean'),
-    'bench xnor': Verb('timm_spinal.bench.xnor', 'main', 'speed of packed capsule layers against float ones'),
+    'bench': Verb('timm_spinal.bench.cli', 'main', 'time of something over that of something else'),
 }
 
 
@@ -68,18 +62,13 @@ def _dispatch(argv: list[str]) -> int:
     if argv[0] in ('-V', '--version'):
         print(f'timm-spinal {__version__}')
         return 0
-    group = {name: verb for name, verb in VERBS.items() if name.startswith(f'{argv[0]} ')}
-    if group and (len(argv) == 1 or argv[1] in ('-h', '--help')):
-        print(_help(group))
-        return 0
-    words = 2 if group else 1
-    name = ' '.join(argv[:words])
+    name = argv[0]
     if name not in VERBS:
         near = difflib.get_close_matches(name, VERBS, n=1)
         hint = f'did you mean {near[0]}?' if near else f'known are {", ".join(VERBS)}'
         raise UserError(f'unknown command {name!r}; {hint}')
     verb = VERBS[name]
-    return getattr(importlib.import_module(verb.module), verb.function)(argv[words:])
+    return getattr(importlib.import_module(verb.module), verb.function)(argv[1:])
 
 
 def _help(verbs: dict[str, Verb]) -> str:

@@ -1,5 +1,5 @@
 from timm_spinal.compare.findings import count_text, findings
-from timm_spinal.compare.runs import Comparison, Row, values_by_variant
+from timm_spinal.compare.runs import Comparison, RunResult, values_by_variant
 from timm_spinal.compare.statistics import differences
 
 
@@ -8,9 +8,9 @@ def found(tops, kind='frozen', metric='test_top1', sized_as=None, params=None, f
     seeds = list(range(max(map(len, tops.values()))))
     comparison = Comparison(
         kind, 'cmd', list(tops), 'linear', seeds, sized_as=sized_as or {}, data=dict(test_size=10_000), **kwargs)
-    rows = [Row(v, s, 'done', test_top1=top, val_top1=top, params=(params or {}).get(v))
+    rows = [RunResult(v, s, 'done', test_top1=top, val_top1=top, params=(params or {}).get(v))
             for v, by_seed in tops.items() for s, top in enumerate(by_seed)]
-    rows += [Row(v, s, 'failed', error=e) for v, s, e in failed]
+    rows += [RunResult(v, s, 'failed', error=e) for v, s, e in failed]
     values = values_by_variant(rows, metric)
     return findings(comparison, rows, values, differences(comparison.pairs(), values), metric)
 

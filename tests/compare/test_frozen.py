@@ -7,7 +7,7 @@ import torch
 from safetensors.numpy import load_file
 from torch import nn
 
-from timm_spinal.compare import head_bench
+from timm_spinal.compare import head_experiment
 from timm_spinal.compare.cli import main
 from timm_spinal.compare.frozen import compare_frozen
 from timm_spinal.compare.options import FrozenConfig
@@ -94,13 +94,13 @@ def test_report_is_remade_from_the_folders(done):
 
 def train_counter(monkeypatch):
     trained = []
-    original = head_bench.train_heads
+    original = head_experiment.train_heads
 
     def count(tasks, *args, **kwargs):
         trained.extend(seed for task in tasks for seed in task.seeds)
         return original(tasks, *args, **kwargs)
 
-    monkeypatch.setattr(head_bench, 'train_heads', count)
+    monkeypatch.setattr(head_experiment, 'train_heads', count)
     return trained
 
 
@@ -118,7 +118,7 @@ def test_finished_runs_are_kept_until_a_setting_changes(tmp_path, monkeypatch):
 
 class MapHead(nn.Module):
     """A head that takes the feature map, as those of capsules."""
-    takes_map = True
+    needs_feature_map = True
 
     def __init__(self, in_features, num_classes, input_fmt='NCHW', device=None, dtype=None):
         super().__init__()
@@ -128,12 +128,33 @@ class MapHead(nn.Module):
         return self.fc(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
 
 
-def test_a_head_that_takes_maps_needs_no_word_here(tmp_path, monkeypatch):
+def test_a_head_that_needs_feature_maps_needs_no_word_here(tmp_path, monkeypatch):
     monkeypatch.setitem(HEADS, 'mapped', MapHead)
     compare_frozen(config(tmp_path, heads='linear,mapped', img_size=64), 'cmd')
     rows = read_csv(tmp_path / 'results.csv')
     assert [r['status'] for r in rows] == ['done'] * 4
     assert int(rows[2]['params']) == 4 * (int(rows[0]['params']) - 10) + 10
+
+
+@pytest.mark.parametrize('options', [{}, dict(matmul_precision='medium')])
+def test_products_have_the_precision_that_the_report_names(tmp_path, monkeypatch, options):
+    seen = []
+
+    class Spy(nn.Linear):
+        takes_map = False
+
+        def forward(self, x):
+            if self.training and len(x) == 50:
+                seen.append(torch.get_float32_matmul_precision())
+            return super().forward(x)
+
+    monkeypatch.setitem(HEADS, 'spy', Spy)
+    before = torch.get_float32_matmul_precision()
+    compare_frozen(config(tmp_path, heads='linear,spy', seeds='1', **options), 'cmd')
+    expected = options.get('matmul_precision', 'highest')
+    assert seen[-18:] == [expected] * 18  # 3 epochs of 6 updates
+    assert f'float32 with products of precision {expected}' in (tmp_path / 'report.md').read_text()
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_a_diverging_head_is_reported(tmp_path):
@@ -171,7 +192,7 @@ def test_bad_input_is_refused_before_features_are_made(tmp_path, monkeypatch, ch
 
 class BrokenHead(nn.Module):
     """Can be made, but not trained."""
-    takes_map = False
+    needs_feature_map = False
 
     def __init__(self, in_features, num_classes, device=None, dtype=None):
         super().__init__()

@@ -8,7 +8,7 @@ from PIL import Image
 from timm_spinal.cli import main as cli
 from timm_spinal.compare import gradflow as module
 from timm_spinal.compare.gradflow import GradflowConfig, GradientWatch, gradflow
-from timm_spinal.compare.gradflow_report import Row, read_rows, report, smooth
+from timm_spinal.compare.gradflow_report import GradientRecord, read_records, report, smooth
 from timm_spinal.errors import UserError
 from timm_spinal.training.train import train
 
@@ -39,7 +39,7 @@ def test_gradient_is_that_of_the_loss_alone(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, 'GradientWatch', Both)
     output = gradflow(small(tmp_path))
-    rows = read_rows(output / 'gradients.csv')
+    rows = read_records(output / 'gradients.csv')
     assert [row.arm for row in rows] == ['without_penalty'] * 15 + ['with_penalty'] * 15
     assert [(row.update, row.basis) for row in rows[:15]] == [(u, b) for u in (0, 2, 4, 6, 8) for b in BASES]
     assert [row.epoch for row in rows[:15:3]] == pytest.approx([0., 0.4, 0.8, 1.2, 1.6])
@@ -78,12 +78,12 @@ def test_resumed(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         at_update(patch, 8, stop)
         gradflow(config)
-    assert [row.update for row in read_rows(tmp_path / 'again' / 'with_penalty' / 'gradients.csv')][::3] == [0, 2, 4]
+    assert [row.update for row in read_records(tmp_path / 'again' / 'with_penalty' / 'gradients.csv')][::3] == [0, 2, 4]
     again = gradflow(replace(config, resume='auto'))
-    assert read_rows(again / 'gradients.csv') == read_rows(whole / 'gradients.csv')
+    assert read_records(again / 'gradients.csv') == read_records(whole / 'gradients.csv')
     (again / 'gradients.csv').unlink()
     gradflow(replace(config, resume='auto'))  # nothing is left to train
-    assert read_rows(again / 'gradients.csv') == read_rows(whole / 'gradients.csv')
+    assert read_records(again / 'gradients.csv') == read_records(whole / 'gradients.csv')
 
 
 @pytest.mark.parametrize('flags, message', [
@@ -112,8 +112,9 @@ def test_an_earlier_run_is_kept(tmp_path):
 
 
 def test_report_by_hand():
-    rows = [Row('without', u, 0., b, m, 10 * m, n) for b, m, n in (('a', 1e-3, 2.), ('b', 4e-3, 1.)) for u in range(3)]
-    rows += [Row('with', u, 0., b, m, 10 * m, 1.) for b, m in (('a', 3e-3), ('b', 3e-3)) for u in range(3)]
+    rows = [GradientRecord('without', u, 0., b, m, 10 * m, n)
+            for b, m, n in (('a', 1e-3, 2.), ('b', 4e-3, 1.)) for u in range(3)]
+    rows += [GradientRecord('with', u, 0., b, m, 10 * m, 1.) for b, m in (('a', 3e-3), ('b', 3e-3)) for u in range(3)]
     text = report(rows, {'without': dict(top1=50.), 'with': dict(top1=60.5)}, GradflowConfig(model='m', sb_ortho=10.))
     table = [[cell.strip() for cell in line.strip('|').split('|')] for line in text.splitlines() if line[:3] == '| a']
     assert text.count(r'mean \|dL/dB\|, without | with | ratio') == 1

@@ -1,3 +1,4 @@
+import threading
 from functools import partial
 
 import numpy as np
@@ -7,15 +8,15 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from timm_spinal.compare.controls import new_head, new_heads, parse_variants
-from timm_spinal.compare.train_group import Features, Recipe
-from timm_spinal.compare.train_heads import HeadTask, predict
+from timm_spinal.compare.train_head import Features, Recipe, train_head
+from timm_spinal.compare.train_heads import HeadTask, one_core_each, predict
 from timm_spinal.compare.train_heads import train_heads as train_tasks
 from timm_spinal.errors import UserError
 
 
-def train_heads(new_heads, seeds, train, validation, recipe, stack=None):
+def train_heads(new_heads, seeds, train, validation, recipe):
     """One head, its seeds in their order."""
-    results = [trained for _, trained in train_tasks([HeadTask(new_heads, seeds, train, validation, recipe)], stack)]
+    results = [trained for _, trained in train_tasks([HeadTask(new_heads, seeds, train, validation, recipe)])]
     return sorted(results, key=lambda trained: seeds.index(trained.seed))
 
 
@@ -33,19 +34,6 @@ def maker(text='spinal:width=12'):
 RECIPE = Recipe(epochs=4, batch_size=50, lr=0.01)
 
 
-@pytest.mark.parametrize('text', ['linear', 'mlp:width=16', 'spinal:width=12', 'pspinal:width=8'])
-def test_a_seed_has_the_same_result_alone_and_stacked(text):
-    train, validation, _ = digits()
-    # plain gradient steps: Adam turns rounding noise of vanishing gradients into steps
-    recipe = Recipe(epochs=2, batch_size=50, lr=0.05, opt='sgd')
-    together = train_heads(maker(text), [0, 4, 7], train, validation, recipe, stack=True)
-    alone = train_heads(maker(text), [4], train, validation, recipe, stack=False)[0]
-    assert [t.seed for t in together] == [0, 4, 7]
-    assert together[1].history[-1]['train_loss'] == pytest.approx(alone.history[-1]['train_loss'], rel=1e-3)
-    assert together[1].history[-1]['eval_loss'] == pytest.approx(alone.history[-1]['eval_loss'], rel=1e-3)
-    assert together[0].history[-1]['train_loss'] != pytest.approx(alone.history[-1]['train_loss'], rel=1e-4)
-
-
 @pytest.mark.parametrize('text', ['spinal:width=12', 'spinal:width=64', 'pspinal:width=8'])
 def test_seeds_side_by_side_are_those_that_train_alone(text):
     train, validation, _ = digits()
@@ -58,8 +46,8 @@ def test_seeds_side_by_side_are_those_that_train_alone(text):
     finally:
         torch.set_num_threads(threads)
     for trained in three:
-        assert all(value.is_contiguous() for value in trained.state.values())  # as safetensors takes them
-        alone = train_heads(maker(text), [trained.seed], train, validation, recipe, stack=False)[0]
+        assert all(value.is_contiguous() for value in trained.state.values())
+        alone = train_head(maker(text)([trained.seed])[0], trained.seed, train, validation, recipe)
         for ours, theirs in zip(trained.history, alone.history):
             assert ours['train_loss'] == pytest.approx(theirs['train_loss'], rel=1e-4)
             assert ours['eval_loss'] == pytest.approx(theirs['eval_loss'], rel=1e-4)
@@ -109,40 +97,6 @@ def test_results_are_reproducible_and_leave_the_global_stream_alone():
     assert first.history == again.history
 
 
-def test_order_is_that_of_the_trainer_and_the_same_for_every_head():
-    from timm_spinal.training.dataset import TrainSampler
-    seen = []
-
-    class Spy(nn.Linear):
-        def forward(self, x):
-            if self.training:
-                seen.append(x[:, 0].long().tolist())
-            return super().forward(x)
-
-    x = torch.arange(10.)[None, :, None]
-    data = Features(x, torch.zeros(10, dtype=torch.long))
-    train_heads(lambda seeds: [Spy(1, 2) for _ in seeds], [6], data, data, Recipe(epochs=2, batch_size=5), stack=False)
-    sampler = TrainSampler(10, 6)
-    for epoch in (0, 1):
-        sampler.begin_epoch(epoch)
-        assert sum(seen[2 * epoch:2 * epoch + 2], []) == [i for i, _ in sampler]
-
-
-def test_augmented_passes_are_all_used():
-    train, validation, _ = digits(passes=3)
-    seen = set()
-
-    class Spy(nn.Linear):
-        def forward(self, x):
-            if self.training:
-                seen.update(x[:, 0].round().long().tolist())
-            return super().forward(x)
-
-    train = Features(torch.stack([torch.full_like(train.x[0], p) for p in range(3)]), train.y)
-    train_heads(lambda seeds: [Spy(64, 10)], [0], train, validation, Recipe(epochs=1, batch_size=50), stack=False)
-    assert seen == {0, 1, 2}
-
-
 def test_a_diverging_seed_is_told_and_has_no_effect_on_another():
     train, validation, _ = digits()
 
@@ -153,7 +107,7 @@ def test_a_diverging_seed_is_told_and_has_no_effect_on_another():
                 head.fc.weight.data.fill_(float('nan'))
         return made
 
-    good, bad = train_heads(heads, [0, 1], train, validation, RECIPE, stack=True)
+    good, bad = train_heads(heads, [0, 1], train, validation, RECIPE)
     assert good.failure == '' and good.best['top1'] > 60
     assert 'loss is nan' in bad.failure and bad.best_epoch == -1
 
@@ -164,6 +118,41 @@ def test_learning_rate_warms_up_and_falls_to_zero():
     rates = [row['lr'] for row in history]
     assert np.argmax(rates) in (0, 1) and rates[-1] < 1e-3
     assert rates[1:] == sorted(rates[1:], reverse=True)
+
+
+def test_each_worker_computes_with_one_thread_and_torch_has_all_again_at_the_end():
+    before = torch.get_num_threads()
+    barrier = threading.Barrier(before, timeout=60)
+
+    def threads():
+        barrier.wait()  # so that every worker answers
+        return torch.get_num_threads()
+
+    with one_core_each() as pool:
+        assert [future.result() for future in [pool.submit(threads) for _ in range(before)]] == [1] * before
+    assert torch.get_num_threads() == before
+    with pytest.raises(ZeroDivisionError), one_core_each() as pool:
+        pool.submit(lambda: 1 / 0).result()
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize('precision', ['highest', 'medium'])
+def test_products_have_the_precision_that_torch_is_set_to(precision):
+    train, validation, _ = digits()
+    seen = set()
+
+    class Spy(nn.Linear):
+        def forward(self, x):
+            seen.add(torch.get_float32_matmul_precision())
+            return super().forward(x)
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        train_heads(lambda seeds: [Spy(64, 10) for _ in seeds], [0, 1], train, validation, RECIPE)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == {precision}
 
 
 def test_errors_name_the_fix():

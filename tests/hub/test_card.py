@@ -13,14 +13,14 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from timm_spinal.cost import Cost, cost_of
 from timm_spinal.errors import UserError
-from timm_spinal.hub.beside import Row, result_rows, table
 from timm_spinal.hub.card import make_card, resolve_licence
 from timm_spinal.hub.card_check import check_card
-from timm_spinal.hub.cost import Cost, cost_of
 from timm_spinal.hub.options import PublishOptions
 from timm_spinal.hub.papers import CAPSULES, IC, PROGRESSIVE, SHARED_BASIS, SPINAL, XNODR, papers_of
 from timm_spinal.hub.recipe import base_model, command, dataset_name, hparams_yaml, hub_dataset, shared_options
+from timm_spinal.hub.reference_runs import ModelResults, result_rows, table
 from timm_spinal.hub.source import open_run
 from timm_spinal.training.config import TrainConfig
 from timm_spinal.training.parser import parse_config
@@ -171,7 +171,7 @@ def test_rows_of_other_seeds_and_controls(run, tmp_path):
 
 
 def test_table():
-    rows = [Row('a', 1234, True, {0: 50., 1: 52.}), Row('b', 5, False, {0: 49.})]
+    rows = [ModelResults('a', 1234, True, {0: 50., 1: 52.}), ModelResults('b', 5, False, {0: 49.})]
     assert table(rows, 'test top-1', 'mnist').splitlines()[2:] == [
         '| **a** | 1,234 | 0, 1 | 51.00 +- 1.41 |', '| b | 5 | 0 | 49.00 |']
 
@@ -208,9 +208,9 @@ def test_licence_of_the_weights_that_training_started_from(run):
 
 @pytest.mark.parametrize('name, papers', [
     ('resnet50_pspinal', [PROGRESSIVE]), ('vgg5_spinal', [SPINAL]), ('spinalcnn_a1', [SPINAL]),
-    ('resnet18_xnodr', [XNODR]), ('resnet18_caps', [CAPSULES]), ('capsnet_mnist', [CAPSULES]), ('icresnet50', [IC]),
-    ('resnet32_cifar_ic', [IC]), ('resnet34_sb_s48u1d', [SHARED_BASIS]), ('mobilenetv2_100_sbpp', [SHARED_BASIS]),
-    ('resnet50_mlp', []), ('icresnet18_spinal', [SPINAL, IC]),
+    ('resnet18_xnodr', [XNODR]), ('resnet18_caps', [CAPSULES]), ('capsnet_mnist', [XNODR, CAPSULES]),
+    ('icresnet50', [IC]), ('icresnet32_cifar', [IC]), ('resnet34_sb_s48u1d', [SHARED_BASIS]),
+    ('mobilenetv2_100_sbpp', [SHARED_BASIS]), ('resnet50_mlp', []), ('icresnet18_spinal', [SPINAL, IC]),
 ])
 def test_papers_by_name(name, papers):
     assert papers_of(name) == papers

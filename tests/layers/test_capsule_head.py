@@ -8,7 +8,15 @@ import torch
 
 from timm_spinal.layers import HEADS, create_head
 
-CAPSULE_HEADS = [name for name, head in HEADS.items() if head.takes_map]
+CAPSULE_HEADS = [name for name, head in HEADS.items() if head.needs_feature_map]
+_NORM = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
+_KEYS = [
+    *[f'hidden.block.{name}.{key}' for i in '123' for name, keys in ((f'conv{i}', ('weight', 'bias')), (
+        f'norm{i}', _NORM)) for key in keys],
+    *[f'{norm}.{key}' for norm in ('hidden.norm', 'scores.norm') for key in _NORM],
+    'fc.weight',
+]
+KEYS = dict(caps=_KEYS, xnodr=_KEYS, xnidr=_KEYS)  # of a state dict on a ResNet, see tests/models/test_contract.py
 
 
 def make(name='xnodr', in_features=16, num_classes=3, **kwargs):
@@ -108,7 +116,7 @@ def test_nhwc():
 
 def test_vector_capsules_read_a_pooled_vector():
     head = make(primary='vector', capsules=0, in_features=24).eval()
-    assert not head.takes_map and head.hidden_size == 24
+    assert not head.needs_feature_map and head.hidden_size == 24
     assert head(torch.randn(2, 24)).shape == (2, 3)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from timm_spinal.layers import HEADS, create_head
 
-pytestmark = pytest.mark.parametrize('name', [name for name, head in HEADS.items() if not head.takes_map])
+pytestmark = pytest.mark.parametrize('name', [name for name, head in HEADS.items() if not head.needs_feature_map])
 
 
 def make(name: str, in_features: int = 13, num_classes: int = 3, **kwargs) -> torch.nn.Module:

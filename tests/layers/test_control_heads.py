@@ -3,6 +3,15 @@ import torch
 
 from timm_spinal.layers import LinearHead, MlpHead, create_head, equal_size_mlp_width
 
+KEYS = {  # of a state dict, see tests/models/test_contract.py
+    'linear': ['fc.weight', 'fc.bias'],
+    'mlp': [
+        'hidden.0.fc.weight', 'hidden.0.fc.bias', 'hidden.0.norm.weight', 'hidden.0.norm.bias',
+        'hidden.0.norm.running_mean', 'hidden.0.norm.running_var', 'hidden.0.norm.num_batches_tracked',
+        'fc.weight', 'fc.bias',
+    ],
+}
+
 
 def num_params(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())

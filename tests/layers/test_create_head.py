@@ -64,7 +64,7 @@ def test_options_can_be_written_to_json():
     for head in HEADS:
         for value in head_options(head).values():
             assert isinstance(value, (str, int, float, bool))
-        assert 'width' in head_options(head) or head == 'linear' or HEADS[head].takes_map
+        assert 'width' in head_options(head) or head == 'linear' or HEADS[head].needs_feature_map
         assert inspect.isclass(HEADS[head])
 
 

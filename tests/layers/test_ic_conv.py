@@ -23,6 +23,13 @@ GEOMETRIES = (
     dict(in_channels=6, out_channels=4, kernel_size=3, padding='valid'),
     dict(in_channels=6, out_channels=4, kernel_size=3, padding=1, padding_mode='reflect', stride=2),
 )
+# what it adds to a state dict of nn.Conv2d, by options; see tests/models/test_contract.py
+KEYS = {'ic': [
+    (dict(), ['ic_weight']),
+    (dict(ic_norm='bias'), ['ic_weight', 'ic_bias']),
+    (dict(ic_norm='bn'), ['ic_weight', 'ic_bn.weight', 'ic_bn.bias', 'ic_bn.running_mean', 'ic_bn.running_var',
+                          'ic_bn.num_batches_tracked']),
+]}
 OPTIONS = [
     dict(ic_mode=mode, ic_scale=scale, ic_norm=norm)
     for mode in ('filter', 'layer', 'pair') for scale in ('mean', 'raw') for norm in ('', 'bias', 'bn')
@@ -104,7 +111,7 @@ def test_w_above_all_weights_is_exactly_the_plain_convolution(groups):
 
 def test_zero_w_before_a_relu_is_twice_the_relu():
     layer = make(in_channels=8, out_channels=12, kernel_size=3, padding=1, bias=False, ic_init=0.)
-    layer.reset_collision()
+    layer.reset_added_parameters()
     x = image(layer) - 0.5
     z = F.conv2d(x, layer.weight, None, 1, 1)
     torch.testing.assert_close(F.relu(layer(x)), 2 * F.relu(z))

@@ -5,6 +5,12 @@ import torch
 
 from timm_spinal.layers import ProgressiveSpinalHead
 
+KEYS = {'pspinal': [  # of a state dict, see tests/models/test_contract.py
+    *[f'hidden.{block}.fc.{key}' for block in ('first', 'blocks.0', 'blocks.1', 'blocks.2')
+      for key in ('weight', 'bias')],
+    'fc.weight', 'fc.bias',
+]}
+
 
 @pytest.mark.parametrize('in_features, num_classes, options, count', [
     (2048, 101, dict(), 2_166_949),

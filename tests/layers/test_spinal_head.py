@@ -7,6 +7,12 @@ import torch.nn.functional as F
 from timm_spinal.layers import SpinalHead, SpinalLayers
 
 PLAIN = dict(dropout=0., norm_layer='')
+KEYS = {'spinal': [  # of a state dict, see tests/models/test_contract.py
+    *[f'hidden.{block}.{key}' for block in ('first', 'blocks.0', 'blocks.1', 'blocks.2') for key in (
+        'fc.weight', 'fc.bias', 'norm.weight', 'norm.bias', 'norm.running_mean', 'norm.running_var',
+        'norm.num_batches_tracked')],
+    'fc.weight', 'fc.bias',
+]}
 
 
 def num_params(module: torch.nn.Module) -> int:

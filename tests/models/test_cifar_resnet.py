@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import timm_spinal  # noqa: F401
-from timm_spinal.bench.heads import count_macs
+from timm_spinal.cost import count_macs
 from timm_spinal.models.cifar_resnet import PadShortcut
 
 # spec shared_basis 4.2; 20 layers by 9 (3 16 + 16 16 6 + 16 32 + 32 32 5 + 32 64 + 64 64 5) + 2 688 + 650

@@ -1,5 +1,10 @@
-"""What timm's own model tests do not catch, on a small model of every kind."""
+"""What timm's own model tests do not catch, on a small model of every kind: each row of HEADS and of CONVOLUTIONS.
 
+The functions that take ``name`` are the contract of any model of ours; tests/models/test_new_rows.py calls them for
+rows that it makes itself.
+"""
+
+import importlib
 import os
 import statistics
 import subprocess
@@ -15,10 +20,17 @@ from timm.utils import adaptive_clip_grad
 from torch import nn
 
 import timm_spinal
+from timm_spinal import CONVOLUTIONS, HEADS
+from timm_spinal.hub.papers import PAPERS
 
-# one for each head and each way of building a backbone, and nets of our own
-MODELS = ('test_resnet_spinal', 'test_vit_pspinal', 'test_convnext_mlp', 'vgg5_spinal', 'spinalcnn_a1', 'spinalcnn_a2',
-          'ictest_resnet_spinal')
+# one for each way of building a backbone, and nets of our own; then one for each head and convolution
+FAMILIES = ('test_resnet_spinal', 'test_vit_pspinal', 'test_convnext_mlp', 'vgg5_spinal', 'spinalcnn_a1',
+            'spinalcnn_a2')
+MODELS = (
+    *FAMILIES,
+    *(f'test_resnet_{head}' for head in HEADS if not any(name.endswith(f'_{head}') for name in FAMILIES)),
+    *(f'{prefix}test_resnet_spinal' for prefix in CONVOLUTIONS),
+)
 
 
 def make(name: str, **kwargs) -> nn.Module:
@@ -56,13 +68,13 @@ def test_last_two_parameters_are_the_classifier_that_agc_leaves_alone(name):
     """timm clips all but the last two parameters: the classifier is not clipped, all else is."""
     model = make(name)
     named = list(model.named_parameters())
-    assert [n.rpartition('.')[2] for n, _ in named[-2:]] == ['weight', 'bias']
-    fc = model.get_classifier()
-    assert named[-2][1] is fc.weight and named[-1][1] is fc.bias
+    fc = dict(model.get_classifier().named_parameters())
+    assert list(fc) in (['weight', 'bias'], ['weight'])  # that of capsules has no bias
+    assert all(p is own for (_, p), own in zip(named[-len(fc):], fc.values()))
     for p in model.parameters():
         p.grad = torch.full_like(p, 1e3)
     adaptive_clip_grad([p for _, p in named[:-2]], 0.01)
-    assert (fc.weight.grad == 1e3).all() and (fc.bias.grad == 1e3).all()
+    assert all((p.grad == 1e3).all() for p in fc.values())
     assert all((p.grad.abs() < 1e3).all() for _, p in named[:-2])
 
 
@@ -145,33 +157,54 @@ def test_distilled_models_give_one_answer_and_refuse_token_distillation():
         model.set_distilled_training(True)
 
 
-HEAD_KEYS = {
-    'spinal': [
-        *[f'hidden.{block}.{key}' for block in ('first', 'blocks.0', 'blocks.1', 'blocks.2') for key in (
-            'fc.weight', 'fc.bias', 'norm.weight', 'norm.bias', 'norm.running_mean', 'norm.running_var',
-            'norm.num_batches_tracked')],
-        'fc.weight', 'fc.bias',
-    ],
-    'pspinal': [
-        *[f'hidden.{block}.fc.{key}' for block in ('first', 'blocks.0', 'blocks.1', 'blocks.2')
-          for key in ('weight', 'bias')],
-        'fc.weight', 'fc.bias',
-    ],
-    'mlp': [
-        'hidden.0.fc.weight', 'hidden.0.fc.bias', 'hidden.0.norm.weight', 'hidden.0.norm.bias',
-        'hidden.0.norm.running_mean', 'hidden.0.norm.running_var', 'hidden.0.norm.num_batches_tracked',
-        'fc.weight', 'fc.bias',
-    ],
-    'linear': ['fc.weight', 'fc.bias'],
-}
+def layer_test(cls: type) -> object:
+    """The file of tests/layers that tests the class of a row."""
+    name = cls.__module__.removeprefix('timm_spinal.layers.')
+    return importlib.import_module(f'tests.layers.test_{name}')
 
 
-@pytest.mark.parametrize('head', HEAD_KEYS)
-def test_state_dict_keys_do_not_change(head):
+@pytest.mark.parametrize('head', HEADS)
+def test_keys_of_a_head_do_not_change(head):
     """Published weights depend on these names."""
     plain = list(timm.create_model('test_resnet', num_classes=0, device='meta').state_dict())
     model = timm_spinal.attach_head(timm.create_model('test_resnet', device='meta'), head)
-    assert list(model.state_dict()) == plain + [f'attached_head.{key}' for key in HEAD_KEYS[head]]
+    assert list(model.state_dict()) == plain + [f'attached_head.{key}' for key in layer_test(HEADS[head]).KEYS[head]]
+
+
+@pytest.mark.parametrize('prefix', CONVOLUTIONS)
+def test_keys_of_a_convolution_do_not_change(prefix):
+    row = CONVOLUTIONS[prefix]
+    timm_spinal.ensure_registered(f'{prefix}test_resnet')
+    plain = timm.create_model('test_resnet', device='meta')
+    for options, keys in layer_test(row.layer).KEYS[prefix]:
+        model = timm.create_model(f'{prefix}test_resnet', device='meta', **options)
+        convs = [name for name, module in model.named_modules() if isinstance(module, row.layer)]
+        added = {f'{conv}.{key}' for conv in convs for key in keys}
+        assert set(model.state_dict()) == {*plain.state_dict(), *added} and convs and all(map(row.adds, added))
+
+
+@pytest.mark.parametrize('prefix', CONVOLUTIONS)
+def test_rows_of_convolutions(prefix):
+    """Names that can be told apart, options that config.json can hold, and models that are there after the import."""
+    row = CONVOLUTIONS[prefix]
+    assert row.prefix == prefix and issubclass(row.layer, nn.Conv2d)
+    assert all(name.startswith(f'{prefix}_') for name in row.options)
+    assert all(isinstance(value, (str, int, float, bool)) for value in row.options.values())
+    assert not timm.list_models(f'{prefix}*', exclude_filters=timm_spinal.list_models()), 'timm has such names itself'
+    names = [f'{prefix}{backbone}' for backbone in row.backbones]
+    assert set(names) <= set(timm_spinal.list_models())
+    for name in names:
+        model = timm.create_model(name, device='meta')
+        assert any(isinstance(module, row.layer) for module in model.modules())
+
+
+@pytest.mark.parametrize('cls', [*HEADS.values(), *(row.layer for row in CONVOLUTIONS.values())])
+def test_every_row_has_a_layer_test_and_a_citation(cls):
+    known = {paper.arxiv for paper in PAPERS}
+    rows = (*HEADS.values(), *CONVOLUTIONS.values())
+    papers = [row.paper for row in rows if cls in (row, getattr(row, 'layer', None))]
+    assert layer_test(cls) and all(paper in known for paper in papers if paper)
+    assert papers != [''] or cls.__module__.endswith('.control_heads')
 
 
 def run_python(code: str, **environment: str) -> str:

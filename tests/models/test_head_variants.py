@@ -1,6 +1,7 @@
 """Registered `<backbone>_<head>` models: names, cfgs, weights in and out."""
 
 import logging
+import sys
 
 import pytest
 import safetensors.torch
@@ -10,6 +11,7 @@ from timm.models import get_pretrained_cfg, is_model, model_entrypoint, save_for
 
 import timm_spinal
 from timm_spinal import ensure_registered, list_models, register_head_variant
+from timm_spinal.models.attach_head import headed_cls
 from timm_spinal.models.head_variants import BACKBONES, CAPSULE_BACKBONES, CAPSULE_HEADS, VARIANT_HEADS
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -141,3 +143,20 @@ def test_register_any_other_combination():
 def test_register_errors(backbone, head, message):
     with pytest.raises(ValueError, match=message):
         register_head_variant(backbone, head)
+
+
+def test_from_name_to_model_is_a_short_way():
+    """Distinct functions of ours that are called between a name and its model, layers included."""
+    headed_cls.cache_clear()  # as in a new process
+    called = set()
+
+    def note(frame, event, arg):
+        if event == 'call' and frame.f_globals.get('__name__', '').startswith('timm_spinal.'):
+            called.add((frame.f_code.co_filename, frame.f_code.co_firstlineno, frame.f_code.co_name))
+
+    sys.setprofile(note)
+    try:
+        timm.create_model('resnet50_pspinal', device='meta')
+    finally:
+        sys.setprofile(None)
+    assert 5 < len(called) <= 12, sorted(name for *_, name in called)

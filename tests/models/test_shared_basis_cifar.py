@@ -5,7 +5,7 @@ from timm.models.resnet import BasicBlock
 from timm.optim import param_groups_layer_decay
 
 import timm_spinal
-from timm_spinal.bench.heads import count_macs
+from timm_spinal.cost import count_macs
 from timm_spinal.layers import SharedBasisConv2d, SharedStage
 from timm_spinal.models.cifar_resnet import SmallResNet
 

@@ -3,6 +3,7 @@
 from typing import List
 
 import timm_spinal
+from timm_spinal import CONVOLUTIONS
 from timm_spinal.models.head_variants import VARIANTS
 
 # one row for each timm family among the backbones; heads take turns
@@ -30,19 +31,16 @@ SHARED = (
     'resnet34_sb_s8u1_cifar100',
 )
 
-
-# one for each kind of block with collisions
-COLLIDING = (
-    'icresnet18',
-    'icresnext50_32x4d',
-    'icseresnet50',
-)
+# one for each kind of block that convolutions are replaced in
+HOSTS = ('resnet18', 'resnext50_32x4d', 'seresnet50')
 
 
 def representatives() -> List[str]:
     """Names: the tables above, and every small net."""
     left_out = {f'{backbone}_{head}' for backbone, head in VARIANTS}
     left_out.update(timm_spinal.list_models('*_sb*'))
-    left_out.update(name for name in timm_spinal.list_models('ic*') if not name.endswith('_cifar'))
+    converted = [f'{row.prefix}{host}' for row in CONVOLUTIONS.values() for host in HOSTS if host in row.backbones]
+    for prefix in CONVOLUTIONS:
+        left_out.update(name for name in timm_spinal.list_models(f'{prefix}*') if not name.endswith('_cifar'))
     small_nets = [name for name in timm_spinal.list_models() if name not in left_out]
-    return [*HEADED, *SHARED, *COLLIDING, *small_nets]
+    return [*HEADED, *SHARED, *converted, *small_nets]

@@ -21,5 +21,6 @@ def test_every_family_and_head_is_there():
 def test_all_are_registered_and_all_small_nets_are_among_them():
     names = representatives()
     assert len(names) == len(set(names)) and set(names) <= set(timm_spinal.list_models())
+    assert all(any(name.startswith(prefix) for name in names) for prefix in timm_spinal.CONVOLUTIONS)
     some = {'vgg5', 'vgg5_spinal', 'vgg5_pspinal', 'spinalcnn_a1', 'spinalcnn_a2', 'spinal_mlp', 'resnet18_cifar'}
     assert some <= set(names)

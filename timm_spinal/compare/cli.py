@@ -76,7 +76,7 @@ def _report(argv: list[str], command: str) -> int:
     _add_extras(parser)
     args = parser.parse_args(argv)
     from .report import write_report
-    from .run_folders import comparisons_in
+    from .runs import comparisons_in
     for output, comparison in comparisons_in([Path(d) for d in args.report], Path(args.output), args.control, command):
         write_report(output, comparison, args.per_class, args.calibration)
         show(output)
@@ -86,8 +86,8 @@ def _report(argv: list[str], command: str) -> int:
 def show(output: Path) -> None:
     """Print the table and where the rest is."""
     text = (output / 'report.md').read_text(encoding='utf-8')
-    found = text.partition('## Found\n')[2].partition('\n## ')[0].strip()
-    print(f'\n{(output / "table.md").read_text(encoding="utf-8")}\n{found}\n\nreport: {output / "report.md"}')
+    findings = text.partition('## Found\n')[2].partition('\n## ')[0].strip()
+    print(f'\n{(output / "table.md").read_text(encoding="utf-8")}\n{findings}\n\nreport: {output / "report.md"}')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Variants by name, and the MLP controls that are as large as the head they stand beside."""
+"""Variants of a comparison by name, and MLP controls with as many parameters as another head."""
 import ast
 import difflib
 import re
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from timm_spinal.errors import UserError
-from timm_spinal.layers import HEADS, create_head, equal_size_mlp_width, head_options, head_takes_map
+from timm_spinal.layers import HEADS, create_head, equal_size_mlp_width, head_needs_feature_map, head_options
 
 CONTROL = 'mlp'
 # what torch and timm raise where a value of an option makes no sense
@@ -82,11 +82,11 @@ def size_controls(
     for variant in variants:
         if variant.sized_as:
             like = by_name[variant.sized_as]
-            width = map_channels if takes_map(like) else in_features
+            width = map_channels if needs_feature_map(like) else in_features
             size = count_params(new_head(like, width, num_classes, device='meta'))
             width = equal_size_mlp_width(size, in_features, num_classes)
             variant = replace(variant, options=dict(variant.options, width=width))
-        new_head(variant, map_channels if takes_map(variant) else in_features, num_classes, device='meta')
+        new_head(variant, map_channels if needs_feature_map(variant) else in_features, num_classes, device='meta')
         sized.append(variant)
     return sized
 
@@ -104,9 +104,9 @@ def new_head(variant: Variant, in_features: int, num_classes: int, device: Any =
         raise UserError(f'head {variant.name}: {reason}; change its options') from e
 
 
-def takes_map(variant: Variant) -> bool:
+def needs_feature_map(variant: Variant) -> bool:
     """Whether a variant reads the feature map and not the pooled vector."""
-    return head_takes_map(variant.head, **variant.options)
+    return head_needs_feature_map(variant.head, **variant.options)
 
 
 def count_params(module: nn.Module) -> int:

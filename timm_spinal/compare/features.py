@@ -1,4 +1,4 @@
-"""Run a frozen backbone once over all images and keep what it answers."""
+"""Run a frozen backbone once over all images and write its features to a cache."""
 import math
 import time
 from dataclasses import dataclass
@@ -40,10 +40,10 @@ from timm_spinal.training.transforms import (
     train_transform,
 )
 
-from .cores import core_each
 from .options import FrozenConfig, as_train_config
 from .splits import Splits
-from .train_group import Features
+from .train_head import Features
+from .train_heads import one_core_each
 
 _CPU_BATCH = 16  # small enough for activations to stay in the caches: up to twice the speed of a batch of 128
 
@@ -168,16 +168,16 @@ def feature_shapes(
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     input_size = resolve_data(as_train_config(config), model)['input_size']
     try:
-        found = run_backbone(model, torch.zeros(1, *input_size, device=device), maps)
+        outputs = run_backbone(model, torch.zeros(1, *input_size, device=device), maps)
     except (RuntimeError, ValueError, AssertionError) as e:
         if isinstance(e, UserError):
             raise
         raise UserError(f'backbone: refuses images of {tuple(input_size)} ({" ".join(str(e).split())[:200]}); choose '
                         f'another --img-size or --input-size') from e
-    if found['pooled'].ndim != 2:
-        raise UserError(f'backbone: answers with a map of shape {tuple(found["pooled"].shape[1:])}, no vector; leave '
+    if outputs['pooled'].ndim != 2:
+        raise UserError(f'backbone: answers with a map of shape {tuple(outputs["pooled"].shape[1:])}, no vector; leave '
                         f'out --gp')
-    return {name: tuple(value.shape[1:]) for name, value in found.items()}
+    return {name: tuple(value.shape[1:]) for name, value in outputs.items()}
 
 
 def backbone_batch(device: torch.device, batch_size: int) -> int:
@@ -260,23 +260,23 @@ def _run_part(
     step = backbone_batch(accelerator.device, config.batch_size)
 
     @torch.inference_mode()
-    def answer(chunk: torch.Tensor) -> dict[str, torch.Tensor]:
+    def run_chunk(chunk: torch.Tensor) -> dict[str, torch.Tensor]:
         images = chunk.to(accelerator.device, non_blocking=True)
-        if config.channels_last:  # as bytes, of which a number is the quarter of what it is in floats
+        if config.channels_last:  # while they are bytes, a quarter of the size of floats
             images = images.contiguous(memory_format=torch.channels_last)
         images = part.finish(images)
         with accelerator.autocast():
             return {name: value.cpu() for name, value in run_backbone(model, images, maps).items()}
 
     kept: dict[str, list[torch.Tensor]] = {}
-    with core_each() as pool:  # loader workers disturb that less than all cores on one chunk
+    with one_core_each() as pool:  # loader workers slow this down less than one chunk on all cores
         run = pool.map if accelerator.device.type == 'cpu' else map
-        begun = ((end, labels, run(answer, _as_images(images, part, decode).split(step)))
+        begun = ((end, labels, run(run_chunk, _as_images(images, part, decode).split(step)))
                  for end, (images, labels) in zip(ends, loader))
-        for end, labels, answers in _one_ahead(begun):
+        for end, labels, chunks in _one_ahead(begun):
             kept.setdefault('labels', []).append(labels)
-            for found in answers:
-                for name, value in found.items():
+            for outputs in chunks:
+                for name, value in outputs.items():
                     kept.setdefault(name, []).append(value)
             bar.update(len(labels))
             if end is not None:
@@ -286,7 +286,7 @@ def _run_part(
 
 
 def _one_ahead(begun: Iterator[T]) -> Iterator[T]:
-    """The same, each when the next is begun as well: no core is idle while the last chunk of a batch ends."""
+    """Yield each item after the next one has been started: no core is idle while the last chunk of a batch ends."""
     waiting = next(begun, None)
     while waiting is not None:
         following = next(begun, None)
@@ -304,8 +304,8 @@ def _as_images(images: Any, part: Part, decode: Decoder) -> torch.Tensor:
 def _load(parts: list[Part], folder: Path, mark: str) -> dict[str, Features]:
     passes: dict[str, list[dict[str, torch.Tensor]]] = {}
     for part in parts:
-        found = read_shards(folder, part.split, part.number, len(part.source), mark, _WORDS)
-        passes.setdefault(part.split, []).append(found)
+        shards = read_shards(folder, part.split, part.number, len(part.source), mark, _WORDS)
+        passes.setdefault(part.split, []).append(shards)
     features = {}
     for split, each in passes.items():
         # an image that could not be read is missing in every pass

@@ -1,4 +1,4 @@
-"""Pictures of a comparison."""
+"""Pictures of the report of a comparison. Not in plot.py, which works without SciPy."""
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +7,7 @@ from timm_spinal.evaluation.metrics import TITLES, main_accuracy
 from timm_spinal.evaluation.predictions import calibration
 from timm_spinal.training.report import new_figure, save_figure
 
-from .runs import METRICS, Row, read_history
+from .runs import METRICS, RunResult, read_history
 from .statistics import Values, estimate
 
 
@@ -17,10 +17,10 @@ def draw_accuracy(path: Path, values: dict[str, Values], params: dict[str, int],
     axes = figure.subplots()
     for i, (variant, by_seed) in enumerate(values.items()):
         x, points = params.get(variant) or 1, list(by_seed.values())
-        found, color = estimate(points), f'C{i % 10}'
+        mean, color = estimate(points), f'C{i % 10}'
         axes.plot([x] * len(points), points, '.', color=color, alpha=0.4)
-        error = None if found.half is None else [[found.half], [found.half]]
-        axes.errorbar([x], [found.mean], yerr=error, fmt='o', capsize=5, color=color, label=variant)
+        error = None if mean.half is None else [[mean.half], [mean.half]]
+        axes.errorbar([x], [mean.mean], yerr=error, fmt='o', capsize=5, color=color, label=variant)
     axes.set(xscale='log', xlabel='parameters', ylabel=f'{METRICS[metric]} (%)',
              title='points: seeds; bars: mean and 95 % interval over seeds')
     axes.grid(alpha=0.3)
@@ -29,7 +29,7 @@ def draw_accuracy(path: Path, values: dict[str, Values], params: dict[str, int],
     save_figure(figure, path)
 
 
-def draw_curves(path: Path, rows: list[Row]) -> None:
+def draw_curves(path: Path, rows: list[RunResult]) -> None:
     """Training loss and validation accuracy over the epochs: mean over seeds, band from lowest to highest."""
     figure = new_figure(12, 4.5)
     variants = list(dict.fromkeys(row.variant for row in rows))

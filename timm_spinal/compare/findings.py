@@ -1,11 +1,11 @@
 """What a comparison found, in plain words."""
-from .runs import Comparison, Row
+from .runs import Comparison, RunResult
 from .statistics import MIN_SEEDS, Difference, Estimate, Values, sampling_error
 
 
 def findings(
         comparison: Comparison,
-        rows: list[Row],
+        rows: list[RunResult],
         values: dict[str, Values],
         gaps: list[Difference],
         metric: str,
@@ -73,7 +73,7 @@ def _equal_size(comparison: Comparison, gaps: list[Difference]) -> list[str]:
     return sentences
 
 
-def _costs(comparison: Comparison, rows: list[Row]) -> list[str]:
+def _costs(comparison: Comparison, rows: list[RunResult]) -> list[str]:
     params = {row.variant: row.params for row in rows if row.params}
     params.update({name: int(cost['params']) for name, cost in comparison.costs.items() if cost.get('params')})
     base = params.get(comparison.control)
@@ -103,7 +103,7 @@ def _sampling(comparison: Comparison, values: dict[str, Values], metric: str) ->
             f'move every number by about {sampling_error(accuracy, images):.2f} points (standard error).']
 
 
-def _failures(rows: list[Row]) -> list[str]:
+def _failures(rows: list[RunResult]) -> list[str]:
     failed = [row for row in rows if row.status != 'done']
     if not failed:
         return []

@@ -14,18 +14,17 @@ from timm_spinal.training.report import hardware
 from timm_spinal.training.run_dir import FolderLock
 from timm_spinal.training.splits import describe_splits
 
-from .controls import Variant, count_params, new_head, new_heads, parse_variants, size_controls, slug, takes_map
+from .controls import Variant, count_params, needs_feature_map, new_head, new_heads, parse_variants, size_controls, slug
 from .cost import head_cost, latency_ms, macs
 from .features import Extracted, extract, feature_shapes
 from .findings import count_text
-from .head_bench import HeadBench, run_benches
+from .head_experiment import HeadExperiment, recipe_grid, run_experiments
 from .options import FrozenConfig, as_train_config, check_frozen, parse_seeds
 from .report import write_report
 from .runs import Comparison, write_comparison
 from .splits import Splits, open_splits
-from .train_group import Features, Recipe
+from .train_head import Features, Recipe
 from .train_heads import HeadTask, check_batch
-from .tune import grid
 
 
 def compare_frozen(config: FrozenConfig, command: str) -> Path | None:
@@ -55,36 +54,37 @@ def compare_frozen(config: FrozenConfig, command: str) -> Path | None:
     with accelerator.main_process_first():
         splits = open_splits(train_config, config.test_split_fraction, config.train_size)
         recipe = config.recipe(len(splits.train))
-        recipes = grid(recipe, config.tune_lr, config.tune_weight_decay) if config.tune else []
+        recipes = recipe_grid(recipe, config.tune_lr, config.tune_weight_decay) if config.tune else []
         torch.manual_seed(config.seed)  # a backbone without weights is the same in every process and run
         model: Any = create_model(train_config, 0)
     accelerator.print(describe_splits(splits.named()), flush=True)
     if model.loaded_weights is not None:
         accelerator.print(f'weights {model.loaded_weights}', flush=True)
-    shapes = feature_shapes(config, model, accelerator.device, any(takes_map(variant) for variant in variants))
-    variants = _sized_and_tried(variants, shapes, splits, (recipes or [recipe])[0], accelerator.device)
+    shapes = feature_shapes(config, model, accelerator.device, any(needs_feature_map(variant) for variant in variants))
+    variants = _size_and_dry_run(variants, shapes, splits, (recipes or [recipe])[0], accelerator.device)
     output = Path(config.output or f'output/compare/{safe_model_name(config.backbone)}')
     lock = FolderLock(output)
     agree(accelerator, lock.acquire)
     try:
         folder = Path(config.features) if config.features else output / 'features'
-        found = extract(config, model, splits, folder, accelerator, 'map' in shapes)
+        extracted = extract(config, model, splits, folder, accelerator, 'map' in shapes)
         if not accelerator.is_main_process:
             return None
         comparison = Comparison(
             'frozen', command, names, config.control, seeds,
             sized_as={v.name: v.sized_as for v in variants if v.sized_as},
-            data=_describe_data(found, splits),
+            data=_describe_data(extracted, splits),
         )
-        comparison.setting, backbone_ms = _describe(config, recipe, model, found, splits, accelerator.device)
+        comparison.setting, backbone_ms = _describe(config, recipe, model, extracted, splits, accelerator.device)
         write_comparison(output, comparison)
-        benches = [HeadBench(config, variant, splits.num_classes, _data(found, variant, accelerator.device),
-                             found.identity, output, recipe) for variant in variants]
-        _train(config, benches, comparison, recipes)
-        for bench in benches:
-            head = new_head(bench.variant, bench.in_features, splits.num_classes).to(accelerator.device)
-            cost = head_cost(head, backbone_ms, bench.data['test'].x[0, :1])
-            comparison.costs[bench.variant.name] = asdict(cost)
+        experiments = [
+            HeadExperiment(config, variant, splits.num_classes, _data(extracted, variant, accelerator.device),
+                           extracted.identity, output, recipe) for variant in variants]
+        _train(config, experiments, comparison, recipes)
+        for experiment in experiments:
+            head = new_head(experiment.variant, experiment.in_features, splits.num_classes).to(accelerator.device)
+            cost = head_cost(head, backbone_ms, experiment.data['test'].x[0, :1])
+            comparison.costs[experiment.variant.name] = asdict(cost)
         write_comparison(output, comparison)
         write_report(output, comparison, config.per_class, config.calibration)
         return output
@@ -92,7 +92,7 @@ def compare_frozen(config: FrozenConfig, command: str) -> Path | None:
         lock.release()
 
 
-def _sized_and_tried(
+def _size_and_dry_run(
         variants: list[Variant],
         shapes: dict[str, tuple[int, ...]],
         splits: Splits,
@@ -113,29 +113,38 @@ def _sized_and_tried(
     data = {kind: Features(torch.randn(1, batch, *shape, generator=generator), labels).to(device)
             for kind, shape in shapes.items()}
     for variant in variants:
-        kind = 'map' if takes_map(variant) else 'pooled'
+        kind = 'map' if needs_feature_map(variant) else 'pooled'
         heads = partial(new_heads, variant, widths[kind], splits.num_classes)
-        HeadTask(heads, [0], data[kind], data[kind], recipe).try_out(variant.name)
+        HeadTask(heads, [0], data[kind], data[kind], recipe).dry_run(variant.name)
     return variants
 
 
-def _data(found: Extracted, variant: Variant, device: torch.device) -> dict[str, Features]:
+def _data(extracted: Extracted, variant: Variant, device: torch.device) -> dict[str, Features]:
     """The splits as a variant reads them."""
-    kind = '.map' if takes_map(variant) else ''
-    return {split: found.features[split + kind].to(device) for split in ('train', 'validation', 'test')}
+    kind = '.map' if needs_feature_map(variant) else ''
+    return {split: extracted.features[split + kind].to(device) for split in ('train', 'validation', 'test')}
 
 
-def _train(config: FrozenConfig, benches: list[HeadBench], comparison: Comparison, recipes: list[Recipe]) -> None:
+def _train(
+        config: FrozenConfig,
+        experiments: list[HeadExperiment],
+        comparison: Comparison,
+        recipes: list[Recipe],
+) -> None:
     """Tune where there is a grid, then train what is not finished."""
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(config.matmul_precision)
-    for bench in benches:
-        if recipes:
-            comparison.tuned[bench.variant.name] = bench.tune(recipes)
-    run_benches(benches, comparison.seeds)
+    try:
+        for experiment in experiments:
+            if recipes:
+                comparison.tuned[experiment.variant.name] = experiment.tune(recipes)
+        run_experiments(experiments, comparison.seeds)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
-def _describe_data(found: Extracted, splits: Splits) -> dict[str, Any]:
-    sizes = {f'{split}_size': len(found.features[split].y) for split in ('train', 'validation', 'test')}
+def _describe_data(extracted: Extracted, splits: Splits) -> dict[str, Any]:
+    sizes = {f'{split}_size': len(extracted.features[split].y) for split in ('train', 'validation', 'test')}
     skipped = sum(len(s) for s in (splits.train, splits.validation, splits.test)) - sum(sizes.values())
     note = splits.note + (f' {skipped} unreadable images are left out.' if skipped else '')
     return dict(name=splits.train.name, **sizes, num_classes=splits.num_classes, class_names=splits.class_names,
@@ -146,24 +155,26 @@ def _describe(
         config: FrozenConfig,
         recipe: Recipe,
         model: Any,
-        found: Extracted,
+        extracted: Extracted,
         splits: Splits,
         device: torch.device,
 ) -> tuple[dict[str, Any], float]:
     """Lines of the report on backbone, features and training; and the backbone's milliseconds for one image."""
-    image = torch.zeros(1, *found.input_size, device=device)
+    image = torch.zeros(1, *extracted.input_size, device=device)
     backbone_ms = latency_ms(model, image)
     weights = config.pretrained_path or config.initial_checkpoint or ('pretrained' if config.pretrained else 'random')
-    speed = f', {found.made:,} images made in {found.seconds:.0f} s ({found.made / found.seconds:.0f} images/s)' \
-        if found.made else ', taken from the cache'
+    made, seconds = extracted.made, extracted.seconds
+    speed = f', {made:,} images made in {seconds:.0f} s ({made / seconds:.0f} images/s)' if made else \
+        ', taken from the cache'
     passes = f', {config.augment_passes} augmented passes' if config.augment_passes else ''
-    precision = {'no': 'float32'}.get(found.identity['precision'], f'mixed precision, {found.identity["precision"]}')
+    mixed = extracted.identity['precision']
+    precision = 'float32' if mixed == 'no' else f'mixed precision, {mixed}'
     return {
         'Backbone': f'{config.backbone} (weights: {weights}), frozen, {count_text(count_params(model))} parameters, '
                     f'{count_text(macs(model, image))} MACs, {backbone_ms:.1f} ms for one image',
         **({'Weights': str(model.loaded_weights)} if model.loaded_weights is not None else {}),
-        'Features': f'{found.features["train"].x.shape[2]} numbers from images of '
-                    f'{"x".join(map(str, found.input_size))}{passes}, in {precision}{speed}',
+        'Features': f'{extracted.features["train"].x.shape[2]} numbers from images of '
+                    f'{"x".join(map(str, extracted.input_size))}{passes}, in {precision}{speed}',
         'Heads': f'{recipe.epochs} epochs, batches of {recipe.batch_size}, {recipe.opt}, cosine schedule, label '
                  f'smoothing {recipe.smoothing:g}, float32 with products of precision {config.matmul_precision}' +
                  ('' if config.tune else f', lr {recipe.lr:g}, weight decay {recipe.weight_decay:g}'),

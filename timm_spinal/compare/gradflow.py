@@ -4,9 +4,9 @@
     timm-spinal gradflow --config my.yaml --sb-ortho-mode stage --grad-interval 5
 
 Paper: "Deeply Shared Filter Bases for Parameter-Efficient Convolutional Neural Networks", Kang and Kim, NeurIPS 2021,
-https://arxiv.org/abs/2006.05066 (spec shared_basis 3.2). Trains the same model twice with the same seed, with the
+https://arxiv.org/abs/2006.05066. Trains the same model twice with the same seed, with the
 penalty (--sb-ortho, 10 if not given) and without. Every --grad-interval updates it records mean and max |dL/dB| of each
-basis B, L being the loss without the penalty in both: what the paper's code plots holds the penalty's gradient too.
+basis B. L is the loss without the penalty in both runs; the paper's code plots the gradient of loss and penalty.
 
 Options are those of `timm-spinal train`. Writes gradients.csv, gradients.png, gram.png, report.md and both run folders
 with_penalty/ and without_penalty/. --resume auto goes on with a run that was stopped.
@@ -31,7 +31,7 @@ from timm_spinal.training.run import Run
 from timm_spinal.training.run_dir import check_name
 from timm_spinal.training.train import open_run, train_epochs
 
-from .gradflow_report import Row, read_rows, write_gradients
+from .gradflow_report import GradientRecord, read_records, write_gradients
 from .gram import draw_gram, read_model, shared_bases
 from .runs import RESULT
 
@@ -53,9 +53,9 @@ class GradflowConfig(GradflowOptions, TrainConfig):
 class GradientWatch:
     """Records mean and max |dL/dB| of the shared filters while a run trains; L is the loss without penalties.
 
-    The gradient is taken of its own, between forward and backward, so weights, gradients, statistics and random states
-    of the run are as without. Under several processes it is that of all their images; of an update with several
-    batches it is that of the last.
+    The gradient is computed on its own between forward and backward, which changes neither weights, gradients, running
+    statistics nor random states of the run. Under several processes it is that of all their images; of an update with
+    several batches it is that of the last.
 
     Args:
         run: A prepared run.
@@ -63,7 +63,7 @@ class GradientWatch:
         rows: Records to go on from, those of a run that is resumed.
     """
 
-    def __init__(self, run: Run, interval: int, rows: Sequence[Row] = ()):
+    def __init__(self, run: Run, interval: int, rows: Sequence[GradientRecord] = ()):
         self.run = run
         self.interval = interval
         self.rows = [row for row in rows if row.update < run.progress.updates]
@@ -80,7 +80,7 @@ class GradientWatch:
         for (name, basis), gradient in zip(self.bases.items(), gradients):
             size = accelerator.reduce(gradient.float(), 'mean').abs()
             norm = basis.detach().float().flatten(1).norm(dim=1).mean()
-            self.rows.append(Row(
+            self.rows.append(GradientRecord(
                 self.run.folder.name, update, done, name, size.mean().item(), size.max().item(), norm.item()))
 
     def after_epoch(self, run: Run) -> None:
@@ -131,7 +131,7 @@ def gradflow(config: GradflowConfig) -> Path:
     return output
 
 
-def train_arm(config: GradflowConfig, output: Path, arm: str) -> list[Row]:
+def train_arm(config: GradflowConfig, output: Path, arm: str) -> list[GradientRecord]:
     """Train with or without the penalty in ``output/arm``, unless that is done; returns what was recorded.
 
     Args:
@@ -141,13 +141,13 @@ def train_arm(config: GradflowConfig, output: Path, arm: str) -> list[Row]:
     """
     folder = output / arm
     if config.resume and (folder / RESULT).exists():
-        return read_rows(folder / ROWS)
+        return read_records(folder / ROWS)
     values = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
     own = TrainConfig(**{
         **values, 'output': str(output), 'experiment': arm, 'resume': 'auto' if config.resume else '',
         'sb_ortho': config.sb_ortho if ARMS[arm] else 0.})
     with open_run(own) as run:
-        watch = GradientWatch(run, config.grad_interval, read_rows(folder / ROWS) if config.resume else ())
+        watch = GradientWatch(run, config.grad_interval, read_records(folder / ROWS) if config.resume else ())
         train_epochs(run, watch.after_epoch)
         write_result(run)
     return watch.rows

@@ -1,4 +1,4 @@
-"""What `gradflow` found: table, picture and a summary in words."""
+"""Report of `gradflow`: table, picture and a summary in words."""
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence
 
@@ -10,8 +10,8 @@ from timm_spinal.training.report import new_figure, save_figure, write_table, wr
 from .runs import read_result
 
 
-class Row(NamedTuple):
-    """One basis at one update of one arm.
+class GradientRecord(NamedTuple):
+    """Gradient of one basis at one update of one arm.
 
     Attributes:
         arm: Name of the run folder.
@@ -33,23 +33,24 @@ class Row(NamedTuple):
 
 # a BatchNorm follows each basis, so filters of twice the norm get half the gradient and the same effect; the product
 # of both does not depend on it
-PANELS: dict[str, Callable[[Row], float]] = {
+PANELS: dict[str, Callable[[GradientRecord], float]] = {
     'mean |dL/dB|': lambda row: row.mean,
     'max |dL/dB|': lambda row: row.max,
     'mean |dL/dB| x norm of a filter': lambda row: row.mean * row.row_norm,
 }
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_records(path: Path) -> list[GradientRecord]:
     """Records as `write_table` wrote them; none where there is no file."""
     if not path.exists():
         return []
     texts = ('arm', 'basis')
-    rows = [Row(**{k: row[k] for k in Row._fields}) for row in read_table(path, Row._fields, texts)]
+    rows = [GradientRecord(**{k: row[k] for k in GradientRecord._fields})
+            for row in read_table(path, GradientRecord._fields, texts)]
     return [row._replace(update=int(row.update)) for row in rows]
 
 
-def write_gradients(output: Path, rows: Sequence[Row], config: Any) -> None:
+def write_gradients(output: Path, rows: Sequence[GradientRecord], config: Any) -> None:
     """Write gradients.csv, gradients.png and report.md.
 
     Args:
@@ -63,7 +64,7 @@ def write_gradients(output: Path, rows: Sequence[Row], config: Any) -> None:
     write_text(output / 'report.md', report(rows, results, config))
 
 
-def draw_gradients(path: Path, rows: Sequence[Row]) -> None:
+def draw_gradients(path: Path, rows: Sequence[GradientRecord]) -> None:
     """A column of panels for each basis, a line for each arm: every record, and the median of eleven."""
     bases, arms = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ('basis', 'arm'))
     figure = new_figure(1.5 + 3.2 * len(bases), 2.6 * len(PANELS))
@@ -71,8 +72,8 @@ def draw_gradients(path: Path, rows: Sequence[Row]) -> None:
     for line, (title, value) in zip(grid, PANELS.items()):
         for axes, basis in zip(line, bases):
             for i, arm in enumerate(arms):
-                found = [row for row in rows if (row.arm, row.basis) == (arm, basis)]
-                x, y = [row.epoch for row in found], [value(row) for row in found]
+                records = [row for row in rows if (row.arm, row.basis) == (arm, basis)]
+                x, y = [row.epoch for row in records], [value(row) for row in records]
                 axes.plot(x, y, color=f'C{i}', alpha=0.25, linewidth=0.8)
                 axes.plot(x, smooth(y), color=f'C{i}', label=arm.replace('_', ' '))
             axes.set_yscale('log')
@@ -92,13 +93,13 @@ def smooth(values: Sequence[float], width: int = 11) -> np.ndarray:
     return np.array([np.median(values[max(0, i - half):i + half + 1]) for i in range(len(values))])
 
 
-def medians(rows: Sequence[Row], arm: str, value: Callable[[Row], float]) -> dict[str, float]:
+def medians(rows: Sequence[GradientRecord], arm: str, value: Callable[[GradientRecord], float]) -> dict[str, float]:
     """Of each basis, the median over the records of an arm."""
     bases = dict.fromkeys(row.basis for row in rows)
     return {b: float(np.median([value(row) for row in rows if (row.arm, row.basis) == (arm, b)])) for b in bases}
 
 
-def report(rows: Sequence[Row], results: dict[str, dict[str, Any]], config: Any) -> str:
+def report(rows: Sequence[GradientRecord], results: dict[str, dict[str, Any]], config: Any) -> str:
     """report.md: medians over the records of both arms, and what they say.
 
     Args:

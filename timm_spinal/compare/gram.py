@@ -79,11 +79,11 @@ def draw_gram(path: Path, models: dict[str, Any]) -> None:
     Raises:
         UserError: A model has no shared filters.
     """
-    found = {title: grams(model) for title, model in models.items()}
-    columns = max(len(of_model) for of_model in found.values())
-    figure = new_figure(1.2 + 2.6 * columns, 2.9 * len(found))
-    grid = figure.subplots(len(found), columns, squeeze=False)
-    for line, (title, of_model) in zip(grid, found.items()):
+    by_title = {title: grams(model) for title, model in models.items()}
+    columns = max(len(of_model) for of_model in by_title.values())
+    figure = new_figure(1.2 + 2.6 * columns, 2.9 * len(by_title))
+    grid = figure.subplots(len(by_title), columns, squeeze=False)
+    for line, (title, of_model) in zip(grid, by_title.items()):
         for axes in line[len(of_model):]:
             axes.set_axis_off()
         for axes, (name, gram) in zip(line, of_model.items()):

@@ -47,7 +47,7 @@ def run_tasks(tasks: list[Task], jobs: int) -> int:
     pool, failed = ThreadPoolExecutor(jobs), 0
     try:
         futures: dict[Future, Task] = {}
-        started: dict[Path, Future] = {}  # in order, so what a training waits for has a thread already
+        started: dict[Path, Future] = {}  # a teacher is submitted first, so no student blocks the thread that it needs
         for task in todo:
             before = started.get(task.teacher) if task.teacher else None
             started[task.folder] = pool.submit(_run, task, slots, jobs, running, before)

@@ -14,7 +14,7 @@ from timm_spinal.training.config import (
 )
 from timm_spinal.training.options import Options, option, to_flag
 
-from .train_group import Recipe
+from .train_head import Recipe
 
 BATCH_SIZE, MIN_UPDATES, MOST_SEEDS = 512, 16, 1000
 

@@ -26,7 +26,7 @@ NONE = '-'
 
 
 @dataclass
-class Course:
+class LearningCurve:
     """One run: evaluated epochs counted from 0, seconds up to their end (nan where not known), accuracy in percent."""
     epochs: np.ndarray
     seconds: np.ndarray
@@ -36,8 +36,8 @@ class Course:
 
     def reaches(self, accuracy: float) -> tuple[float, float] | None:
         """Number of epochs and seconds that it took to this accuracy; None where it was not reached."""
-        found = np.flatnonzero(self.accuracy >= accuracy)
-        return (float(self.epochs[found[0]] + 1), float(self.seconds[found[0]])) if len(found) else None
+        indices = np.flatnonzero(self.accuracy >= accuracy)
+        return (float(self.epochs[indices[0]] + 1), float(self.seconds[indices[0]])) if len(indices) else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,22 +64,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read_curves(folders: Sequence[Path]) -> dict[str, list[Course]]:
+def read_curves(folders: Sequence[Path]) -> dict[str, list[LearningCurve]]:
     """The runs of some folders, by the name of their curve.
 
     Raises:
         UserError: A folder that holds no run, a run without evaluation, the same folder twice, or accuracies of two
             kinds.
     """
-    found: dict[str, list[Path]] = {}
+    runs_by_name: dict[str, list[Path]] = {}
     for folder in folders:
         for name, runs in _runs_in(folder).items():
-            while name in found:
-                if found[name] == runs:
+            while name in runs_by_name:
+                if runs_by_name[name] == runs:
                     raise UserError(f'{folder}: is given twice; leave it out')
                 name = f'{runs[0].absolute().parent.name}/{name}'
-            found[name] = runs
-    curves = {name: [read_course(run) for run in runs] for name, runs in found.items()}
+            runs_by_name[name] = runs
+    curves = {name: [read_learning_curve(run) for run in runs] for name, runs in runs_by_name.items()}
     kinds = {c.metric: name for name, courses in curves.items() for c in courses}
     if len(kinds) > 1:
         (a, one), (b, other) = list(kinds.items())[:2]
@@ -103,8 +103,8 @@ def _runs_in(folder: Path) -> dict[str, list[Path]]:
     return {name: paths for name, paths in done.items() if paths}
 
 
-def read_course(folder: Path) -> Course:
-    """The course of one run.
+def read_learning_curve(folder: Path) -> LearningCurve:
+    """The learning curve of one run.
 
     Raises:
         UserError: No epoch was evaluated, or a file is damaged.
@@ -114,7 +114,7 @@ def read_course(folder: Path) -> Course:
     rows = [row for row in history if f'eval_{metric}' in row]
     if not rows:
         raise UserError(f'{folder}: no epoch was evaluated yet; leave it out')
-    return Course(
+    return LearningCurve(
         np.array([row['epoch'] for row in rows]),
         np.array([row.get('seconds', np.nan) for row in rows]),
         np.array([max(row[f'eval_{metric}'], row.get(f'ema_{metric}', 0.)) for row in rows]),
@@ -123,7 +123,7 @@ def read_course(folder: Path) -> Course:
     )
 
 
-def table(curves: dict[str, list[Course]], accuracies: Sequence[float]) -> str:
+def table(curves: dict[str, list[LearningCurve]], accuracies: Sequence[float]) -> str:
     """A table in Markdown: mean and standard deviation over runs; epochs and seconds over those that got there."""
     title = _title(curves)
     head = ['run', 'n', f'best {title}', f'test {title}']
@@ -133,18 +133,18 @@ def table(curves: dict[str, list[Course]], accuracies: Sequence[float]) -> str:
         tests = [c.test_accuracy for c in courses if c.test_accuracy is not None]
         cells = [name, str(len(courses)), _spread(_best(courses), 2), _spread(tests, 2)]
         for accuracy in accuracies:
-            reached = [found for c in courses if (found := c.reaches(accuracy))]
+            reached = [point for c in courses if (point := c.reaches(accuracy))]
             share = f' ({len(reached)} of {len(courses)})' if len(reached) < len(courses) else ''
-            cells += [_spread([f[i] for f in reached], 1) + share if reached else 'not reached' for i in (0, 1)]
+            cells += [_spread([point[i] for point in reached], 1) + share if reached else 'not reached' for i in (0, 1)]
         lines.append(cells)
     return '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
 
 
-def _title(curves: dict[str, list[Course]]) -> str:
+def _title(curves: dict[str, list[LearningCurve]]) -> str:
     return TITLES[next((c.metric for courses in curves.values() for c in courses), MAIN[0])]
 
 
-def _best(courses: list[Course]) -> np.ndarray:
+def _best(courses: list[LearningCurve]) -> np.ndarray:
     return np.array([c.accuracy.max() for c in courses])
 
 
@@ -155,7 +155,7 @@ def _spread(values: Sequence[float] | np.ndarray, digits: int) -> str:
     return f'{mean} +- {np.std(values, ddof=1):.{digits}f}' if len(values) > 1 else mean
 
 
-def draw(path: Path, curves: dict[str, list[Course]], accuracies: Sequence[float]) -> None:
+def draw(path: Path, curves: dict[str, list[LearningCurve]], accuracies: Sequence[float]) -> None:
     """Accuracy over epochs and over seconds: the mean of each curve's runs, and a band from lowest to highest."""
     figure = new_figure(12, 4.5)
     panels = dict(epochs='epoch', seconds='seconds')

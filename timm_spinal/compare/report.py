@@ -12,7 +12,7 @@ from timm_spinal.training.report import write_table, write_text
 
 from .figures import draw_accuracy, draw_calibration, draw_curves
 from .findings import count_text, findings
-from .runs import METRICS, Comparison, Row, metric_of, read_comparison, read_rows, values_by_variant
+from .runs import METRICS, Comparison, RunResult, metric_of, read_comparison, read_run_results, values_by_variant
 from .statistics import MIN_SEEDS, Difference, Values, differences, estimate
 
 
@@ -40,7 +40,7 @@ def write_report(
     if comparison is None:
         raise UserError(f'{output}: holds no comparison (no compare.json); give the folder that compare wrote, or run '
                         f'folders of the trainer')
-    rows = read_rows(output, comparison)
+    rows = read_run_results(output, comparison)
     metric = metric_of(rows)
     values = values_by_variant(rows, metric)
     gaps = differences(comparison.pairs(), values)
@@ -73,7 +73,7 @@ def write_report(
 
 def table_rows(
         comparison: Comparison,
-        rows: list[Row],
+        rows: list[RunResult],
         values: dict[str, Values],
         gaps: list[Difference],
         metric: str,
@@ -123,13 +123,13 @@ def html_table(table: list[dict[str, str]]) -> str:
             f'\n<body><table>\n<tr>{head}</tr>\n{body}\n</table></body></html>\n')
 
 
-def _params(comparison: Comparison, rows: list[Row]) -> dict[str, int]:
+def _params(comparison: Comparison, rows: list[RunResult]) -> dict[str, int]:
     params = {row.variant: row.params for row in rows if row.params}
     params.update({v: int(c['params']) for v, c in comparison.costs.items() if c.get('params')})
     return params
 
 
-def _validation(done: list[Row], metric: str) -> dict[str, str]:
+def _validation(done: list[RunResult], metric: str) -> dict[str, str]:
     """The column of the split that chose the epoch, where the metric is of another split."""
     name = metric.replace('test_', 'val_')
     return {f'{METRICS[name]}, %': _mean([getattr(row, name) for row in done], '.2f')} if name != metric else {}
@@ -138,14 +138,14 @@ def _validation(done: list[Row], metric: str) -> dict[str, str]:
 def _accuracy(measured: Values) -> str:
     if not measured:
         return 'no result'
-    found = estimate(list(measured.values()))
-    return f'{found.mean:.2f}' + (' (no interval)' if found.half is None else f' ± {found.half:.2f}')
+    mean = estimate(list(measured.values()))
+    return f'{mean.mean:.2f}' + (' (no interval)' if mean.half is None else f' ± {mean.half:.2f}')
 
 
 def _gap(gap: Difference) -> str:
-    found = gap.estimate
-    interval = 'no interval' if found.low is None else f'{found.low:+.2f} to {found.high:+.2f}'
-    return f'{found.mean:+.2f} ({interval})'
+    mean = gap.estimate
+    interval = 'no interval' if mean.low is None else f'{mean.low:+.2f} to {mean.high:+.2f}'
+    return f'{mean.mean:+.2f} ({interval})'
 
 
 def _mean(values: list[float | None], form: str) -> str:
@@ -189,17 +189,18 @@ def _intervals(gaps: list[Difference]) -> str:
             f'paired by seed;{together}')
 
 
-def _precision(rows: list[Row]) -> list[str]:
+def _precision(rows: list[RunResult]) -> list[str]:
     """What the runs computed in, as they say it themselves."""
-    found: dict[str, list[str]] = {}
+    by_precision: dict[str, list[str]] = {}
     for row in rows:
         if row.mixed_precision:
             name = 'float32' if row.mixed_precision == 'no' else f'mixed precision, {row.mixed_precision}'
-            variants = found.setdefault(name, [])
+            variants = by_precision.setdefault(name, [])
             variants += [row.variant] if row.variant not in variants else []
-    if len(found) > 1:
-        return [f'Precision: {name} for {", ".join(f"`{v}`" for v in variants)}.' for name, variants in found.items()]
-    return [f'Precision: {name}.' for name in found]
+    if len(by_precision) > 1:
+        return [f'Precision: {name} for {", ".join(f"`{v}`" for v in variants)}.'
+                for name, variants in by_precision.items()]
+    return [f'Precision: {name}.' for name in by_precision]
 
 
 def _tuning(tuned: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -219,21 +220,21 @@ def _tuning(tuned: dict[str, list[dict[str, Any]]]) -> list[str]:
 # ---- predictions ------------------------------------------------------------------------------------------------
 
 
-def predictions_by_variant(rows: list[Row]) -> dict[str, dict[str, np.ndarray]]:
+def predictions_by_variant(rows: list[RunResult]) -> dict[str, dict[str, np.ndarray]]:
     """``prediction``, ``target`` and ``confidence`` of the test images of each variant, all seeds one after the other.
 
     Raises:
         UserError: A finished run has kept none.
     """
-    found: dict[str, list[dict[str, np.ndarray]]] = {}
+    by_variant: dict[str, list[dict[str, np.ndarray]]] = {}
     for row in rows:
         if row.status == 'done':
             kept = read_predictions(Path(row.folder))
             if kept is None:
                 raise UserError(f'{row.folder}: has kept no test predictions, which --per-class and --calibration '
                                 f'need; runs with a test split have them, but not where images have two classes')
-            found.setdefault(row.variant, []).append(kept)
-    return {v: {k: np.concatenate([p[k] for p in parts]) for k in parts[0]} for v, parts in found.items()}
+            by_variant.setdefault(row.variant, []).append(kept)
+    return {v: {k: np.concatenate([p[k] for p in parts]) for k in parts[0]} for v, parts in by_variant.items()}
 
 
 def write_per_class(

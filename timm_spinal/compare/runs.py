@@ -13,13 +13,16 @@ from timm_spinal.evaluation.metrics import TITLES, main_accuracy
 from timm_spinal.files import read_json as read_json
 from timm_spinal.files import read_table
 from timm_spinal.files import write_json as write_json
+from timm_spinal.training.parser import load_yaml
 from timm_spinal.training.report import epochs_done
+from timm_spinal.training.resume_checks import config_diff, diff_label, with_defaults
+from timm_spinal.training.run_dir import FolderLock
 
 from .controls import slug
 
 Values = dict[int, float]  # seed -> measured value
-# column of results.csv: what people call it; the test split where every run has read one, exact where images have two
-# classes
+# column of results.csv: its title in the report, in the order of preference (`metric_of`). "exact" is for images with
+# two classes, both of which must be right
 METRICS = {
     'test_top1': 'test top-1', 'val_top1': 'validation top-1',
     'test_exact': 'test exact pairs', 'val_exact': 'validation exact pairs',
@@ -72,7 +75,7 @@ class Comparison:
 
 
 @dataclass
-class Row:
+class RunResult:
     """One run: a line of ``results.csv``.
 
     Accuracies and changed signs in percent, losses in nats; ``best_epoch`` counts from 0, ``epochs`` is their number.
@@ -123,7 +126,7 @@ def read_comparison(output: Path) -> Comparison | None:
         raise UserError(f'{output / MANIFEST}: is not a comparison of this version; run it again') from e
 
 
-def read_rows(output: Path, comparison: Comparison) -> list[Row]:
+def read_run_results(output: Path, comparison: Comparison) -> list[RunResult]:
     """The runs of a comparison in order, also those that failed or are missing."""
     rows = []
     for variant in comparison.variants:
@@ -132,13 +135,13 @@ def read_rows(output: Path, comparison: Comparison) -> list[Row]:
             if elsewhere and str(seed) not in elsewhere:
                 continue
             folder = Path(elsewhere[str(seed)]) if elsewhere else run_folder(output, variant, seed)
-            rows.append(read_row(folder, variant, seed))
+            rows.append(read_run_result(folder, variant, seed))
     return rows
 
 
-def read_row(folder: Path, variant: str, seed: int) -> Row:
+def read_run_result(folder: Path, variant: str, seed: int) -> RunResult:
     """One run from its folder."""
-    row = Row(variant, seed, 'missing', folder=str(folder))
+    row = RunResult(variant, seed, 'missing', folder=str(folder))
     result, error = read_result(folder), folder / ERROR
     if error.exists():
         row.status, row.error = 'failed', ' '.join(error.read_text(encoding='utf-8', errors='replace').split())
@@ -171,16 +174,81 @@ def read_history(folder: Path) -> list[dict[str, float]]:
     return read_table(folder / SUMMARY, ('epoch',), fix=_RESTORE) if (folder / SUMMARY).exists() else []
 
 
-def metric_of(rows: list[Row]) -> str:
+def metric_of(rows: list[RunResult]) -> str:
     """The one of `METRICS` that every finished run has: of the test split if it can be."""
     done = [row for row in rows if row.status == 'done']
     return next((m for m in METRICS if done and all(getattr(row, m) is not None for row in done)), 'val_top1')
 
 
-def values_by_variant(rows: list[Row], metric: str) -> dict[str, Values]:
+def values_by_variant(rows: list[RunResult], metric: str) -> dict[str, Values]:
     """The metric of every finished run by variant and seed."""
     values: dict[str, Values] = {}
     for row in rows:
         if row.status == 'done' and getattr(row, metric) is not None:
             values.setdefault(row.variant, {})[row.seed] = getattr(row, metric)
     return values
+
+
+# ---- comparisons made of run folders -----------------------------------------------------------------------------
+
+
+def comparisons_in(
+        folders: list[Path],
+        output: Path,
+        control: str = '',
+        command: str = '',
+) -> list[tuple[Path, Comparison]]:
+    """The comparisons of some folders.
+
+    Args:
+        folders: Folders of comparisons, each of which stays on its own; or run folders of the trainer, which become
+            one comparison. Runs that differ in nothing but the seed are one variant.
+        output: Folder of a comparison of run folders.
+        control: Another control than the one they have; for run folders the first variant when ''.
+        command: Command line, for a comparison of run folders.
+
+    Raises:
+        UserError: A folder that is neither, both kinds together, or an unknown control.
+    """
+    comparisons = [(folder, read_comparison(folder)) for folder in folders]
+    runs = [folder for folder, comparison in comparisons if comparison is None]
+    if not runs:
+        existing = [(folder, comparison) for folder, comparison in comparisons if comparison is not None]
+        for _, comparison in existing:
+            comparison.control = _known_control(control or comparison.control, comparison.variants)
+        return existing
+    if len(runs) < len(comparisons):
+        raise UserError(f'--report: {runs[0]} is no comparison while others are; report on them one by one')
+    for folder in runs:
+        if not (folder / 'args.yaml').exists():
+            raise UserError(f'{folder}: holds neither a comparison (compare.json) nor a run of the trainer (args.yaml)')
+    comparison = _from_runs(runs, control, command)
+    with FolderLock(output):
+        write_comparison(output, comparison)
+    return [(output, comparison)]
+
+
+def _known_control(control: str, variants: list[str]) -> str:
+    if control not in variants:
+        raise UserError(f'--control {control}: is not compared; choose one of {", ".join(variants)}')
+    return control
+
+
+def _from_runs(folders: list[Path], control: str, command: str) -> Comparison:
+    settings = [with_defaults(load_yaml(folder / 'args.yaml')) for folder in folders]
+    names = config_diff(settings)
+    by_variant: dict[str, dict[str, str]] = {}
+    for folder, values in zip(folders, settings):
+        seeds = by_variant.setdefault(diff_label(values, names), {})
+        if str(values['seed']) in seeds:
+            raise UserError(f'{folder}: has the settings and the seed of {seeds[str(values["seed"])]}; leave one out')
+        seeds[str(values['seed'])] = str(folder)
+    variants = list(by_variant)
+    first: dict[str, Any] = next((r for r in (read_result(folder) for folder in folders) if r), {})
+    return Comparison(
+        'runs', command, variants, _known_control(control or variants[0], variants),
+        sorted({int(s) for seeds in by_variant.values() for s in seeds}),
+        data=dict(name=first.get('dataset', ''), train_size=first.get('train_size'),
+                  validation_size=first.get('eval_size'), test_size=first.get('test_images'), split=''),
+        folders=by_variant,
+    )

@@ -31,11 +31,11 @@ def three_way(config: TrainConfig) -> tuple[TrainConfig, str]:
     """Settings by which the trainer has a validation split and a test split apart from it.
 
     A set with both keeps both. One with a single held-out split keeps that for the test, and validation is cut from
-    the training split, stratified by class. What the config says of splits itself is left as it is.
+    the training split, stratified by class. Splits that the config names itself are kept.
 
     Returns:
-        The config, and a sentence on the splits. ``test_split`` of the config stays '' where the data have nothing
-        but one split: a test split is then to be cut too (`open_splits`) or given.
+        The config, and a sentence on the splits. ``test_split`` of the config stays '' where the data have one split
+        only; `open_splits` then cuts a test split too.
     """
     prefix = config.dataset.partition('/')[0].lower()
     if prefix in STREAMED:
@@ -70,28 +70,28 @@ def open_splits(config: TrainConfig, test_fraction: float = 0.2, train_size: int
     """
     config, note = three_way(config)
     if config.test_split:
-        found = create_datasets(config)
-        train, validation, test = _train(found.train), found.eval, found.test
+        datasets = create_datasets(config)
+        train, validation, test = _train(datasets.train), datasets.eval, datasets.test
         assert test is not None
         least = 2 if config.val_split_fraction else 1
     else:
-        found = create_datasets(replace(config, val_split_fraction=test_fraction))
-        rest, test = _train(found.train), found.eval
+        datasets = create_datasets(replace(config, val_split_fraction=test_fraction))
+        rest, test = _train(datasets.train), datasets.eval
         least = 3
-        _check_class_sizes(_joined(rest, test), found.class_names, least)
+        _check_class_sizes(_joined(rest, test), datasets.class_names, least)
         first, second = stratified_split(_labels(rest), config.val_split_fraction, config.seed + 1)
         train, validation = rest.subset(first), rest.subset(second)
         note = f'The data have one split only. Test: {100 * test_fraction:g} % of each class; validation: ' \
                f'{100 * config.val_split_fraction:g} % of the rest.'
-    if not found.multi_label:  # else splits and classes are the set's own
+    if not datasets.multi_label:  # else splits and classes are the set's own
         whole = _joined(train, validation) if config.val_split_fraction else _labels(train)
-        _check_class_sizes(whole, found.class_names, least)
+        _check_class_sizes(whole, datasets.class_names, least)
         for source in (validation, test):
-            _check_labels(source, train, found.class_names)
+            _check_labels(source, train, datasets.class_names)
     if train_size:
         train = _part(train, train_size, config.seed)
         note += f' Training: a stratified part of {train_size:,} images.'
-    return Splits(train, validation, test, found.num_classes, found.class_names, note)
+    return Splits(train, validation, test, datasets.num_classes, datasets.class_names, note)
 
 
 def _held_out(config: TrainConfig) -> dict[str, str]:
@@ -111,15 +111,15 @@ def _held_out(config: TrainConfig) -> dict[str, str]:
 
 
 def _existing(look) -> dict[str, str]:
-    found = {}
+    splits = {}
     for role in ('validation', 'test'):
         try:
-            found[role] = look(role)
+            splits[role] = look(role)
         except UserError:
             continue
-    if found.get('validation') == found.get('test'):
-        found.pop('validation', None)
-    return found
+    if splits.get('validation') == splits.get('test'):
+        splits.pop('validation', None)
+    return splits
 
 
 def _train(source: Split | None) -> Split:

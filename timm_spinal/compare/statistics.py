@@ -80,16 +80,16 @@ def differences(pairs: Sequence[tuple[str, str]], values: dict[str, Values]) -> 
         if seeds:
             both[variant, control] = np.array([[values[name][s] for s in seeds] for name in (variant, control)])
     intervals = sum(estimate(ours - theirs).low is not None for ours, theirs in both.values())
-    found = []
+    tested = []
     for (variant, control), (ours, theirs) in both.items():
         gap = estimate(ours - theirs, 1. - 0.05 / max(1, intervals))
         p = None if gap.low is None else float(stats.ttest_rel(ours, theirs).pvalue)
-        found.append((variant, control, gap, p))
-    known = [p for *_, p in found if p is not None]
+        tested.append((variant, control, gap, p))
+    known = [p for *_, p in tested if p is not None]
     adjusted = iter(stats.false_discovery_control(known)) if known else iter(())
     return [
         Difference(variant, control, gap, None if p is None else float(next(adjusted)))
-        for variant, control, gap, p in found
+        for variant, control, gap, p in tested
     ]
 
 

@@ -21,12 +21,12 @@ from timm_spinal.training.transforms import resolve_data
 
 from .controls import slug
 from .cost import network_cost
+from .head_experiment import FIRST_SEED, mark_best
 from .jobs import Task, run_tasks
 from .report import write_report
-from .runs import Comparison, read_row, run_folder, write_comparison
+from .runs import Comparison, read_run_result, run_folder, write_comparison
 from .splits import Splits, open_splits, three_way
 from .sweep_file import Sweep, size_control, teacher_of
-from .tune import FIRST_SEED, mark_best
 
 
 def run_sweep(
@@ -92,7 +92,7 @@ def check_folder(task: Task) -> None:
     saved, now = with_defaults(load_yaml(path)), vars(task.config)
     if now['num_classes'] is None:  # the run has written what it found
         saved['num_classes'] = None
-    # the training process takes it from there as well
+    # the training process reads the same variable of the environment
     precision = now['mixed_precision'] or os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
     now, saved = dict(now, mixed_precision=precision), dict(saved, mixed_precision=saved['mixed_precision'] or 'no')
     trained = option_names(TrainConfig, changes_result=True)
@@ -164,7 +164,7 @@ def _choose(
         grid: list[dict[str, Any]],
         tasks: list[Task],
 ) -> tuple[TrainConfig, list[dict[str, Any]]]:
-    rows = [read_row(task.folder, name, FIRST_SEED) for task in tasks]
+    rows = [read_run_result(task.folder, name, FIRST_SEED) for task in tasks]
     points = [dict(change, val_top1=row.val_top1 if row.val_exact is None else row.val_exact, chosen=False)
               for change, row in zip(grid, rows)]
     return replace(config, **grid[mark_best(name, points)]), points

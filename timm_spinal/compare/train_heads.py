@@ -1,6 +1,7 @@
-"""Train heads on cached features, each with its seeds: side by side or together, where that is exact."""
+"""Train several heads on cached features, each with several seeds, on all cores."""
 import copy
-from concurrent.futures import as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Callable, Iterator, Sequence
 
@@ -10,14 +11,7 @@ from torch import nn
 from timm_spinal.errors import UserError
 
 from .controls import REFUSALS
-from .cores import core_each
-from .joined_linear import join_linears
-from .products import fast_float32_products
-from .stacked import SeparateHeads, StackedHeads, can_stack
-from .train_group import EVAL_BATCH, Features, Recipe, Trained, train_group
-
-# optimizers whose update of a number depends on nothing but that number's own gradients
-ELEMENTWISE = ('sgd', 'momentum', 'adam', 'adamw', 'nadam', 'nadamw', 'radam', 'radamw', 'rmsprop', 'adagrad', 'lion')
+from .train_head import EVAL_BATCH, Features, Recipe, Trained, seed_dropout, train_head
 
 
 @dataclass(frozen=True)
@@ -48,7 +42,7 @@ class HeadTask:
         """
         check_batch(self.train.x.shape[1], self.recipe.batch_size)
 
-    def try_out(self, name: str) -> None:
+    def dry_run(self, name: str) -> None:
         """Make two updates, whose result is thrown away.
 
         Args:
@@ -57,16 +51,21 @@ class HeadTask:
         Raises:
             UserError: A head, batch or optimizer with which it fails.
         """
-        group = SeparateHeads([head.to(self.train.x.device) for head in self.new_heads([0])], [0])
+        short = replace(self, seeds=[0], recipe=replace(self.recipe, epochs=2))
         try:
-            with torch.random.fork_rng(devices=[]):
-                train_group(group, [0], self.train, self.validation, replace(self.recipe, epochs=2))
+            for job in short.jobs():
+                job.run_seeded()
         except REFUSALS as e:
             if isinstance(e, UserError):
                 raise
             reason = ' '.join(str(e).split())[:300] or type(e).__name__
             raise UserError(f'head {name}: cannot be trained on features of {tuple(self.train.x.shape[2:])} in batches '
                             f'of {self.recipe.batch_size} ({reason}); change its options, or --head-batch-size') from e
+
+    def jobs(self, index: int = 0) -> list['_Job']:
+        """A job for each seed; ``index`` is that of the task."""
+        device = self.train.x.device
+        return [_Job(index, self, seed, head.to(device)) for seed, head in zip(self.seeds, self.new_heads(self.seeds))]
 
 
 def check_batch(size: int, batch: int) -> None:
@@ -80,12 +79,12 @@ def check_batch(size: int, batch: int) -> None:
                         f'use --head-batch-size {size} or less')
 
 
-def train_heads(tasks: Sequence[HeadTask], stack: bool | None = None) -> Iterator[tuple[int, Trained]]:
-    """Train all tasks; each seed keeps its best epoch on the validation split.
+def train_heads(tasks: Sequence[HeadTask]) -> Iterator[tuple[int, Trained]]:
+    """Train every task with every seed; each keeps its best epoch on the validation split.
 
-    Args:
-        tasks: What to train.
-        stack: Train the seeds of a task together; None: where `can_stack` finds it exact, but side by side on a CPU.
+    On a CPU each trains on a core of its own, the longest first, so that no core waits for the last one. Heads on
+    another device follow one by one, and so do those that draw from torch's global generator, which all threads share:
+    the result of a seed depends neither on the other seeds nor on the number of cores.
 
     Yields:
         Index of the task and the result of one of its seeds, as they end.
@@ -95,23 +94,29 @@ def train_heads(tasks: Sequence[HeadTask], stack: bool | None = None) -> Iterato
     """
     for task in tasks:
         task.check()
-    beside = [stack is None and task.train.x.device.type == 'cpu' for task in tasks]  # a core each is faster there
-    yield from _train_side_by_side([(i, task) for i, task in enumerate(tasks) if beside[i]])
+    in_threads: list[_Job] = []
+    one_by_one: list[_Job] = []
     for i, task in enumerate(tasks):
-        if not beside[i]:
-            yield from ((i, trained) for trained in _train_together(task, stack))
+        if jobs := task.jobs(i):
+            (in_threads if jobs[0].can_run_in_thread() else one_by_one).extend(jobs)
+    with one_core_each() as pool:
+        futures = [pool.submit(job.run) for job in sorted(in_threads, key=_Job.work, reverse=True)]
+        for future in as_completed(futures):
+            yield future.result()
+    for job in one_by_one:
+        yield job.run_seeded()
 
 
-def _train_together(task: HeadTask, stack: bool | None) -> Iterator[Trained]:
-    seeds, device = task.seeds, task.train.x.device
-    if stack is None:
-        stack = len(seeds) > 1 and task.recipe.opt in ELEMENTWISE and _stackable(task)
-    kind = StackedHeads if stack else SeparateHeads
-    for group_seeds in [seeds] if stack else [[seed] for seed in seeds]:
-        heads = [head.to(device) for head in task.new_heads(group_seeds)]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(group_seeds[0])
-            yield from train_group(kind(heads, group_seeds), group_seeds, task.train, task.validation, task.recipe)
+@contextmanager
+def one_core_each() -> Iterator[ThreadPoolExecutor]:
+    """As many workers as torch has threads, each of which computes with one; torch has its threads back at the end."""
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -120,51 +125,37 @@ class _Job:
     index: int
     task: HeadTask
     seed: int
-    group: SeparateHeads
-
-    def sample(self) -> torch.Tensor:
-        return self.task.train.x[0, :min(16, len(self.task.train.y))]
+    head: nn.Module
 
     def work(self) -> int:
         """Grows with the time that the job takes."""
-        return sum(p.numel() for p, _ in self.group.parameters()) * self.task.recipe.epochs * len(self.task.train.y)
+        return sum(p.numel() for p in self.head.parameters()) * self.task.recipe.epochs * len(self.task.train.y)
 
     def run(self) -> tuple[int, Trained]:
         task = self.task
-        return self.index, train_group(self.group, [self.seed], task.train, task.validation, task.recipe)[0]
+        return self.index, train_head(self.head, self.seed, task.train, task.validation, task.recipe)
 
+    def run_seeded(self) -> tuple[int, Trained]:
+        """`run` with torch's global generators seeded; they are afterwards as they were."""
+        with torch.random.fork_rng(devices=_gpus(self.task.train.x.device)):
+            torch.manual_seed(self.seed)
+            return self.run()
 
-def _train_side_by_side(tasks: list[tuple[int, HeadTask]]) -> Iterator[tuple[int, Trained]]:
-    """Every seed of every task on a core of its own, the longest first, so that no core waits for the last one.
-
-    Heads that draw from torch's global generator, which all threads share, follow alone.
-    """
-    paired: list[_Job] = []
-    alone: list[_Job] = []
-    for i, task in tasks:
-        jobs = [_Job(i, task, seed, SeparateHeads([head], [seed]))
-                for seed, head in zip(task.seeds, task.new_heads(task.seeds))]
-        if task.train.x.ndim == 3:
-            for job in jobs:
-                job.group.heads = [join_linears(job.group.heads[0], job.sample())]
-        (alone if jobs and _draws_from_global(jobs[0]) else paired).extend(jobs)
-    with fast_float32_products(), core_each() as pool:
-        futures = [pool.submit(job.run) for job in sorted(paired, key=_Job.work, reverse=True)]
-        for future in as_completed(futures):
-            yield future.result()
-    for job in alone:
+    def can_run_in_thread(self) -> bool:
+        """Whether it is on a CPU, and a training step draws nothing from torch's global generator."""
+        x = self.task.train.x
+        if x.device.type != 'cpu':
+            return False
+        head = copy.deepcopy(self.head).train()
+        seed_dropout(head, self.seed)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(job.seed)
-            yield job.run()
+            before = torch.get_rng_state()
+            head(x[0, :16])
+            return torch.equal(before, torch.get_rng_state())
 
 
-def _draws_from_global(job: _Job) -> bool:
-    """Whether a training step of a head, other than its dropout modules, draws from torch's global generator."""
-    group = copy.deepcopy(job.group)
-    with torch.random.fork_rng(devices=[]):
-        before = torch.get_rng_state()
-        group.forward_train(job.sample()[None])
-        return not torch.equal(before, torch.get_rng_state())
+def _gpus(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == 'cuda' else []
 
 
 @torch.no_grad()
@@ -173,10 +164,3 @@ def predict(head: nn.Module, state: dict[str, torch.Tensor], features: Features)
     head.load_state_dict(state)
     head.to(features.x.device).eval()
     return torch.cat([head(x) for x in features.x[0].split(EVAL_BATCH)])
-
-
-def _stackable(task: HeadTask) -> bool:
-    seeds, x = task.seeds[:2], task.train.x
-    heads = [head.to(x.device) for head in task.new_heads(seeds)]
-    rows = min(16, x.shape[1] // 2)
-    return can_stack(heads, seeds, torch.stack([x[0, i * rows:(i + 1) * rows] for i in range(len(seeds))]))

@@ -5,13 +5,13 @@ from typing import Any, Sequence
 import timm
 import torch
 import torch.nn as nn
-from timm.models import parse_model_name
-from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
+from timm.models import load_model_config_from_hf, parse_model_name
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from timm_spinal.errors import UserError
+from timm_spinal.models._timm import load_model_config_from_path
 from timm_spinal.models.fill_weights import watch_load
 from timm_spinal.models.hub_checksums import check_download
 from timm_spinal.models.hub_errors import explain, one_line

@@ -6,18 +6,19 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import model_entrypoint
 
 import timm_spinal
+from timm_spinal.cost import Cost
+from timm_spinal.models.convolutions import convolution_of
 from timm_spinal.training.model import needs_registration
 from timm_spinal.training.report import accuracy_text, epochs_done
 from timm_spinal.training.task import CAPSULE_LOSSES
 from timm_spinal.version import ADDRESS
 
-from .beside import Row, Table, result_rows, table
 from .card_check import TASK
-from .cost import Cost
 from .licences import Licence, choose_licence
 from .options import PublishOptions
 from .papers import TIMM, Paper, papers_of
 from .recipe import base_model, command, dataset_name, hub_dataset, hub_page, started_from_weights
+from .reference_runs import ModelResults, Table, result_rows, table
 from .scores import Score, title
 from .source import Source
 
@@ -41,7 +42,7 @@ def make_card(source: Source, options: PublishOptions, cost: Cost, name: str, lo
     """
     papers = papers_of(source.architecture, source.config['pretrained_cfg'].get('paper_ids'))
     classes = source.config['num_classes']
-    beside = result_rows(source, options.beside)
+    reference_runs = result_rows(source, options.beside)
     data = options.dataset_name or dataset_name(source.args)
     repo, _, revision = load_name.removeprefix('hf-hub:').partition('@')
     card = ModelCard.from_template(
@@ -61,10 +62,11 @@ def make_card(source: Source, options: PublishOptions, cost: Cost, name: str, lo
         mode='L' if cost.input_size[0] == 1 else 'RGB',
         topk=min(5, classes),
         details=_details(source, cost, papers),
-        results=_results(source, beside, data, options.dtype),
+        results=_results(source, reference_runs, data, options.dtype),
         recipe=_recipe(source, load_name.startswith('hf-hub:')),
-        limits=_limits(source, options, beside.rows) + _limits_in_transformers(cost.input_size[0], load_name),
-        citation='\n'.join(paper.bibtex for paper in (*papers, *_timm_if_used(source.architecture))),
+        limits=_limits(source, options, reference_runs.rows) + _limits_in_transformers(cost.input_size[0], load_name),
+        citation='\n'.join(
+            paper.bibtex for paper in (*papers, *_timm_if_used(source.architecture)) if paper.bibtex),
     )
     return str(card).rstrip() + '\n'
 
@@ -96,7 +98,7 @@ def _metadata(source: Source, options: PublishOptions, papers: list[Paper], name
         license=licence.id,
         license_name=licence.name or None,
         license_link=licence.link or None,
-        tags=['timm', 'timm-spinal', TASK, *(paper.tag for paper in papers), *arxiv],
+        tags=['timm', 'timm-spinal', TASK, *(paper.tag for paper in papers if paper.tag), *arxiv],
         datasets=[dataset] if dataset else None,
         base_model=base_model(source.args) or None,
         metrics=['accuracy'] if results else None,
@@ -128,11 +130,15 @@ def _register_line(architecture: str) -> str:
     if not needs_registration(architecture):
         return ''
     backbone, _, head = architecture.rpartition('_')
-    return f"timm_spinal.register_head_variant('{backbone}', '{head}')  # makes the name known to timm"
+    call = f"ensure_registered('{architecture}')"
+    if head in timm_spinal.HEADS and convolution_of(backbone) is None:
+        call = f"register_head_variant('{backbone}', '{head}')"
+    return f'timm_spinal.{call}  # makes the name known to timm'
 
 
 def _details(source: Source, cost: Cost, papers: list[Paper]) -> dict[str, Any]:
-    kwargs = {k: v for k, v in source.config.get('model_args', {}).items() if k.startswith(('head_', 'ic_', 'sb_'))}
+    prefixes = ('head_', 'sb_', *(f'{prefix}_' for prefix in timm_spinal.CONVOLUTIONS))
+    kwargs = {k: v for k, v in source.config.get('model_args', {}).items() if k.startswith(prefixes)}
     details = {
         'Parameters (M)': f'{cost.params / 1e6:.3g}',
         'GMACs': f'{cost.macs / 1e9:.3g} (convolutions and matrix products, torch.utils.flop_counter)',
@@ -151,8 +157,8 @@ def _score_line(score: Score, data: str) -> str:
     return f'- {data}, {score.split}{images}: {accuracy_text(score.accuracies)}{chosen}'
 
 
-def _results(source: Source, beside: Table, data: str, dtype: str) -> str:
-    lines, rows = [_score_line(score, data) for score in source.scores], beside.rows
+def _results(source: Source, reference_runs: Table, data: str, dtype: str) -> str:
+    lines, rows = [_score_line(score, data) for score in source.scores], reference_runs.rows
     if not lines:
         before = ['', 'The weights before they were rounded to float16 had:', '',
                   *(_score_line(score, data) for score in source.before)] if source.before else []
@@ -160,9 +166,9 @@ def _results(source: Source, beside: Table, data: str, dtype: str) -> str:
     if len(rows) > 1 or any(len(row.values) > 1 for row in rows):
         rounded = ', before they were rounded to float16' if dtype == 'fp16' else ''
         lines += ['', f'Mean and standard deviation over the seeds, of the best weights of each run{rounded}; bold is '
-                  'what is published:', '', table(rows, beside.metric, data)]
-    if beside.recipe:
-        lines += ['', f'The runs differ in their recipes too: {", ".join(beside.recipe)}.']
+                  'what is published:', '', table(rows, reference_runs.metric, data)]
+    if reference_runs.recipe:
+        lines += ['', f'The runs differ in their recipes too: {", ".join(reference_runs.recipe)}.']
     if rows and len(rows[0].values) > 1:
         lines += ['', _which_seed(source, rows[0])]
     if len(rows) == 1:
@@ -170,7 +176,7 @@ def _results(source: Source, beside: Table, data: str, dtype: str) -> str:
     return '\n'.join(lines)
 
 
-def _which_seed(source: Source, row: Row) -> str:
+def _which_seed(source: Source, row: ModelResults) -> str:
     """Whether the published run was picked out of several."""
     assert source.args is not None
     seed, count = source.args.seed, len(row.values)
@@ -192,7 +198,7 @@ def _recipe(source: Source, on_hub: bool) -> str:
     return '\n'.join(lines)
 
 
-def _limits(source: Source, options: PublishOptions, rows: list[Row]) -> list[str]:
+def _limits(source: Source, options: PublishOptions, rows: list[ModelResults]) -> list[str]:
     pairs = any('exact' in score.accuracies for score in source.scores)
     given = 'two' if pairs else 'one'
     limits = [f'It knows {source.config["num_classes"]} classes, and gives {given} of them to every image.',

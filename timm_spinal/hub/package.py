@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from timm_spinal.cost import cost_of
 from timm_spinal.errors import UserError
 from timm_spinal.files import write_error
 from timm_spinal.training.config import ValidateConfig
@@ -20,7 +21,6 @@ from timm_spinal.training.results import CONFIG, WEIGHTS, own_config
 
 from .card import make_card, resolve_licence
 from .card_check import check_card
-from .cost import cost_of
 from .golden import GOLDEN, compare_golden, golden_tensors
 from .licences import Licence
 from .measure import measure

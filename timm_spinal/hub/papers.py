@@ -1,6 +1,10 @@
 """The papers that a model stands on, and how they are cited."""
-import re
 from typing import Any, NamedTuple
+
+from timm.models import get_pretrained_cfg
+
+from timm_spinal.layers import HEADS
+from timm_spinal.models.convolutions import convolution_of
 
 
 class Paper(NamedTuple):
@@ -65,20 +69,23 @@ TIMM = Paper('', '', """@misc{rw2019timm,
 }""")
 
 PAPERS = (SPINAL, PROGRESSIVE, XNODR, CAPSULES, IC, SHARED_BASIS)
-# what the name of an architecture says of it; several may fit
-_BY_NAME = (
-    (r'_pspinal\b|^pspinal', PROGRESSIVE),
-    (r'(?<!p)spinal', SPINAL),
-    (r'_xn[oi]dr\b', XNODR),
-    (r'_caps\b|^capsnet', CAPSULES),
-    (r'^ic|_ic\b', IC),
-    (r'_sb(pp)?(_|\b)', SHARED_BASIS),
-)
 
 
 def papers_of(architecture: str, paper_ids: Any = None) -> list[Paper]:
-    """The papers of an architecture: those that its config names and those that its name speaks of."""
-    ids = [paper_ids] if isinstance(paper_ids, str) else list(paper_ids or ())
-    numbers = {str(i).lower().removeprefix('arxiv:') for i in ids}
-    spoken = {paper for pattern, paper in _BY_NAME if re.search(pattern, architecture)}
-    return [paper for paper in PAPERS if paper.arxiv in numbers or paper in spoken]
+    """The papers of an architecture: those of `PAPERS` that a config names, and those of its head and convolutions.
+
+    Args:
+        architecture: A model's name.
+        paper_ids: What the config of saved weights names. That of the registered name counts too.
+
+    Returns:
+        In the order of `PAPERS`. One that a head or a convolution names and `PAPERS` lacks comes last, with its number
+        alone.
+    """
+    numbers, registered = set(), get_pretrained_cfg(architecture)
+    for ids in (paper_ids, registered.paper_ids if registered else None):
+        numbers |= {str(i).lower().removeprefix('arxiv:') for i in ([ids] if isinstance(ids, str) else ids or ())}
+    parts = convolution_of(architecture), HEADS.get(architecture.rpartition('_')[2])
+    of_parts = {getattr(part, 'paper', '') for part in parts} - {''}
+    others = of_parts - {paper.arxiv for paper in PAPERS}
+    return [paper for paper in PAPERS if paper.arxiv in numbers | of_parts] + [Paper('', i, '') for i in sorted(others)]

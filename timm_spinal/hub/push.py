@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import get_pretrained_cfg, parse_model_name
-from timm.models._hub import load_model_config_from_hf
+from timm.models import get_pretrained_cfg, load_model_config_from_hf, parse_model_name
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig

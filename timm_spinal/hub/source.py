@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from timm_spinal.compare.runs import read_result
 from timm_spinal.errors import UserError
 from timm_spinal.files import read_json
+from timm_spinal.models._timm import save_config_for_hf
 from timm_spinal.models.weight_files import read_weights
 from timm_spinal.training.checkpoint import find_checkpoints, read_state
 from timm_spinal.training.config import TrainConfig, ValidateConfig

@@ -16,11 +16,12 @@ from .control_heads import MlpLayers as MlpLayers
 from .control_heads import equal_size_mlp_width as equal_size_mlp_width
 from .create_head import HEAD_PRESETS as HEAD_PRESETS
 from .create_head import HEADS as HEADS
+from .create_head import Table as Table
 from .create_head import create_head as create_head
+from .create_head import head_needs_feature_map as head_needs_feature_map
 from .create_head import head_options as head_options
-from .create_head import head_takes_map as head_takes_map
+from .create_head import nearest as nearest
 from .ic_conv import ICConv2d as ICConv2d
-from .ic_conv import check_ic_options as check_ic_options
 from .orthogonality import orthogonality_loss as orthogonality_loss
 from .packed_routing import PackedXnidr as PackedXnidr
 from .packed_routing import PackedXnodr as PackedXnodr

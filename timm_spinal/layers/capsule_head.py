@@ -94,8 +94,10 @@ class CapsuleHead(ClassifierHead):
         ValueError: A value out of range, or capsules that do not divide the channels.
     """
 
-    takes_map = True
-    class_parts = ('scores', 'fc')
+    hidden_layers = PrimaryCapsules
+    needs_feature_map = True
+    per_class_modules = ('scores', 'fc')
+    paper = '1710.09829'
     xnor_projector = False
     xnor_agreement = False
 
@@ -119,8 +121,8 @@ class CapsuleHead(ClassifierHead):
             device=None,
             dtype=None,
     ):
-        # set before super().__init__, which calls _create_fc, which reads them
-        self.takes_map = primary != VECTOR
+        # what _create_fc reads, which the base class calls
+        self.needs_feature_map = primary != VECTOR
         self.channels_last = input_fmt == 'NHWC'
         self.plain = False
         self.packed = packed
@@ -136,8 +138,11 @@ class CapsuleHead(ClassifierHead):
             xnor_agreement=self.xnor_agreement,
             memory=memory,
         )
-        create_hidden = partial(
-            PrimaryCapsules,
+        super().__init__(
+            in_features,
+            num_classes,
+            device=device,
+            dtype=dtype,
             block=primary,
             capsules=capsules,
             dim=capsule_dim,
@@ -145,7 +150,7 @@ class CapsuleHead(ClassifierHead):
             momentum=norm_momentum,
             eps=norm_eps,
         )
-        super().__init__(in_features, num_classes, create_hidden, dropout, device=device, dtype=dtype)
+        self.drop = nn.Dropout(dropout)
 
     def _create_fc(self, device=None, dtype=None) -> nn.Module:
         dd = {'device': device, 'dtype': dtype}
@@ -215,9 +220,9 @@ class CapsuleHead(ClassifierHead):
         super().reset(num_classes, reset_other, in_features, device, dtype)
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        if self.channels_last and self.takes_map:
+        if self.channels_last and self.needs_feature_map:
             x = x.permute(0, 3, 1, 2)
-        if self.plain and self.takes_map:
+        if self.plain and self.needs_feature_map:
             x = x.mean((2, 3))
         x = self.hidden(x)
         if pre_logits or self.num_classes == 0:
@@ -232,9 +237,11 @@ class XnodrHead(CapsuleHead):
     """XnODR, xnorized projector outside dynamic routing: u_hat = (sgn x)(sgn W) K_x alpha_W; else as CapsuleHead."""
 
     xnor_projector = True
+    paper = '2111.10854'
 
 
 class XnidrHead(CapsuleHead):
     """XnIDR, xnorized agreement inside dynamic routing: l += <sgn u_hat, sgn v> K_u K_v; else as CapsuleHead."""
 
     xnor_agreement = True
+    paper = '2111.10854'

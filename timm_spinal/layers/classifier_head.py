@@ -1,10 +1,11 @@
 """What every vector head shares: hidden layers, then one linear classifier."""
 
-from typing import Callable, Optional, Tuple
+import inspect
+from functools import partial
+from typing import Any, Callable, Optional, Tuple
 
 import torch
-from timm.layers import get_act_layer, get_norm_layer
-from timm.layers.helpers import get_device_dtype
+from timm.layers import get_act_layer, get_device_dtype, get_norm_layer
 from torch import nn
 
 HiddenFactory = Callable[..., nn.Module]
@@ -62,42 +63,64 @@ def check_positive(**sizes: int) -> None:
             raise ValueError(f'{name} must be a positive whole number, got {value!r}.')
 
 
+class NoHiddenLayers(nn.Identity):
+    """The hidden layers of a linear classifier: (N, F) -> (N, F).
+
+    Args:
+        in_features: Width F of the pooled vector.
+    """
+
+    def __init__(self, in_features: int, device=None, dtype=None):
+        super().__init__()
+        self.out_features = in_features
+
+
 class ClassifierHead(nn.Module):
     """Pooled vector (N, F) -> hidden layers -> pre-logits (N, hidden_size) -> logits (N, C).
 
-    With ``num_classes`` 0 the output is the pre-logits. Subclasses say what the hidden layers are.
-    The last linear is ``fc`` and is registered last, where timm's AGC expects the classifier.
+    With ``num_classes`` 0 the output is the pre-logits. The last linear is ``fc`` and is registered last, where timm's
+    AGC expects the classifier. A subclass names the class of its hidden layers, whose options are then its own:
+    ``inspect.signature`` of the subclass shows them.
 
     Args:
         in_features: Width F of the pooled vector.
         num_classes: Number of classes C, 0 for none.
-        create_hidden: Makes the hidden layers from (in_features, device=, dtype=); the module has an attribute
-            ``out_features``. None for a plain linear classifier.
-        dropout: Dropout rate in front of the last linear.
+        **options: Options of the hidden layers.
+
+    Attributes:
+        hidden_layers: Makes the hidden layers from (in_features, device=, dtype=, **options). The module tells its
+            ``out_features`` and, if it has one, the ``dropout`` rate in front of the linear behind it.
+        needs_feature_map: Whether the input is the feature map and not the pooled vector.
+        per_class_modules: Submodules whose shape depends on the number of classes.
+        paper: arXiv number of the paper, '' for none.
     """
 
-    takes_map = False  # whether the input is the feature map and not the pooled vector
-    class_parts: Tuple[str, ...] = ('fc',)  # submodules that are made for a number of classes
+    hidden_layers: Callable[..., nn.Module] = NoHiddenLayers
+    needs_feature_map = False
+    per_class_modules: Tuple[str, ...] = ('fc',)
+    paper = ''
 
-    def __init__(
-            self,
-            in_features: int,
-            num_classes: int,
-            create_hidden: Optional[HiddenFactory] = None,
-            dropout: float = 0.,
-            device=None,
-            dtype=None,
-    ):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+            own = [parameter.name for parameter in parameters]
+            parameters[-1:] = [
+                parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+                for parameter in inspect.signature(cls.hidden_layers).parameters.values() if parameter.name not in own]
+        cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+
+    def __init__(self, in_features: int, num_classes: int, device=None, dtype=None, **options: Any):
         super().__init__()
         check_positive(in_features=in_features)
         self.check_classes(num_classes)
-        self._create_hidden = create_hidden
         self.in_features = in_features
         self.num_classes = num_classes
         dd = {'device': device, 'dtype': dtype}
-        self.hidden: nn.Module = create_hidden(in_features, **dd) if create_hidden is not None else nn.Identity()
-        self.hidden_size: int = getattr(self.hidden, 'out_features', in_features)
-        self.drop = nn.Dropout(dropout)
+        self._create_hidden: Optional[HiddenFactory] = partial(type(self).hidden_layers, **options)
+        self.hidden: nn.Module = self._create_hidden(in_features, **dd)
+        self.hidden_size: int = self.hidden.out_features  # type: ignore[assignment]
+        self.drop = nn.Dropout(getattr(self.hidden, 'dropout', 0.))
         self.fc = self._create_fc(**dd)
 
     def _create_fc(self, device=None, dtype=None) -> nn.Module:

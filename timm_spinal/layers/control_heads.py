@@ -1,7 +1,5 @@
 """The controls: what every head is compared with."""
 
-from functools import partial
-
 from torch import nn
 
 from .classifier_head import ClassifierHead, check_positive, hidden_block
@@ -15,9 +13,6 @@ class LinearHead(ClassifierHead):
         num_classes: Number of classes C.
     """
 
-    def __init__(self, in_features: int, num_classes: int, device=None, dtype=None):
-        super().__init__(in_features, num_classes, device=device, dtype=dtype)
-
 
 class MlpLayers(nn.Sequential):
     """Plain hidden layers: (N, F) -> (N, W), each as :func:`hidden_block`.
@@ -26,7 +21,7 @@ class MlpLayers(nn.Sequential):
         in_features: Input width F.
         layers: Number of hidden layers.
         width: Layer width W.
-        dropout: Dropout rate in front of each linear.
+        dropout: Dropout rate in front of each linear, in a head of the last one too.
         norm_layer: timm name of a norm behind each linear, '' for none.
         act_layer: timm name of the activation.
     """
@@ -49,6 +44,7 @@ class MlpLayers(nn.Sequential):
         ])
         self.in_features = in_features
         self.out_features = width
+        self.dropout = dropout
 
 
 class MlpHead(ClassifierHead):
@@ -60,34 +56,10 @@ class MlpHead(ClassifierHead):
     Args:
         in_features: Width F of the pooled vector.
         num_classes: Number of classes C.
-        layers: Number of hidden layers.
-        width: Layer width W.
-        dropout: Dropout rate in front of every linear, the last one too.
-        norm_layer: timm name of a norm behind each hidden linear, '' for none.
-        act_layer: timm name of the activation.
+        **options: Those of :class:`MlpLayers`.
     """
 
-    def __init__(
-            self,
-            in_features: int,
-            num_classes: int,
-            layers: int = 1,
-            width: int = 512,
-            dropout: float = 0.5,
-            norm_layer: str = 'batchnorm1d',
-            act_layer: str = 'relu',
-            device=None,
-            dtype=None,
-    ):
-        create_hidden = partial(
-            MlpLayers,
-            layers=layers,
-            width=width,
-            dropout=dropout,
-            norm_layer=norm_layer,
-            act_layer=act_layer,
-        )
-        super().__init__(in_features, num_classes, create_hidden, dropout=dropout, device=device, dtype=dtype)
+    hidden_layers = MlpLayers
 
 
 def equal_size_mlp_width(num_params: int, in_features: int, num_classes: int, norm: bool = True) -> int:

@@ -1,8 +1,9 @@
 """Heads by name, with the papers' settings as named presets."""
 
 import difflib
+import functools
 import inspect
-from typing import Any, Dict, List, Type
+from typing import Any, Dict, Iterable, Type
 
 from .capsule_head import CapsuleHead, XnidrHead, XnodrHead
 from .classifier_head import ClassifierHead
@@ -11,7 +12,30 @@ from .primary_capsules import VECTOR
 from .progressive_spinal_head import ProgressiveSpinalHead
 from .spinal_head import SpinalHead
 
-HEADS: Dict[str, Type[ClassifierHead]] = {
+
+class Table(Dict[str, Any]):
+    """Rows by name. A name that it does not have raises a ValueError with the known names and the nearest one.
+
+    Args:
+        kind: What a row is, for the message.
+        rows: The rows.
+    """
+
+    def __init__(self, kind: str, rows: Dict[str, Any]):
+        super().__init__(rows)
+        self.kind = kind
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"Unknown {self.kind} '{name}'; {self.kind}s are {', '.join(self)}.{nearest(name, self)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message: the known name that is nearest to a wrong one, '' where none is near."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean '{near[0]}'?" if near else ''
+
+
+HEADS: Dict[str, Type[ClassifierHead]] = Table('head', {
     'linear': LinearHead,
     'mlp': MlpHead,
     'spinal': SpinalHead,
@@ -19,7 +43,7 @@ HEADS: Dict[str, Type[ClassifierHead]] = {
     'caps': CapsuleHead,
     'xnodr': XnodrHead,
     'xnidr': XnidrHead,
-}
+})
 
 _PLAIN = dict(dropout=0., norm_layer='')  # the papers' 'ResNet style'
 
@@ -57,14 +81,13 @@ HEAD_PRESETS: Dict[str, Dict[str, Dict[str, Any]]] = {
 }
 
 
-def _nearest(name: str, known: List[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean '{near[0]}'?" if near else ''
+_GIVEN = ('in_features', 'num_classes', 'input_fmt', 'device', 'dtype')  # by the model, so no options
 
 
-def _check_head(head: str) -> None:
-    if head not in HEADS:
-        raise ValueError(f"Unknown head '{head}'; heads are {', '.join(HEADS)}.{_nearest(head, list(HEADS))}")
+@functools.cache
+def _class_options(head_cls: Type[ClassifierHead]) -> Dict[str, Any]:
+    parameters = inspect.signature(head_cls).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if name not in _GIVEN}
 
 
 def head_options(head: str) -> Dict[str, Any]:
@@ -73,21 +96,18 @@ def head_options(head: str) -> Dict[str, Any]:
     Raises:
         ValueError: If the head is unknown.
     """
-    _check_head(head)
-    params = inspect.signature(HEADS[head].__init__).parameters
-    fixed = ('self', 'in_features', 'num_classes', 'input_fmt', 'device', 'dtype')
-    options = {name: param.default for name, param in params.items() if name not in fixed}
-    return dict(options, preset='') if head in HEAD_PRESETS else options
+    head_cls: Any = HEADS[head]
+    options = _class_options(head_cls)
+    return dict(options, preset='') if head in HEAD_PRESETS else dict(options)
 
 
-def head_takes_map(head: str, primary: str = '', **options: Any) -> bool:
+def head_needs_feature_map(head: str, primary: str = '', **options: Any) -> bool:
     """Whether a head with these options reads the feature map and not the pooled vector.
 
     Raises:
         ValueError: If the head is unknown.
     """
-    _check_head(head)
-    return HEADS[head].takes_map and primary != VECTOR
+    return HEADS[head].needs_feature_map and primary != VECTOR
 
 
 def create_head(
@@ -103,7 +123,7 @@ def create_head(
     """Create a head by name.
 
     Args:
-        head: 'spinal', 'pspinal', a capsule head, 'caps', 'xnodr' or 'xnidr', or a control, 'linear' or 'mlp'.
+        head: A row of ``HEADS``.
         in_features: Width F of the pooled vector, or channels of the map.
         num_classes: Number of classes C, 0 for none.
         preset: Name of a row of ``HEAD_PRESETS[head]``; explicit options win over it.
@@ -114,20 +134,20 @@ def create_head(
         ValueError: If the head, the preset or a value is unknown or out of range.
         TypeError: If the head has no such option.
     """
-    _check_head(head)
-    known = head_options(head)
+    head_cls: Any = HEADS[head]
+    known = _class_options(head_cls)
     for name in options:
         if name not in known:
             raise TypeError(
-                f"Head '{head}' has no option '{name}'; its options are {', '.join(known) or 'none'}."
-                f'{_nearest(name, list(known))}')
+                f"Head '{head}' has no option '{name}'; its options are {', '.join(head_options(head)) or 'none'}."
+                f'{nearest(name, known)}')
     if preset:
         presets = HEAD_PRESETS.get(head, {})
         if preset not in presets:
             raise ValueError(
                 f"Head '{head}' has no preset '{preset}'; its presets are {', '.join(presets) or 'none'}."
-                f'{_nearest(preset, list(presets))}')
+                f'{nearest(preset, presets)}')
         options = dict(presets[preset], **options)
-    if HEADS[head].takes_map:
+    if head_cls.needs_feature_map:
         options['input_fmt'] = input_fmt
-    return HEADS[head](in_features, num_classes, device=device, dtype=dtype, **options)
+    return head_cls(in_features, num_classes, device=device, dtype=dtype, **options)

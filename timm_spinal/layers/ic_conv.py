@@ -11,6 +11,7 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 IC_CHOICES = {
     'mode': ('filter', 'layer', 'pair'),
@@ -210,11 +211,11 @@ class ICConv2d(nn.Conv2d):
         self.ic_weight = nn.Parameter(torch.empty(shape, **dd))
         self.ic_bias = nn.Parameter(torch.empty(out_channels, **dd)) if ic_norm == 'bias' else None
         self.ic_bn = nn.BatchNorm2d(out_channels, **dd) if ic_norm == 'bn' else None
-        self.reset_collision()
+        self.reset_added_parameters()
 
     @torch.jit.ignore
-    def reset_collision(self) -> None:
-        """Set the parameters of the collision to their start values; ``weight`` and ``bias`` stay."""
+    def reset_added_parameters(self) -> None:
+        """Start the collision anew; ``weight`` and ``bias`` stay."""
         nn.init.constant_(self.ic_weight, self.ic_init)
         if self.ic_bias is not None:
             nn.init.zeros_(self.ic_bias)
@@ -258,6 +259,32 @@ class ICConv2d(nn.Conv2d):
         if bias is not None:
             y = y + bias.view(-1, 1, 1).to(y.dtype)
         return y
+
+    @torch.jit.ignore
+    def fold_batchnorm(self, norm: nn.BatchNorm2d) -> Optional[nn.Module]:
+        """A copy with the BatchNorm behind it folded in, for eval mode; None where a gain is negative.
+
+        With a = gamma / sqrt(var + eps) >= 0 the collision scales as a whole, a (z + ReLU(z - w'S + b1)) =
+        (a z) + ReLU((a z) - (a w') S + (a b1)), so W, w' and b1 take a, and b2 takes the rest. A negative a would turn
+        ReLU around.
+        """
+        if norm.weight is not None and bool((norm.weight < 0).any()):
+            return None
+        new: Any = fuse_conv_bn_eval(self, norm)
+        assert norm.running_var is not None
+        scale = torch.rsqrt(norm.running_var + norm.eps)
+        if norm.weight is not None:
+            scale = scale * norm.weight
+        if new.ic_mode == 'layer':
+            new.ic_mode = 'filter'
+            new.ic_weight = nn.Parameter(new.ic_weight.expand(len(scale)))
+        new.ic_weight = nn.Parameter(new.ic_weight * scale.view(-1, *[1] * (new.ic_weight.ndim - 1)))
+        if new.ic_bias is not None:
+            new.ic_bias.mul_(scale)
+        if new.ic_bn is not None:  # a BN(u) as one of a u
+            new.ic_bn.running_mean.mul_(scale)
+            new.ic_bn.bias.mul_(scale)
+        return new
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, ic_mode={self.ic_mode}'

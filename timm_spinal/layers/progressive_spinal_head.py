@@ -28,7 +28,7 @@ class ProgressiveLayers(nn.Module):
         layers: Number of hidden layers L.
         width: Layer width W.
         skip_dropout: Dropout rate p on the input that layers 2 .. L and the output see.
-        dropout: Dropout rate in front of each linear.
+        dropout: Dropout rate in front of each linear, in a head of the last one too.
         norm_layer: timm name of a norm behind each linear, '' for none.
         act_layer: timm name of the activation.
 
@@ -54,6 +54,7 @@ class ProgressiveLayers(nn.Module):
             raise ValueError(f'skip_dropout must lie in [0, 1), got {skip_dropout}.')
         self.in_features = in_features
         self.out_features = in_features + layers * width
+        self.dropout = dropout
         self.skip_drop = nn.Dropout(skip_dropout)
         create_block = partial(
             hidden_block,
@@ -65,7 +66,9 @@ class ProgressiveLayers(nn.Module):
             dtype=dtype,
         )
         self.first = create_block(in_features)
-        self.blocks = nn.ModuleList([create_block(in_features + i * width) for i in range(1, layers)])
+        self.blocks = nn.ModuleList()
+        for i in range(1, layers):
+            self.blocks.append(create_block(in_features + i * width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         z: List[torch.Tensor] = [self.skip_drop(x), self.first(x)]
@@ -83,37 +86,8 @@ class ProgressiveSpinalHead(ClassifierHead):
     Args:
         in_features: Width F of the pooled vector.
         num_classes: Number of classes C.
-        layers: Number of hidden layers L.
-        width: Layer width W.
-        skip_dropout: Dropout rate p on the input, drawn once per forward, not seen by the first layer.
-        dropout: Dropout rate in front of every linear, the last one too.
-        norm_layer: timm name of a norm behind each hidden linear, '' for none.
-        act_layer: timm name of the activation.
-
-    Raises:
-        ValueError: As :class:`ProgressiveLayers`.
+        **options: Those of :class:`ProgressiveLayers`, which also says what it refuses.
     """
 
-    def __init__(
-            self,
-            in_features: int,
-            num_classes: int,
-            layers: int = 4,
-            width: int = 200,
-            skip_dropout: float = 0.2,
-            dropout: float = 0.,
-            norm_layer: str = '',
-            act_layer: str = 'relu',
-            device=None,
-            dtype=None,
-    ):
-        create_hidden = partial(
-            ProgressiveLayers,
-            layers=layers,
-            width=width,
-            skip_dropout=skip_dropout,
-            dropout=dropout,
-            norm_layer=norm_layer,
-            act_layer=act_layer,
-        )
-        super().__init__(in_features, num_classes, create_hidden, dropout=dropout, device=device, dtype=dtype)
+    hidden_layers = ProgressiveLayers
+    paper = '2103.11373'

@@ -31,7 +31,7 @@ class SpinalLayers(nn.Module):
         layers: Number of hidden layers L, at least ``splits``, so that every feature is read.
         splits: Number of input splits K.
         width: Layer width W.
-        dropout: Dropout rate in front of each linear.
+        dropout: Dropout rate in front of each linear, in a head of the last one too.
         norm_layer: timm name of a norm behind each linear, '' for none.
         act_layer: timm name of the activation.
         shared: Use one block for all layers but the first (spec spinal_heads 1.9).
@@ -61,6 +61,7 @@ class SpinalLayers(nn.Module):
             raise ValueError(f'layers ({layers}) must be at least splits ({splits}), or input features are never read.')
         self.in_features = in_features
         self.out_features = layers * width
+        self.dropout = dropout
         self.split_size = math.ceil(in_features / splits)
         self.split_starts = [
             min((i % splits) * self.split_size, in_features - self.split_size) for i in range(layers)]
@@ -98,40 +99,8 @@ class SpinalHead(ClassifierHead):
     Args:
         in_features: Width F of the pooled vector.
         num_classes: Number of classes C.
-        layers: Number of hidden layers L.
-        splits: Number of input splits K.
-        width: Layer width W.
-        dropout: Dropout rate in front of every linear, the last one too.
-        norm_layer: timm name of a norm behind each hidden linear, '' for none.
-        act_layer: timm name of the activation.
-        shared: One block for all hidden layers but the first.
-
-    Raises:
-        ValueError: As :class:`SpinalLayers`.
+        **options: Those of :class:`SpinalLayers`, which also says what it refuses.
     """
 
-    def __init__(
-            self,
-            in_features: int,
-            num_classes: int,
-            layers: int = 4,
-            splits: int = 2,
-            width: int = 512,
-            dropout: float = 0.5,
-            norm_layer: str = 'batchnorm1d',
-            act_layer: str = 'relu',
-            shared: bool = False,
-            device=None,
-            dtype=None,
-    ):
-        create_hidden = partial(
-            SpinalLayers,
-            layers=layers,
-            splits=splits,
-            width=width,
-            dropout=dropout,
-            norm_layer=norm_layer,
-            act_layer=act_layer,
-            shared=shared,
-        )
-        super().__init__(in_features, num_classes, create_hidden, dropout=dropout, device=device, dtype=dtype)
+    hidden_layers = SpinalLayers
+    paper = '2007.03347'

@@ -1,4 +1,4 @@
-"""What a head that reads the feature map has to know of a timm model."""
+"""The shape and format of the last feature map of a timm model, for heads that read it."""
 
 import copy
 from typing import Any, Callable, Dict, NamedTuple, Optional
@@ -8,7 +8,7 @@ from timm.models import ResNet, get_model_args
 from torch import nn
 
 TimmModel = Any  # an nn.Module with timm's attributes, for which timm has no type
-MAP_POOLS = ('avg', 'fast', 'fastavg')  # what a head that pools by itself agrees with
+MAP_POOLS = ('avg', 'fast', 'fastavg')  # timm's names of the average, which is what such a head computes itself
 
 
 class FeatureMap(NamedTuple):
@@ -19,14 +19,14 @@ class FeatureMap(NamedTuple):
 
 
 def find_feature_map(model: TimmModel, unpool: Callable[[TimmModel], None]) -> FeatureMap:
-    """Look at the map that a model gives without pooling, on a twin without weights.
+    """Find the map that a model gives without pooling, by a forward pass of a copy on the meta device.
 
     Args:
-        model: Stays as it is.
-        unpool: Makes a model answer with its map.
+        model: Is not changed.
+        unpool: Turns the pooling of a model off, in place.
 
     Raises:
-        ValueError: If the model gives no map, or pools in another way than by the average.
+        ValueError: If the model gives no map, or its pooling is not the average.
     """
     name = model.pretrained_cfg.get('architecture') or type(model).__name__
     advice = ("use a head that reads the pooled vector, such as 'pspinal', or head_primary='vector', which cuts that "
@@ -40,7 +40,7 @@ def find_feature_map(model: TimmModel, unpool: Callable[[TimmModel], None]) -> F
         dtype = next(twin.parameters()).dtype
         with torch.no_grad():
             features = twin(torch.zeros(1, model.in_chans, height, width, device='meta', dtype=dtype))
-    except Exception as e:  # whatever a family of timm's does when it cannot
+    except Exception as e:  # each family of timm's raises another error
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise ValueError(f'{name} gives no feature map without pooling ({reason}); {advice}') from e
     if not isinstance(features, torch.Tensor) or features.ndim != 4:
@@ -61,10 +61,13 @@ def _meta_twin(model: TimmModel) -> TimmModel:
 
 
 def check_map_pool(global_pool: Optional[str]) -> None:
-    """Refuse a pooling that a head that averages the map by itself cannot do.
+    """Refuse a pooling that is not the average, for a head that averages the map itself.
+
+    Args:
+        global_pool: timm's name; '' and None pass.
 
     Raises:
-        ValueError: If it is neither the average, nor none, nor left open.
+        ValueError: If it is another pooling.
     """
     if global_pool and global_pool not in MAP_POOLS:
         raise ValueError(
@@ -73,5 +76,5 @@ def check_map_pool(global_pool: Optional[str]) -> None:
 
 
 def map_head_defaults(model: TimmModel) -> Dict[str, Any]:
-    """Head options that depend on the backbone: the papers' block for ResNets (spec capsule_xnor_heads 4)."""
+    """Defaults of capsule heads that depend on the backbone: the papers' block for ResNets."""
     return dict(primary='bottleneck') if isinstance(model, ResNet) else {}

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, Dict, List, Union
 
 import timm.models
-from timm.models import split_model_name_tag
-from timm.models._pretrained import DefaultCfg, PretrainedCfg
+from timm.models import DefaultCfg, PretrainedCfg, split_model_name_tag
 
 FOLDER = Path(__file__).resolve().parents[1] / 'weights'
 _SOURCE_KEYS = ('url', 'hf_hub_id', 'hf_hub_filename', 'source')
-# what else a saved config tells of its weights; all other keys are the architecture's
+# keys of a saved config that belong to the weights; all others belong to the architecture
 _OF_THE_WEIGHTS = (
     'input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'num_classes', 'license',
 )
@@ -30,7 +29,7 @@ def packaged_names() -> List[str]:
 
 
 def read_info(name: str) -> Dict[str, Any]:
-    """What is known of packaged weights: ``config`` as timm saves it, ``recipe`` and ``logits``."""
+    """The JSON file of packaged weights: ``config`` as timm saves it, ``recipe`` and ``logits``."""
     return json.loads((FOLDER / f'{name}.json').read_text(encoding='utf-8'))
 
 
@@ -50,7 +49,7 @@ def packaged_cfg(base: PretrainedCfg, config: Dict[str, Any], file: Path) -> Pre
 
 
 def packaged_cfgs(arch: str, base: PretrainedCfg) -> Dict[str, PretrainedCfg]:
-    """Tag to cfg of an architecture's packaged weights; first those with the preprocessing of ``base``."""
+    """Cfgs of an architecture's packaged weights by tag; those with the preprocessing of ``base`` come first."""
     cfgs = {}
     for name in packaged_names():
         if split_model_name_tag(name)[0] == arch:
@@ -60,15 +59,15 @@ def packaged_cfgs(arch: str, base: PretrainedCfg) -> Dict[str, PretrainedCfg]:
 
 
 def same_preprocessing(cfg: PretrainedCfg, other: PretrainedCfg) -> bool:
-    """Whether two cfgs want the same of an image."""
+    """Whether two cfgs have the same mean, standard deviation and input size."""
     return (cfg.mean, cfg.std, cfg.input_size) == (other.mean, other.std, other.input_size)
 
 
 def generate_default_cfgs(cfgs: Dict[str, Union[Dict[str, Any], PretrainedCfg]]) -> Dict[str, DefaultCfg]:
     """timm's function of this name, with a tag for each of the architectures' packaged weights.
 
-    A name without tag means packaged weights only where their preprocessing is the architecture's own: which weights
-    are packaged does not change how a new model of that name is trained.
+    Packaged weights are the default of a name only where their preprocessing is the architecture's own, so that they do
+    not change how a new model of that name is trained.
     """
     out: Dict[str, Any] = {}
     for key, cfg in cfgs.items():

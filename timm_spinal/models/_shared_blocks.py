@@ -3,11 +3,11 @@
 from typing import Any, Dict, List, Optional, Sequence, Type
 
 import torch
-from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 from ..layers import SharedBasisConv2d, SharedConv2d, SharedStage, check_ranks
+from ._timm import InvertedResidual
 
 
 class SharedBasicBlock(BasicBlock):

@@ -1,6 +1,5 @@
 """Pooling to a fixed grid, and the classifiers of the papers' baselines."""
 
-from functools import partial
 from typing import Sequence
 
 import torch
@@ -46,7 +45,7 @@ class PlainLayers(nn.Sequential):
         in_features: Input width F.
         widths: Width of each layer.
         in_dropout: Dropout rate in front of the first layer.
-        norm_layer: timm name of a norm behind each linear, '' for none.
+        dropout: Dropout rate in front of the linear behind the layers.
         act_layer: timm name of the activation.
 
     Raises:
@@ -56,9 +55,9 @@ class PlainLayers(nn.Sequential):
     def __init__(
             self,
             in_features: int,
-            widths: Sequence[int],
+            widths: Sequence[int] = (512,),
             in_dropout: float = 0.,
-            norm_layer: str = '',
+            dropout: float = 0.,
             act_layer: str = 'relu',
             device=None,
             dtype=None,
@@ -68,10 +67,11 @@ class PlainLayers(nn.Sequential):
         for width in widths:
             check_positive(widths=width)
         super().__init__(*[
-            hidden_block(before, width, in_dropout if i == 0 else 0., norm_layer, act_layer, device, dtype)
+            hidden_block(before, width, in_dropout if i == 0 else 0., '', act_layer, device, dtype)
             for i, (before, width) in enumerate(zip([in_features, *widths], widths))
         ])
         self.out_features = widths[-1]
+        self.dropout = dropout
 
 
 class PlainHead(ClassifierHead):
@@ -80,22 +80,7 @@ class PlainHead(ClassifierHead):
     Args:
         in_features: Width F of the pooled vector.
         num_classes: Number of classes C.
-        widths: Width of each hidden layer.
-        in_dropout: Dropout rate in front of the first layer.
-        dropout: Dropout rate in front of the last linear.
-        act_layer: timm name of the activation.
+        **options: Those of :class:`PlainLayers`.
     """
 
-    def __init__(
-            self,
-            in_features: int,
-            num_classes: int,
-            widths: Sequence[int] = (512,),
-            in_dropout: float = 0.,
-            dropout: float = 0.,
-            act_layer: str = 'relu',
-            device=None,
-            dtype=None,
-    ):
-        create_hidden = partial(PlainLayers, widths=widths, in_dropout=in_dropout, act_layer=act_layer)
-        super().__init__(in_features, num_classes, create_hidden, dropout=dropout, device=device, dtype=dtype)
+    hidden_layers = PlainLayers

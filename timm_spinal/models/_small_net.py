@@ -1,17 +1,17 @@
-"""What the papers' small nets share: timm's model contract over stages and a head."""
+"""The base class of the papers' small nets: timm's model contract over stages and a head."""
 
 from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
-from timm.layers.helpers import get_device_dtype
+from timm.layers import get_device_dtype
 from timm.models import checkpoint
-from timm.models._features import feature_take_indices
 from torch import nn
 
-from ..layers import HEADS, ClassifierHead, create_head, head_takes_map
+from ..layers import HEADS, ClassifierHead, create_head, head_needs_feature_map
 from ._feature_map import check_map_pool
 from ._small_heads import GridPool, PlainHead
+from ._timm import feature_take_indices
 from .load_weights import build_model
 
 MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)
@@ -88,8 +88,8 @@ class SmallNet(nn.Module):
         self.global_pool = GridPool(global_pool, grid, position_major)
         self.pool_drop = nn.Dropout(drop_rate)
         create = self.heads.get(head, partial(create_head, head))
-        self.takes_map = head in HEADS and head_takes_map(head, **head_options)
-        if self.takes_map:
+        self.needs_feature_map = head in HEADS and head_needs_feature_map(head, **head_options)
+        if self.needs_feature_map:
             check_map_pool(global_pool)
         self.head = create(
             self._head_in_features(),
@@ -101,7 +101,7 @@ class SmallNet(nn.Module):
         self._update_head_hidden_size()
 
     def _head_in_features(self) -> int:
-        return self.num_features * (1 if self.takes_map else self.global_pool.features_per_channel)
+        return self.num_features * (1 if self.needs_feature_map else self.global_pool.features_per_channel)
 
     def _update_head_hidden_size(self) -> None:
         self.head_hidden_size = self.head.hidden_size if self.global_pool.pool_type else self.num_features
@@ -138,7 +138,7 @@ class SmallNet(nn.Module):
             self.grid, self.position_major = 1, False
         if global_pool is None:
             global_pool = self.global_pool.pool_type
-        if self.takes_map:
+        if self.needs_feature_map:
             check_map_pool(global_pool)
         self.head.check_classes(num_classes, reset_other)
         self.global_pool = GridPool(global_pool, self.grid, self.position_major).train(self.training)
@@ -232,7 +232,7 @@ class SmallNet(nn.Module):
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         if not self.global_pool.pool_type:
             return x
-        if not self.takes_map:
+        if not self.needs_feature_map:
             x = self.global_pool(x)
         return self.head(self.pool_drop(x), pre_logits)
 

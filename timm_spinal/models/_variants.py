@@ -1,14 +1,15 @@
-"""What registered models that are made of a plain one have in common: its weights, and their names."""
+"""What `head_variants.py` and `convolution_variants.py` share: registration, and weights of the plain timm model."""
 
-import difflib
 import sys
 from collections import deque
 from dataclasses import replace
+from functools import partial
 from typing import Any, Callable, Dict, Tuple
 
 import timm
 import torch
 from timm.models import (
+    DefaultCfg,
     filter_pretrained_cfg,
     get_arch_pretrained_cfgs,
     get_pretrained_cfg_value,
@@ -18,21 +19,24 @@ from timm.models import (
     register_model,
     split_model_name_tag,
 )
-from timm.models._builder import pretrained_cfg_for_features
-from timm.models._pretrained import DefaultCfg
 from torch import nn
 
+from ..layers import nearest
 from ._packaged import packaged_cfgs, same_preprocessing
+from ._timm import pretrained_cfg_for_features
 from .fill_weights import watch_load
-from .load_weights import create_filled, is_from_file, rename_on_load
+from .load_weights import create_filled, is_from_file, rename_weights
 from .weight_files import read_weights
 
 TAG_PREFIX = 'backbone'
 
 
 def variant_cfgs(name: str, backbone: str, **changes: Any) -> DefaultCfg:
-    """The plain model's cfgs, with changes, under tags that say that only a backbone is in the weights; and those of
-    packaged weights of the whole model, which the name without tag means where they want the same of an image."""
+    """Pretrained cfgs of a model that is made of a plain one.
+
+    They are the plain model's, with changes, under tags ``backbone_<tag>``, and those of packaged weights of the whole
+    model. The latter are the default where their preprocessing is the plain model's.
+    """
     cfgs = {}
     for plain_name, cfg in get_arch_pretrained_cfgs(backbone).items():
         tag = split_model_name_tag(plain_name)[1]
@@ -52,7 +56,7 @@ def variant_cfgs(name: str, backbone: str, **changes: Any) -> DefaultCfg:
 
 
 def read_state_dict(cfg: Dict[str, Any], cache_dir: Any) -> Dict[str, torch.Tensor]:
-    """The weights that timm finds for a cfg, unchanged, wherever they lie."""
+    """The weights that a cfg names, as they are in the file, wherever timm loads them from."""
     state_dict: Dict[str, torch.Tensor] = {}
 
     def keep(loaded: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
@@ -72,9 +76,9 @@ def create_backbone(
         cache_dir: Any = None,
         **kwargs: Any,
 ) -> Tuple[Any, Dict[str, torch.Tensor]]:
-    """The plain model, built and loaded by timm through its family's own filters, and all weights that cfg names.
+    """The plain model, made by timm with its part of the weights, and all weights that the cfg names.
 
-    What became of the plain model's part of them is its ``loaded_weights``, to which the caller adds the rest.
+    Its ``loaded_weights`` tell what became of its part; the caller adds the rest.
 
     Args:
         backbone: Its registered name.
@@ -83,31 +87,47 @@ def create_backbone(
         pretrained: Load the weights; none are read otherwise.
         cache_dir: As in ``timm.create_model``.
         **kwargs: The plain model's arguments.
+
+    Returns:
+        The model, and the weights, empty where none are read.
     """
     plain_cfg = dict(cfg, architecture=backbone, classifier=get_pretrained_cfg_value(backbone, 'classifier'))
+    create = partial(model_entrypoint(backbone), pretrained=pretrained, cache_dir=cache_dir, **kwargs)
     state_dict: Dict[str, torch.Tensor] = {}
-    load_cfg = plain_cfg
-    if pretrained and not cfg.get('custom_load'):
-        given = cfg.get('state_dict') or is_from_file(cfg) and read_weights(cfg['file'])
-        state_dict = given or read_state_dict(cfg, cache_dir)
-        load_cfg = filter_pretrained_cfg(plain_cfg, remove_source=True)
-        load_cfg['state_dict'] = {name: value for name, value in state_dict.items() if not is_ours(name)}
-
-    def create(load_cfg: Dict[str, Any]) -> Any:
-        return model_entrypoint(backbone)(
-            pretrained=pretrained, pretrained_cfg=load_cfg, cache_dir=cache_dir, **kwargs)
-
-    if pretrained and is_from_file(cfg):
-        model = create_filled(create, plain_cfg, kwargs, load_cfg['state_dict'])
+    if pretrained:
+        model, state_dict = _load_backbone(create, backbone, plain_cfg, is_ours)
     else:
-        with watch_load(backbone) as found:
-            model = create(load_cfg)
-        model.loaded_weights = found if pretrained else None
         plain_cfg.pop('state_dict', None)  # not to be kept with the model
-        model.pretrained_cfg = pretrained_cfg_for_features(plain_cfg) if kwargs.get('features_only') else plain_cfg
-        model.default_cfg = model.pretrained_cfg
-    if not (kwargs.get('features_only') or model._load_state_dict_pre_hooks):
-        rename_on_load(model)
+        model = create(pretrained_cfg=plain_cfg)
+        model.loaded_weights = None
+    if not (kwargs.get('features_only') or hasattr(model, 'rename_fn')):
+        model.rename_fn = None
+        model.register_load_state_dict_pre_hook(rename_weights)
+    return model, state_dict
+
+
+def _load_backbone(
+        create: 'partial[Any]',
+        backbone: str,
+        cfg: Dict[str, Any],
+        is_ours: Callable[[str], bool],
+) -> Tuple[Any, Dict[str, torch.Tensor]]:
+    """:func:`create_backbone` with weights; ``cfg`` is the plain model's, with the source of our model's weights."""
+    state_dict: Dict[str, torch.Tensor] = {}
+    load_cfg = cfg
+    if not cfg.get('custom_load'):
+        given = cfg.get('state_dict') or is_from_file(cfg) and read_weights(cfg['file'])
+        state_dict = given or read_state_dict(cfg, create.keywords['cache_dir'])
+        load_cfg = filter_pretrained_cfg(cfg, remove_source=True)
+        load_cfg['state_dict'] = {name: value for name, value in state_dict.items() if not is_ours(name)}
+    if is_from_file(cfg):
+        return create_filled(create, cfg, create.keywords, load_cfg['state_dict']), state_dict
+    with watch_load(backbone) as loaded:
+        model = create(pretrained_cfg=load_cfg)
+    model.loaded_weights = loaded
+    cfg.pop('state_dict', None)  # not to be kept with the model
+    features_only = create.keywords.get('features_only')
+    model.pretrained_cfg = model.default_cfg = pretrained_cfg_for_features(cfg) if features_only else cfg
     return model, state_dict
 
 
@@ -115,21 +135,21 @@ def register_variant(
         module: str,
         name: str,
         backbone: str,
-        create: Callable[..., Any],
+        create: 'partial[Any]',
         doc: str,
         instead: str,
         **cfg: Any,
 ) -> str:
-    """Make a model that is made of a plain one a name that ``timm.create_model`` knows.
+    """Register the name of a model that is made of a plain one with timm.
 
     Args:
-        module: Name of the module whose ``default_cfgs`` will have the name.
+        module: Name of the module whose ``default_cfgs`` get its cfgs.
         name: The new name. Registering it again changes nothing.
         backbone: The plain model's name.
-        create: Makes the model.
-        doc: Docstring of the entrypoint.
-        instead: What to use if the name belongs to another model.
-        **cfg: What differs in the plain model's pretrained cfgs.
+        create: Makes the model, as an entrypoint of timm's does.
+        doc: Its docstring.
+        instead: A function for the message where the name belongs to another model.
+        **cfg: Changes of the plain model's pretrained cfgs.
 
     Raises:
         ValueError: If there is no such plain model, or the name belongs to another model.
@@ -138,18 +158,13 @@ def register_variant(
     if name in home.default_cfgs:
         return name
     if not is_model(backbone):
-        near = difflib.get_close_matches(backbone, timm.list_models(), n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ''
-        raise ValueError(f"Unknown timm model '{backbone}'; give a name of timm.list_models().{hint}")
+        raise ValueError(f"Unknown timm model '{backbone}'; give a name of timm.list_models()."
+                         f'{nearest(backbone, timm.list_models())}')
     if is_model(name):
         raise ValueError(f"The name '{name}' belongs to another model; use {instead} on '{backbone}' instead.")
-
-    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return create(pretrained=pretrained, **kwargs)
-
+    entrypoint: Any = create  # timm's registry knows it by what a function would have
     entrypoint.__name__ = entrypoint.__qualname__ = name
-    entrypoint.__doc__ = doc
-    entrypoint.__module__ = module
+    entrypoint.__module__, entrypoint.__doc__ = module, doc
     home.default_cfgs[name] = variant_cfgs(name, backbone, **cfg)
     setattr(home, name, register_model(entrypoint))
     return name

@@ -1,35 +1,38 @@
 """Put a head in the place of the classifier of a model that timm has built.
 
-Every timm classification model can give up its classifier by ``reset_classifier(0)`` and then answers with its pooled
-embedding. That is the whole mechanism: the model's class is replaced by a subclass of it which sends that embedding
-through a head, the submodule ``attached_head``. Backbone parameter names do not change, the head's come last.
-A head that reads the feature map (its ``takes_map``) gets what the model gives by ``reset_classifier(0, '')``.
+Every timm classification model drops its classifier by ``reset_classifier(0)`` and then returns its pooled embedding.
+The model's class is replaced by a subclass that sends this embedding through a head, the submodule ``attached_head``.
+Names of backbone parameters do not change, the head's come last.
+A head that reads the feature map (its ``needs_feature_map``) gets what the model gives by ``reset_classifier(0, '')``.
 """
 
 import functools
 import inspect
 import types
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Set, Tuple, Type, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple, Type, Union
 
 import torch
-from timm.layers.helpers import get_device_dtype
+from timm.layers import get_device_dtype
 from timm.models import get_model_args
 from torch import nn
 
-from ..layers import HEADS, ClassifierHead, create_head, head_options, head_takes_map
+from ..layers import HEADS, ClassifierHead, create_head, head_needs_feature_map, head_options
 from ._feature_map import TimmModel, check_map_pool, find_feature_map, map_head_defaults
+from ._timm import get_own_args, set_own_args, update_model_args
 
 HEAD_NAME = 'attached_head'
 CLASSIFIER_NAME = f'{HEAD_NAME}.fc'
+# what a timm classifier has
+_NEEDED = ('pretrained_cfg', 'num_classes', 'head_hidden_size', 'forward_head', 'reset_classifier', 'get_classifier')
 
 
 class HeadedModel:
     """What :func:`attach_head` mixes into a timm class, in front of it in the method resolution order.
 
-    ``pooled`` is the timm class's own ``forward_head``: features to pooled embedding, since its classifier is gone;
-    to the feature map, if that is what the head reads.
-    A model of several classifiers would average the input of each, so its ``pooled`` is asked for its pre-logits.
-    With pooling off (``global_pool=''``) the head is passed by and the model gives its feature map, as in timm.
+    ``pooled`` is the timm class's own ``forward_head``. Without a classifier it returns the pooled embedding, or the
+    feature map if the head reads that. With several classifiers it would average the input of each, so it is called
+    for its pre-logits. With pooling off (``global_pool=''``) the model returns its feature map, as in timm, and the
+    head is not used.
     """
 
     if TYPE_CHECKING:  # TorchScript reads annotations at run time
@@ -72,14 +75,14 @@ class HeadedModel:
             ValueError: A number of classes or a pooling that the head cannot take.
         """
         dd = get_device_dtype(self)
-        takes_map = self.attached_head.takes_map
+        needs_map = self.attached_head.needs_feature_map
         unpooled = self.unpooled if global_pool is None else not global_pool
-        if takes_map:
+        if needs_map:
             check_map_pool(global_pool)
         self.attached_head.check_classes(num_classes, reset_other)
-        _reset_backbone(self, '' if takes_map else global_pool, reset_other)
+        _reset_backbone(self, '' if needs_map else global_pool, reset_other)
         self.unpooled = unpooled
-        in_features = None if unpooled or (takes_map and not reset_other) else self.head_hidden_size
+        in_features = None if unpooled or (needs_map and not reset_other) else self.head_hidden_size
         self.attached_head.reset(num_classes, reset_other=reset_other, in_features=in_features, **dd)
         self.num_classes = num_classes
         if not self.unpooled:
@@ -120,7 +123,7 @@ class HeadedDistilledModel(HeadedModel):
                 'use logit or feature distillation.')
 
 
-def attach_head(model: nn.Module, head: str, num_classes: Optional[int] = None, **options: Any) -> nn.Module:
+def attach_head(model: TimmModel, head: str, num_classes: Optional[int] = None, **options: Any) -> nn.Module:
     """Replace the classifier of a timm model by a head, in place.
 
     Backbone parameters keep their names and values, the model its device, dtype, mode and frozen parameters; the head
@@ -142,72 +145,60 @@ def attach_head(model: nn.Module, head: str, num_classes: Optional[int] = None, 
         ValueError: If the model cannot take a head, or the head or a value of an option is unknown.
         TypeError: If the head has no such option.
     """
-    for name in options:
+    head_kwargs: Dict[str, Any] = {}
+    for name, value in options.items():
         if not name.startswith('head_'):
             raise TypeError(f"Unknown option '{name}'; a head's options begin with 'head_', such as head_width.")
-    _check_model(model)
-    return _attach(model, head, num_classes, options)
-
-
-def _attach(model: TimmModel, head: str, num_classes: Optional[int], options: Dict[str, Any]) -> nn.Module:
-    head_kwargs = {name[len('head_'):]: value for name, value in options.items()}
+        head_kwargs[name[len('head_'):]] = value
+    for name in _NEEDED:
+        if not hasattr(model, name):
+            raise ValueError(
+                f'{type(model).__name__} cannot take a head: it has no {name}, so it is no timm classifier; '
+                'pass what timm.create_model returns, without features_only.')
     if num_classes is None:
         num_classes = model.num_classes
-    was_attached = hasattr(model, HEAD_NAME)
-    in_features = model.attached_head.in_features if was_attached else model.head_hidden_size
-    takes_map = head_takes_map(head, **head_kwargs)
-    if takes_map:
+    old_head = getattr(model, HEAD_NAME, None)
+    in_features = model.head_hidden_size if old_head is None else old_head.in_features
+    needs_map = head_needs_feature_map(head, **head_kwargs)
+    if needs_map:
         in_features, input_fmt = find_feature_map(model, lambda twin: _reset_backbone(twin, '', reset_other=False))
         head_kwargs = dict(map_head_defaults(model), input_fmt=input_fmt, **head_kwargs)
     new_head = create_head(head, in_features, num_classes, **head_kwargs, **get_device_dtype(model))
 
-    if not was_attached:
-        # a model saved with a head that reads the map has no pooling of its own
-        model.unpooled = get_model_args(model).get('global_pool') == '' and not (takes_map and num_classes)
-        model.several_classifiers = _has_several_classifiers(model)
-    unpooled = model.unpooled
-    was_map = was_attached and model.attached_head.takes_map
-    _reset_backbone(model, '' if takes_map else 'avg' if was_map and not unpooled else None, reset_other=False)
-    model.unpooled = unpooled
-    if takes_map and isinstance(getattr(model, 'head', None), ClassifierHead):
-        model.head.reset(0, reset_other=True)  # a small net's hidden layers, which the map goes past
-    if not takes_map and not unpooled and model.head_hidden_size != in_features:
-        new_head.reset(num_classes, in_features=model.head_hidden_size)
-    model.attached_head = new_head.train(model.training)
-    if not was_attached:
+    # the model is changed from here on, so everything was checked before
+    if old_head is None:
+        classifier = model.pretrained_cfg.get('classifier') or ''
+        model.several_classifiers = not isinstance(classifier, str) or isinstance(model.get_classifier(), tuple)
+        # the config of a model with a head that reads the map says '', since the backbone does not pool
+        model.unpooled = get_model_args(model).get('global_pool') == '' and not (needs_map and num_classes)
+        model.reset_classifier(0, **({'global_pool': ''} if needs_map else {}))
         model.backbone_architecture = model.pretrained_cfg['architecture']
         backbone_cls: Any = type(model)
         model.__class__ = headed_cls(backbone_cls)
+    else:
+        _take_off(model, needs_map)
+    if needs_map and isinstance(getattr(model, 'head', None), ClassifierHead):
+        model.head.reset(0, reset_other=True)  # a small net's hidden layers would get no gradient
+    if not needs_map and not model.unpooled and model.head_hidden_size != in_features:
+        new_head.reset(num_classes, in_features=model.head_hidden_size)
+    model.attached_head = new_head.train(model.training)
     model.num_classes = num_classes
     if not model.unpooled:
         model.head_hidden_size = new_head.hidden_size
-    model.pretrained_cfg = dict(
-        model.pretrained_cfg,
-        architecture=f'{model.backbone_architecture}_{head}',
-        classifier=CLASSIFIER_NAME,
-    )
-    model.default_cfg = model.pretrained_cfg
-    backbone_args = {k: v for k, v in getattr(model, '_model_args', {}).items() if k not in _head_arg_names()}
-    model._model_args = dict(backbone_args, **options)  # what timm writes to config.json
+    model.pretrained_cfg = model.default_cfg = dict(
+        model.pretrained_cfg, architecture=f'{model.backbone_architecture}_{head}', classifier=CLASSIFIER_NAME)
+    update_model_args(model, **options)  # what timm writes to config.json
     return model
 
 
-def _has_several_classifiers(model: TimmModel) -> bool:
-    names = model.pretrained_cfg.get('classifier') or ''
-    return not isinstance(names, str) or isinstance(model.get_classifier(), tuple)
-
-
-def _head_arg_names() -> Set[str]:
-    return {f'head_{option}' for head in HEADS for option in head_options(head)}
-
-
-def _check_model(model: TimmModel) -> None:
-    needed = ('pretrained_cfg', 'num_classes', 'head_hidden_size', 'forward_head', 'reset_classifier', 'get_classifier')
-    missing = [name for name in needed if not hasattr(model, name)]
-    if missing:
-        raise ValueError(
-            f'{type(model).__name__} cannot take a head: it has no {missing[0]}, so it is no timm classifier; '
-            'pass what timm.create_model returns, without features_only.')
+def _take_off(model: TimmModel, needs_map: bool) -> None:
+    """Prepare a model with a head for another one: return what that reads, and drop the old head's options."""
+    unpooled = model.unpooled
+    pool = 'avg' if model.attached_head.needs_feature_map and not unpooled else None
+    _reset_backbone(model, '' if needs_map else pool, reset_other=False)
+    model.unpooled = unpooled
+    known = {f'head_{option}' for head in HEADS for option in head_options(head)}
+    set_own_args(model, {name: value for name, value in get_own_args(model).items() if name not in known})
 
 
 def _reset_backbone(model: TimmModel, global_pool: Optional[str], reset_other: bool) -> None:
@@ -224,23 +215,20 @@ def _reset_backbone(model: TimmModel, global_pool: Optional[str], reset_other: b
         model.unpooled = not global_pool
 
 
-def _renamed(function: types.FunctionType, name: str) -> types.FunctionType:
-    """The same function under another name, by which TorchScript compiles it beside the one that overrides it."""
-    copy = types.FunctionType(
-        function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    copy.__annotations__ = function.__annotations__
-    copy.__dict__.update(function.__dict__)
-    return copy
-
-
 @functools.cache
 def headed_cls(backbone_cls: Any) -> Any:
+    """The subclass of a timm class that has an attached head."""
+    forward_head: types.FunctionType = backbone_cls.forward_head
+    # under another name, by which TorchScript compiles it beside the one that overrides it
+    pooled = types.FunctionType(
+        forward_head.__code__, forward_head.__globals__, 'pooled', forward_head.__defaults__, forward_head.__closure__)
+    pooled.__kwdefaults__, pooled.__annotations__ = forward_head.__kwdefaults__, forward_head.__annotations__
+    pooled.__dict__.update(forward_head.__dict__)
     attributes = dict(
         __doc__=f'{backbone_cls.__name__} with an attached head.',
         __module__=__name__,
         backbone_cls=backbone_cls,
-        pooled=_renamed(backbone_cls.forward_head, 'pooled'),
+        pooled=pooled,
     )
     mixin: Type[HeadedModel] = HeadedModel
     if len(inspect.signature(backbone_cls.forward_head).parameters) > len(('self', 'x', 'pre_logits')):

@@ -1,8 +1,8 @@
-"""How weights get into a new model: what fits is kept, what does not is said or refused.
+"""``load_state_dict`` of a model that timm is making: weights that fit are loaded, the others reported or refused.
 
-timm reads weights, renames them by the filter of the model's family and adapts the first convolution. What remains,
-``load_state_dict``, is done here while timm makes the model: timm itself drops a classifier by its number of classes
-alone, and from then on says nothing of weights that fit nowhere.
+timm reads weights, renames them by the filter of the model's family and adapts the first convolution. It drops a
+classifier where the number of classes differs, and then loads with ``strict=False`` and reports nothing. So the last
+step, ``load_state_dict``, is replaced while timm makes the model.
 """
 
 import contextlib
@@ -21,19 +21,19 @@ State = Dict[str, torch.Tensor]
 Names = Union[str, Sequence[str], None]
 
 HEAD_PARTS = ('fc_norm',)  # timm's norm of the pooled vector, which a model with another pooling does not have
-COUNTER = '.num_batches_tracked'  # not in files of old versions of torch, which fills it in
+COUNTER = '.num_batches_tracked'  # files of old versions of torch lack it, and torch fills it in
 
 
 @dataclass
 class LoadedWeights:
-    """What became of weights.
+    """Report of loaded weights.
 
     Attributes:
-        source: Where they are from.
-        loaded: Tensors of the model that were filled.
-        left_out: Names in the source that the model has no place for.
-        new: Names in the model that the source does not fill.
-        classes: Of a classifier in the source that does not fit.
+        source: The name or file that they are from.
+        loaded: Number of the model's tensors that were loaded.
+        left_out: Names in the source that were not loaded.
+        new: Names in the model that the source does not have.
+        classes: Number of classes of a classifier in the source that does not fit.
     """
     source: str
     loaded: int = 0
@@ -48,21 +48,21 @@ class LoadedWeights:
         return text
 
     def as_dict(self) -> Dict[str, Any]:
-        """For a file of results."""
+        """The report for result.json."""
         return dict(source=self.source, loaded=self.loaded, left_out=self.left_out, new=self.new)
 
 
 @dataclass
 class _Load:
-    """How the next weights are loaded.
+    """Rules for the next weights that are loaded.
 
     Attributes:
-        found: Filled with what became of them.
+        report: Filled while they are loaded.
         classifier: Names of the model's classifiers.
-        enforce: Refuse weights that fill less than the backbone.
-        features: The model will lose its head.
+        enforce: Refuse weights that lack tensors of the backbone.
+        features: The model is made for ``features_only``, without a head.
     """
-    found: LoadedWeights
+    report: LoadedWeights
     classifier: Names = None
     enforce: bool = False
     features: bool = False
@@ -79,20 +79,20 @@ def watch_load(
         enforce: bool = False,
         features: bool = False,
 ) -> Iterator[LoadedWeights]:
-    """While timm makes a model, load its weights by the rules of this module and note what becomes of them.
+    """A context in which timm makes a model: its weights are loaded by the rules of this module, and reported.
 
-    Inside another one it changes the rules of that: who makes the model knows it best.
+    Nested contexts share the report of the outer one; the inner one sets the rules.
 
     Args:
-        source: What the weights are called.
+        source: Name of the weights in messages.
         classifier: Names of the model's classifiers, which need not fit.
-        enforce: Refuse weights that fill less than the backbone; as timm does otherwise.
-        features: The model will lose its head, so that of the weights is left out.
+        enforce: Refuse weights that lack tensors of the backbone. Otherwise timm's own rules hold.
+        features: The model is made for ``features_only``: weights of a head are left out.
     """
     outer = _load.get()
     if outer is not None:
         outer.classifier, outer.enforce, outer.features = classifier, enforce, features
-        yield outer.found
+        yield outer.report
         return
     load = _Load(LoadedWeights(source), classifier, enforce, features)
     token, plain = _load.set(load), nn.Module.load_state_dict
@@ -105,25 +105,25 @@ def watch_load(
             state_dict, strict = _fitting(module, dict(state_dict), strict, load), False
         result = plain(module, state_dict, strict, *args, **kwargs)
         missing = [name for name in result.missing_keys if not name.endswith(COUNTER)]
-        load.found.loaded += len(state_dict) - len(result.unexpected_keys)
-        load.found.left_out += result.unexpected_keys
+        load.report.loaded += len(state_dict) - len(result.unexpected_keys)
+        load.report.left_out += result.unexpected_keys
         head = _head_prefixes(load.classifier)[1] if load.features else ()
-        load.found.new += [name for name in missing if not name.startswith(head)]
+        load.report.new += [name for name in missing if not name.startswith(head)]
         return type(result)([], []) if load.enforce else result
 
     nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign, assignment]
     try:
-        yield load.found
+        yield load.report
     finally:
         nn.Module.load_state_dict = plain  # type: ignore[method-assign]
         _load.reset(token)
 
 
 def _fitting(model: nn.Module, state_dict: State, strict: bool, load: _Load) -> State:
-    """The weights that a model has a place for."""
+    """The weights that fit the model; the others go into the report."""
     if isinstance(model, ResNet):
         state_dict = plain_resnet_names(state_dict)
-    check_backbone(model, state_dict, load.found.source, load.classifier, strict)
+    check_backbone(model, state_dict, load.report.source, load.classifier, strict)
     own = model.state_dict()
     fits = {name: value for name, value in state_dict.items() if name in own and same_shape(own[name], value)}
     classifier, head = _head_prefixes(load.classifier)
@@ -131,20 +131,20 @@ def _fitting(model: nn.Module, state_dict: State, strict: bool, load: _Load) -> 
     if load.features or not fits.keys() >= set(hidden):  # the model has no head, or another one
         fits = {name: value for name, value in fits.items() if not name.startswith(head)}
     left_out = [name for name in state_dict if name not in fits]
-    load.found.left_out += left_out
-    load.found.classes = next(
+    load.report.left_out += left_out
+    load.report.classes = next(
         (len(state_dict[name]) for name in left_out if name in own and name.startswith(classifier)), None)
     return fits
 
 
 def check_backbone(model: nn.Module, state_dict: State, source: str, classifier: Names, strict: bool = True) -> None:
-    """Refuse weights that fill less than the backbone, or that are of a larger one.
+    """Refuse weights that lack tensors of the backbone, or that are of a larger one.
 
     Args:
         model: Any model.
         state_dict: The weights, under the model's names.
-        source: What they are called.
-        classifier: Names of the model's classifiers. A head around them need not fit.
+        source: Name of the weights in messages.
+        classifier: Names of the model's classifiers. The modules that they are in need not fit.
         strict: Refuse those of a larger backbone too.
 
     Raises:
@@ -166,7 +166,7 @@ def same_shape(own: torch.Tensor, value: torch.Tensor) -> bool:
 
 
 def _head_prefixes(classifier: Names) -> Tuple[Tuple[str, ...], Tuple[str, ...]]:
-    """What names of classifiers begin with, and names of the heads around them."""
+    """Prefixes of the tensors of classifiers, and of the modules that the classifiers are in."""
     names = [classifier] if isinstance(classifier, str) else list(classifier or ())
     around = {name.rpartition('.')[0] or name for name in names} | set(HEAD_PARTS)
     return tuple(f'{name}.' for name in names), tuple(f'{name}.' for name in sorted(around))
@@ -181,7 +181,7 @@ def does_not_fit(
         total: int,
         what: str,
 ) -> MisfitError:
-    """The error that names what a model misses and what a file has in its place.
+    """The error that names tensors which a file lacks, and tensors which the model lacks.
 
     Args:
         source: The file.

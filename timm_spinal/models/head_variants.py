@@ -1,23 +1,23 @@
-"""Registered models `<timm backbone>_<head>`: rows of one table over :func:`attach_head`.
+"""Registered models `<timm backbone>_<head>`, made by :func:`attach_head`.
 
 ``pretrained=True`` loads timm's weights of the backbone (tags ``backbone_<timm tag>``) and says that the head is new.
 Weights of a whole model, as `timm.models.save_for_hf` writes them, load with their head.
-A vision transformer made with ``num_classes=0`` and no weights of a head answers with the backbone's embedding.
+A vision transformer made with ``num_classes=0`` and no weights of a head returns the backbone's embedding.
 """
 
 import logging
 from functools import partial
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Sequence
 
 import torch
-from timm.models import resolve_pretrained_cfg
-from timm.models._pretrained import DefaultCfg
+from timm.models import DefaultCfg, resolve_pretrained_cfg
 from torch import nn
 
-from ..layers import head_options, head_takes_map
+from ..layers import head_needs_feature_map, head_options
 from ..layers.packed_routing import check_packed_state
+from ._feature_map import TimmModel
 from ._variants import create_backbone, register_variant
-from .attach_head import CLASSIFIER_NAME, HEAD_NAME, TimmModel, attach_head
+from .attach_head import CLASSIFIER_NAME, HEAD_NAME, attach_head
 from .fill_weights import LoadedWeights
 from .load_weights import is_from_file
 
@@ -45,26 +45,31 @@ VARIANTS = (
 default_cfgs: Dict[str, DefaultCfg] = {}
 
 
+def _is_in_head(name: str) -> bool:
+    return name.startswith(f'{HEAD_NAME}.')
+
+
 def _load_head(model: TimmModel, state_dict: Dict[str, torch.Tensor], num_classes: int, from_file: bool) -> bool:
-    """Load a whole model's head; for other classes than the weights' all but what is made for the classes.
+    """Load the head of a whole model's weights; the modules per class stay new where the number of classes differs.
 
     Args:
         model: Its head is attached and new.
         state_dict: The weights of the whole model.
-        num_classes: The number of classes that they are said to have.
-        from_file: They are from a file, which says nothing of its classes and may have another head: what does not fit
-            stays new.
+        num_classes: The number of classes that their config says.
+        from_file: They are from a file, which has no config and may have another head: what does not fit stays new.
 
     Returns:
-        Whether anything of it was loaded.
+        Whether anything of the head was loaded.
     """
-    prefix = f'{HEAD_NAME}.'
-    missing = {name for name in model.state_dict() if not name.startswith(prefix)} - set(state_dict)
+    head = {name[len(HEAD_NAME) + 1:]: value for name, value in state_dict.items() if _is_in_head(name)}
+    if not head:
+        _note(model, head, head)
+        return False
+    missing = {name for name in model.state_dict() if not _is_in_head(name)} - set(state_dict)
     if missing and not from_file:
         raise RuntimeError(f"The weights lack {len(missing)} keys of the backbone, such as '{min(missing)}'.")
     own = model.attached_head.state_dict()
-    head = {name[len(prefix):]: value for name, value in state_dict.items() if name.startswith(prefix)}
-    of_classes = tuple(f'{part}.' for part in model.attached_head.class_parts)
+    of_classes = tuple(f'{name}.' for name in model.attached_head.per_class_modules)
     misfits = {name for name in own.keys() | head.keys()
                if name not in own or name not in head or own[name].shape != head[name].shape}
     same_classes = not misfits if from_file else model.num_classes == num_classes
@@ -82,76 +87,82 @@ def _load_head(model: TimmModel, state_dict: Dict[str, torch.Tensor], num_classe
 
 
 def _note(model: TimmModel, head: Dict[str, torch.Tensor], kept: Dict[str, torch.Tensor]) -> None:
-    """Add what became of a head to what became of the backbone."""
-    found: LoadedWeights = model.loaded_weights
-    found.loaded += len(kept)
+    """Add the head to the report of the backbone's weights.
+
+    Args:
+        model: The model, with the backbone's report.
+        head: The head's weights, empty where the source has none.
+        kept: Those of them that were loaded.
+    """
+    loaded: LoadedWeights = model.loaded_weights
+    loaded.loaded += len(kept)
     if 'fc.weight' not in kept and (fc := head.get('fc.weight')) is not None and fc.ndim == 2:
-        found.classes = len(fc)
-    found.left_out += [f'{HEAD_NAME}.{name}' for name in head if name not in kept]
-    found.new += [f'{HEAD_NAME}.{name}' for name in model.attached_head.state_dict() if name not in kept]
-    own = model.state_dict()  # without what the head goes past
-    found.new[:] = [name for name in found.new if name in own]
+        loaded.classes = len(fc)
+    loaded.left_out += [f'{HEAD_NAME}.{name}' for name in head if name not in kept]
+    loaded.new += [f'{HEAD_NAME}.{name}' for name in model.attached_head.state_dict() if name not in kept]
+    own = model.state_dict()  # without the layers of the backbone that a head on its feature map does not use
+    loaded.new[:] = [name for name in loaded.new if name in own]
 
 
-def _create_head_variant(
+def create_headed(
         backbone: str,
         head: str,
+        options: Sequence[str],
         pretrained: bool = False,
         pretrained_cfg: Any = None,
         pretrained_cfg_overlay: Any = None,
         cache_dir: Any = None,
         **kwargs: Any,
 ) -> nn.Module:
+    """The entrypoint of `<backbone>_<head>`: timm's model without its classifier, and the head in its place.
+
+    Args:
+        backbone: A name of timm's.
+        head: A row of ``HEADS``.
+        options: Names of the head's options among the arguments.
+        pretrained, pretrained_cfg, pretrained_cfg_overlay, cache_dir: As timm passes them to every entrypoint.
+        **kwargs: The backbone's arguments and the head's options.
+    """
     variant = f'{backbone}_{head}'
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict()
     cfg.update(architecture=variant, classifier=CLASSIFIER_NAME)
-    known = {f'head_{option}' for option in head_options(head)}
-    head_kwargs = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
+    head_kwargs: Dict[str, Any] = {}
+    for name in options:
+        if name in kwargs:
+            head_kwargs[name] = kwargs.pop(name)
     default_classes = cfg['num_classes'] if cfg['num_classes'] >= 0 else 1000
     num_classes = kwargs.pop('num_classes', default_classes)
     saved = kwargs.get('pretrained_model_args') or {}
-    if default_classes and saved.get('global_pool') == '' and _takes_map(head, head_kwargs):
-        kwargs.pop('global_pool')  # timm saves the backbone's pooling, which a head that reads the map has turned off
+    if default_classes and saved.get('global_pool') == '' and head_needs_feature_map(
+            head, head_kwargs.get('head_primary', '')):
+        kwargs.pop('global_pool')  # timm saved '', the pooling of a backbone whose head reads the map
 
     model, state_dict = create_backbone(
-        backbone,
-        cfg,
-        is_ours=lambda name: name.startswith(f'{HEAD_NAME}.'),
-        pretrained=pretrained,
-        cache_dir=cache_dir,
-        num_classes=0,
-        **kwargs,
-    )
+        backbone, cfg, _is_in_head, pretrained=pretrained, cache_dir=cache_dir, num_classes=0, **kwargs)
+    if kwargs.get('features_only'):
+        return model
     cfg.pop('state_dict', None)
-    if not kwargs.get('features_only'):
-        attach_head(model, head, num_classes, **head_kwargs)
-        kept = False
-        if any(name.startswith(f'{HEAD_NAME}.') for name in state_dict):
-            kept = _load_head(model, state_dict, default_classes, is_from_file(cfg))
-        elif not num_classes and not model.unpooled and hasattr(model, 'num_prefix_tokens'):
-            # a token model of timm's that is made without classes answers with num_features, its embedding
-            model.attached_head.postpone_hidden()
-            model.head_hidden_size = model.attached_head.hidden_size
-        elif pretrained:
-            _note(model, {}, {})
-        if pretrained and not kept and model.attached_head.state_dict():
-            _logger.warning(f'{variant}: the backbone is pretrained, its {head} head is new and needs training.')
-        model.pretrained_cfg = model.default_cfg = cfg
+    attach_head(model, head, num_classes, **head_kwargs)
+    is_embedding = not num_classes and not model.unpooled and hasattr(model, 'num_prefix_tokens')
+    if is_embedding and not any(map(_is_in_head, state_dict)):
+        # timm promises an embedding of num_features from a token model that is made without classes
+        model.attached_head.postpone_hidden()
+        model.head_hidden_size = model.attached_head.hidden_size
+    loaded = pretrained and _load_head(model, state_dict, default_classes, is_from_file(cfg))
+    if pretrained and not loaded and model.attached_head.state_dict():
+        _logger.warning(f'{variant}: the backbone is pretrained, its {head} head is new and needs training.')
+    model.pretrained_cfg = model.default_cfg = cfg
     return model
 
 
-def _takes_map(head: str, head_kwargs: Dict[str, Any]) -> bool:
-    return head_takes_map(head, **{name[len('head_'):]: value for name, value in head_kwargs.items()})
-
-
 def register_head_variant(backbone: str, head: str) -> str:
-    """Make `<backbone>_<head>` a name that ``timm.create_model`` knows.
+    """Register `<backbone>_<head>` with timm.
 
     The model takes the backbone's arguments and the head's, the latter prefixed ``head_``.
 
     Args:
         backbone: A timm model name without tag.
-        head: 'spinal', 'pspinal', 'caps', 'xnodr', 'xnidr', 'mlp' or 'linear'.
+        head: A row of ``timm_spinal.HEADS``.
 
     Returns:
         The registered name. Registering it again changes nothing.
@@ -159,15 +170,12 @@ def register_head_variant(backbone: str, head: str) -> str:
     Raises:
         ValueError: If the backbone or the head is unknown, or the name belongs to another model.
     """
-    head_options(head)
-    create = partial(_create_head_variant, backbone, head)
+    options = [f'head_{option}' for option in head_options(head)]
+    create = partial(create_headed, backbone, head, options)
     doc = f"timm's {backbone} with a {head} head in place of its classifier."
     return register_variant(
         __name__, f'{backbone}_{head}', backbone, create, doc, instead='attach_head', classifier=CLASSIFIER_NAME)
 
 
-def _register_table() -> Tuple[str, ...]:
-    return tuple(register_head_variant(backbone, head) for backbone, head in VARIANTS)
-
-
-_register_table()
+for _backbone, _head in VARIANTS:
+    register_head_variant(_backbone, _head)

@@ -12,11 +12,16 @@ from typing import Any
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from timm.models import get_pretrained_cfg, parse_model_name
-from timm.models._builder import _resolve_pretrained_source
-from timm.models._hub import _PREFERRED_FILES, HF_WEIGHTS_NAME, _get_safe_alternatives, hf_split
 
 from timm_spinal.errors import UserError
 from timm_spinal.files import sha256
+from timm_spinal.models._timm import (
+    HF_WEIGHTS_NAME,
+    PREFERRED_FILES,
+    get_safe_alternatives,
+    hf_split,
+    resolve_pretrained_source,
+)
 
 _CHECKSUM = re.compile('[0-9a-f]{40}|[0-9a-f]{64}')  # git's SHA-1 of small files, SHA-256 of large ones
 
@@ -111,11 +116,11 @@ def _named_cfg(name: str) -> dict[str, Any]:
 
 def _files(cfg: dict[str, Any], cache_dir: str | None) -> list[Path]:
     """The files that timm reads for a model, of those that are on this disk."""
-    source, where = _resolve_pretrained_source(cfg)
+    source, where = resolve_pretrained_source(cfg)
     if source == 'file':
         return [Path(where)]
     if source == 'local-dir':
-        here = [Path(where) / name for name in (constants.CONFIG_NAME, *_PREFERRED_FILES)]
+        here = [Path(where) / name for name in (constants.CONFIG_NAME, *PREFERRED_FILES)]
         return _config_and_first([path for path in here if path.is_file()])
     if source != 'hf-hub':
         return []
@@ -123,7 +128,7 @@ def _files(cfg: dict[str, Any], cache_dir: str | None) -> list[Path]:
     try:
         repo, revision = hf_split(repo)
         cached = [try_to_load_from_cache(repo, file, cache_dir=cache_dir, revision=revision)
-                  for file in (constants.CONFIG_NAME, *_get_safe_alternatives(name), name)]
+                  for file in (constants.CONFIG_NAME, *get_safe_alternatives(name), name)]
     except (HFValidationError, AssertionError):  # no such name can be in the cache
         return []
     return _config_and_first([Path(path) for path in cached if isinstance(path, str)])

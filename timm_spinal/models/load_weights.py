@@ -1,8 +1,8 @@
-"""The ways in which weights get into a model from a file: as a new model's, or exactly into one that is there."""
+"""Weights from a file: a new model with those that fit, or all of them into a model that exists."""
 
-import functools
 import os
 from collections import OrderedDict
+from functools import partial
 from typing import Any, Callable, Dict, Optional
 
 import timm
@@ -16,9 +16,9 @@ from timm.models import (
     resolve_pretrained_cfg,
     split_model_name_tag,
 )
-from timm.models._builder import pretrained_cfg_for_features
 
 from ._packaged import packaged_names
+from ._timm import pretrained_cfg_for_features
 from .fill_weights import (
     COUNTER,
     LoadedWeights,
@@ -38,7 +38,7 @@ SOURCE_KEYS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'sou
 def create_from_file(name: str, path: str, **kwargs: Any) -> Any:
     """``timm.create_model`` with the weights of a file: the backbone and, where it fits, the classifier.
 
-    What became of the file is the model's ``loaded_weights``, a `LoadedWeights`.
+    The model's ``loaded_weights``, a `LoadedWeights`, report what was loaded.
 
     Args:
         name: Any name that timm takes; of a saved model its architecture and arguments.
@@ -53,11 +53,9 @@ def create_from_file(name: str, path: str, **kwargs: Any) -> Any:
     cfg = {key: value for key, value in resolved.pop('pretrained_cfg').items() if key not in SOURCE_KEYS}
     cfg.update(file=str(path), custom_load=False)
 
-    def create(load_cfg: Dict[str, Any]) -> Any:
-        return timm.create_model(arch, pretrained=True, pretrained_cfg=load_cfg, **resolved)
-
+    create = partial(timm.create_model, arch, pretrained=True, **resolved)
     if model_entrypoint(arch).__module__.startswith(f'{__package__.partition(".")[0]}.'):
-        return create(cfg)  # our models read files by themselves
+        return create(pretrained_cfg=cfg)  # our models read files by themselves
     return create_filled(create, cfg, resolved)
 
 
@@ -72,21 +70,22 @@ def build_model(
 ) -> Any:
     """timm's ``build_model_with_cfg``, with files of weights read and loaded by the rules of this package.
 
-    A name whose own cfg has no weights, as its images are prepared otherwise, means those inside the package. The model
-    renames the weights of foreign code in ``load_state_dict`` too, so that ``checkpoint_path`` takes them.
+    ``pretrained=True`` for a name whose default cfg has no weights loads those of the package, which were trained with
+    another preprocessing. The model renames the weights of foreign code in ``load_state_dict`` too, so that
+    ``checkpoint_path`` takes them.
     """
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict()
     if pretrained and not _has_weights(cfg):
         cfg = _packaged(variant) or cfg
     cfg['classifier'] = cfg.get('classifier') or get_pretrained_cfg_value(variant, 'classifier')
 
-    def create(cfg: Dict[str, Any]) -> Any:
-        return build_model_with_cfg(
-            model_cls, variant, pretrained, pretrained_cfg=cfg, pretrained_filter_fn=pretrained_filter_fn, **kwargs)
-
-    model = create_filled(create, cfg, kwargs) if pretrained and is_from_file(cfg) else create(cfg)
+    create = partial(
+        build_model_with_cfg, model_cls, variant, pretrained, pretrained_filter_fn=pretrained_filter_fn, **kwargs)
+    from_file = pretrained and is_from_file(cfg)
+    model = create_filled(create, cfg, kwargs) if from_file else create(pretrained_cfg=cfg)
     if not kwargs.get('features_only'):
-        rename_on_load(model, pretrained_filter_fn)
+        model.rename_fn = pretrained_filter_fn
+        model.register_load_state_dict_pre_hook(rename_weights)
     return model
 
 
@@ -106,7 +105,7 @@ def is_from_file(cfg: Dict[str, Any]) -> bool:
 
 
 def create_filled(
-        create: Callable[[Dict[str, Any]], Any],
+        create: Callable[..., Any],
         cfg: Dict[str, Any],
         kwargs: Dict[str, Any],
         state_dict: Optional[State] = None,
@@ -114,7 +113,8 @@ def create_filled(
     """Let timm make a model and fill it from a file by our rules.
 
     Args:
-        create: Makes the model with the pretrained cfg that it is given, under which timm leaves the classifier alone.
+        create: Makes the model with the ``pretrained_cfg`` that it is given, under which timm leaves the classifier
+            alone.
         cfg: The model's own pretrained cfg, with ``file``; the model keeps it.
         kwargs: The model's arguments, the same that ``create`` passes on.
         state_dict: The weights, all of the file if None.
@@ -127,23 +127,24 @@ def create_filled(
     if not state_dict:
         raise WeightsError(f'{cfg["file"]}: holds a head only, nothing of the backbone')
     load_cfg = dict(cfg, state_dict=dict(state_dict), classifier=None)
-    with watch_load(str(cfg['file']), cfg.get('classifier'), True, bool(kwargs.get('features_only'))) as found:
+    with watch_load(str(cfg['file']), cfg.get('classifier'), True, bool(kwargs.get('features_only'))) as loaded:
         try:
-            model = create(load_cfg)
+            model = create(pretrained_cfg=load_cfg)
         except RuntimeError as e:
             stem = state_dict.get(f'{cfg.get("first_conv")}.weight')
             if 'is inconsistent with input_size' not in str(e) or stem is None:
                 raise
-            # of a model with other channels than the cfg says, which timm does not look at
-            kwargs.setdefault('in_chans', cfg['input_size'][0])
-            model = create(dict(load_cfg, input_size=(stem.shape[1], *cfg['input_size'][1:])))
+            # the weights have other input channels than the cfg says, and timm trusts the cfg
+            in_chans = kwargs.get('in_chans', cfg['input_size'][0])
+            load_cfg = dict(load_cfg, input_size=(stem.shape[1], *cfg['input_size'][1:]))
+            model = create(pretrained_cfg=load_cfg, in_chans=in_chans)
     cfg = {key: value for key, value in cfg.items() if key != 'state_dict'}
     model.pretrained_cfg = model.default_cfg = pretrained_cfg_for_features(cfg) if kwargs.get('features_only') else cfg
-    model.loaded_weights = found
+    model.loaded_weights = loaded
     return model
 
 
-# ---- a state dict that must fit as it is -----------------------------------------------------------------------
+# ---- all weights of a file, into a model that exists -----------------------------------------------------------
 
 
 def load_exactly(model: Any, path: str, use_ema: Optional[bool] = None) -> LoadedWeights:
@@ -160,15 +161,15 @@ def load_exactly(model: Any, path: str, use_ema: Optional[bool] = None) -> Loade
     if os.path.splitext(path)[1] in ('.npz', '.npy'):  # of JAX, for the models of timm that convert it
         try:
             load_checkpoint(model, path)
-        except Exception as e:  # whatever the model's own converter does with other arrays
+        except Exception as e:  # the model's own converter raises any error at other arrays
             raise WeightsError(f'{path}: {" ".join(str(e).split()) or "no such file"}') from e
         return LoadedWeights(path, len(model.state_dict()))
     state_dict: Any = OrderedDict(read_weights(path, use_ema))
     if isinstance(model, ResNet):
         state_dict = OrderedDict(plain_resnet_names(state_dict))
     try:
-        for hook in model._load_state_dict_pre_hooks.values():
-            hook(state_dict, '', {}, True, [], [], [])
+        if hasattr(model, 'rename_fn'):
+            rename_weights(model, state_dict, '')
         own = model.state_dict()
         left_out = [name for name, value in state_dict.items() if name not in own and value.numel() == 1]
         for name in left_out:
@@ -185,20 +186,19 @@ def load_exactly(model: Any, path: str, use_ema: Optional[bool] = None) -> Loade
     return LoadedWeights(path, len(own), left_out)
 
 
-def rename_on_load(model: Any, filter_fn: Optional[Filter] = None) -> None:
-    """Let ``load_state_dict`` of a whole model open containers and rename the weights of foreign code."""
-    model._register_load_state_dict_pre_hook(functools.partial(_rename, filter_fn), with_module=True)
+def rename_weights(model: Any, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+    """A hook of ``load_state_dict`` of a whole model: open containers and rename the weights of foreign code, in place.
 
-
-def _rename(filter_fn: Optional[Filter], module: Any, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
-    own = module.state_dict().keys()
-    if prefix or state_dict.keys() <= own:  # a part of something else, or what was saved of such a model
+    The model's ``rename_fn`` is the filter of its family, None for none.
+    """
+    own = model.state_dict().keys()
+    if prefix or state_dict.keys() <= own:  # a part of a larger module, or names that are right already
         return
     renamed = unwrap(state_dict) or {}
-    if isinstance(module, ResNet):
+    if isinstance(model, ResNet):
         renamed = plain_resnet_names(renamed)
-    if filter_fn is not None:
-        renamed = filter_fn(renamed, module)
+    if model.rename_fn is not None:
+        renamed = model.rename_fn(renamed, model)
     if len(own & renamed.keys()) > len(own & state_dict.keys()):
         state_dict.clear()
         state_dict.update(renamed)

@@ -19,6 +19,7 @@ from torch import nn
 from ..layers import SharedBasisConv2d, SharedStage
 from ._shared_blocks import SharedBasicBlock
 from ._shared_model import SharedBasisModel
+from ._timm import get_own_args, set_own_args, update_model_args
 from .attach_head import HEAD_NAME, headed_cls
 
 _RANKS = re.compile(r'_sb_s\d+u\d+d?')
@@ -45,11 +46,11 @@ def merge_bases(model: nn.Module, stages: Optional[Iterable[str]] = None) -> nn.
     for name in names:
         merged.set_submodule(name, _merged_stage(sharing[name]))
     left = ''.join(name[-1] for name in sharing if name not in names)
-    args = dict(getattr(merged, '_model_args', {}), sb_stages=left)
+    args = dict(get_own_args(merged), sb_stages=left)
     if not left:
         args = {name: value for name, value in args.items() if not name.startswith('sb_')}
         _make_plain(merged)
-    merged._model_args = args
+    set_own_args(merged, args)
     return merged
 
 
@@ -69,7 +70,7 @@ def fold_bases(model: nn.Module) -> nn.Module:
     for name, conv in _decomposed(folded):
         if conv.basis_norm is not None:
             folded.set_submodule(name, _folded_conv(conv))
-    folded._model_args = dict(getattr(folded, '_model_args', {}), sb_folded=True)
+    update_model_args(folded, sb_folded=True)
     return folded
 
 

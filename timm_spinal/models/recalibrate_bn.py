@@ -1,4 +1,4 @@
-"""BatchNorm statistics of a model estimated anew, where its weights or layers changed and its statistics did not."""
+"""New BatchNorm statistics for a model whose weights or layers were changed after training."""
 
 from itertools import islice
 from typing import Any, Iterable, Iterator, List, Optional
@@ -59,7 +59,7 @@ def recalibrate_bn(model: nn.Module, batches: Batches, count: Optional[int] = 20
         for i, images in enumerate(images_of(batches, count, device_of(model))):
             for norm in norms if i == 0 else ():
                 norm.reset_running_stats()
-                norm.momentum = None  # PyTorch's word for the cumulative mean
+                norm.momentum = None  # with None PyTorch keeps the mean of all batches
                 norm.train()
             model(images)
     finally:

@@ -13,12 +13,12 @@ from functools import partial
 from typing import Any
 
 from timm.models import EfficientNet, register_model
-from timm.models._efficientnet_builder import decode_arch_def, resolve_act_layer, resolve_bn_args
 from torch import nn
 
 from ._packaged import generate_default_cfgs
 from ._shared_blocks import SharedInvertedResidual, share_convs
 from ._shared_model import SharedBasisModel, shared_cfg
+from ._timm import decode_arch_def, resolve_act_layer, resolve_bn_args
 from .load_weights import build_model
 
 __all__ = ['SharedBasisMobileNetV2']

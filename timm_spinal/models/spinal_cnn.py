@@ -7,7 +7,6 @@ The scripts flatten the last map, 20x4x4 at 28x28 and at no other size; here it 
 identity at 28x28. They end in log_softmax, these models in logits: cross entropy on either is equal.
 """
 
-from functools import partial
 from typing import Any, List, Optional
 
 import torch
@@ -119,17 +118,7 @@ class TapChains(nn.Module):
 class TapHead(ClassifierHead):
     """:class:`TapChains`, then the last linear: (N, F) -> (N, C)."""
 
-    def __init__(
-            self,
-            in_features: int,
-            num_classes: int,
-            width: int = 30,
-            act_layer: str = 'relu',
-            device=None,
-            dtype=None,
-    ):
-        create_hidden = partial(TapChains, width=width, act_layer=act_layer)
-        super().__init__(in_features, num_classes, create_hidden, device=device, dtype=dtype)
+    hidden_layers = TapChains
 
 
 class PackTaps(nn.Module):

@@ -17,7 +17,7 @@ import torch
 from timm.models import checkpoint, register_model
 from torch import nn
 
-from ..layers import ClassifierHead, create_head
+from ..layers import create_head
 from ..layers.classifier_head import hidden_block
 from ._packaged import generate_default_cfgs
 from ._small_heads import GridPool
@@ -124,8 +124,6 @@ class FlatSpinalNet(SmallNet):
         **head_options: Options of the head, ``head_width`` and so on.
     """
 
-    heads = {'classifier': ClassifierHead}
-
     def __init__(
             self,
             head: str = 'pspinal',
@@ -148,14 +146,15 @@ class FlatSpinalNet(SmallNet):
             [Flatten(grid), FlatLayer(layers)],
             channels=channels,
             reductions=[grid] * num_layers,
-            head='classifier',
-            head_options=dict(dropout=made.drop.p),
+            head='linear',
+            head_options={},
             num_classes=num_classes,
             in_chans=in_chans,
             global_pool=global_pool,
             drop_rate=drop_rate,
             **dd,
         )
+        self.head.drop.p = made.drop.p
         self.level_chs: List[int] = channels
 
     @torch.jit.ignore
@@ -209,7 +208,8 @@ def _input_layers(num_layers: int) -> List[str]:
     return ['stages.1.block.first.fc', *(f'stages.1.block.blocks.{i}.fc' for i in range(num_layers - 1))]
 
 
-_FLAT_IMAGE: Dict[str, Any] = dict(pool_size=(1, 1), **PROGRESSIVE_PAPER)
+_FLAT_IMAGE: Dict[str, Any] = dict(
+    PROGRESSIVE_PAPER, pool_size=(1, 1), paper_ids=(PROGRESSIVE_PAPER['paper_ids'], SPINAL_PAPER['paper_ids']))
 _EIGHT_NUMBERS: Dict[str, Any] = dict(
     pool_size=(1, 1), num_classes=1, input_size=(8, 1, 1), mean=(0.,), std=(1.,), **SPINAL_PAPER)
 

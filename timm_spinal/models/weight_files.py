@@ -26,10 +26,10 @@ PLAIN_KEYS = (
 )
 WRAPPERS = ('_orig_mod.', '_fsdp_wrapped_module.', '_checkpoint_wrapped_module.')  # anywhere in a name
 PREFIXES = ('module.', 'model.', 'student.')  # in front of every name
-STUDENT = 'student.'  # beside whose weights a distillation keeps others
+STUDENT = 'student.'  # checkpoints of distillation also hold other weights
 
 _FIRST = 3  # names that a message shows
-_FOREIGN = (  # what else is found under the name of a weights file
+_FOREIGN = (  # first bytes of files that are often mistaken for weights
     (b'version https://git-lfs', 'is a pointer of Git LFS, not the weights; fetch them with git lfs pull'),
     (b'<', 'is a web page, not weights; download the file itself'),
     (b'\x89HDF', 'is an HDF5 file, which torch does not read'),
@@ -106,7 +106,7 @@ def _without_prefixes(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Te
     for wrapper in WRAPPERS:
         state_dict = {name.replace(wrapper, ''): value for name, value in state_dict.items()}
     while True:
-        # beside the weights an average keeps a counter, without the prefix
+        # a checkpoint of averaged weights also has a counter, without the prefix
         names = [name for name, value in state_dict.items() if value.numel() > 1]
         prefix = next((p for p in PREFIXES if names and all(name.startswith(p) for name in names)), None)
         if prefix is None and any(name.startswith(STUDENT) for name in names):
@@ -145,7 +145,7 @@ def _open(path: str) -> Any:
 
 def _torch_load(path: str) -> Any:
     try:
-        # torch takes a path that ends with .safetensors for that format, whatever it holds
+        # torch takes any path that ends with .safetensors for that format
         with open(path, 'rb') as f, _plain_data(), warnings.catch_warnings():
             warnings.simplefilter('ignore')
             return torch.load(f, map_location='cpu', weights_only=True)
@@ -155,7 +155,7 @@ def _torch_load(path: str) -> Any:
                 f'{path}: its pickle needs {needed}, which may run code, so it is not opened; where you trust it, load '
                 'it with torch.load(..., weights_only=False) and save model.state_dict()') from e
         raise WeightsError(f'{path}: is no file of weights that torch or safetensors reads') from e
-    except Exception as e:  # whatever damaged bytes make torch's readers raise
+    except Exception as e:  # damaged bytes make torch's readers raise any error
         if 'TorchScript' in str(e):
             raise WeightsError(f'{path}: is a TorchScript program; save the state_dict() of the model in it') from e
         reason = f' ({_line(e)})' if isinstance(e, (RuntimeError, OSError)) else ''
@@ -171,7 +171,7 @@ def _needed_globals(path: str, message: str) -> str:
 
 
 def _plain_data() -> Any:
-    """Classes beside tensors that hold data only and are often saved with weights: options, paths, NumPy's numbers."""
+    """Allows classes of plain data that are often saved with weights: options, paths, NumPy's numbers."""
     if not hasattr(torch.serialization, 'safe_globals'):
         return contextlib.nullcontext()
     numpy: List[Any] = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in '?bBhHiIlLqQefd')]

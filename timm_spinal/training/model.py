@@ -7,14 +7,14 @@ from typing import Any, Mapping, Sequence
 import timm
 import torch
 import torch.nn as nn
-from timm.models import parse_model_name, resolve_model_input_args, split_model_name_tag
-from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
+from timm.models import load_model_config_from_hf, parse_model_name, resolve_model_input_args, split_model_name_tag
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.module_tracker import ModuleTracker
 
 import timm_spinal
 from timm_spinal.errors import UserError
 from timm_spinal.files import wrong_type
+from timm_spinal.models._timm import load_model_config_from_path
 from timm_spinal.models.fill_weights import LoadedWeights, watch_load
 from timm_spinal.models.hub_checksums import check_download
 from timm_spinal.models.hub_errors import explain, one_line
@@ -146,7 +146,8 @@ def check_model_name(name: str) -> None:
         return
     near = difflib.get_close_matches(arch, timm.list_models(), n=3, cutoff=0.5)
     hint = f'the nearest are {", ".join(near)}' if near else "'timm-spinal list' shows all"
-    raise UserError(f'unknown model {arch!r}; {hint}; any <timm model>_<head> and ic<timm model> '
+    converted = ' and '.join(f'{prefix}<timm model>' for prefix in timm_spinal.CONVOLUTIONS)
+    raise UserError(f'unknown model {arch!r}; {hint}; any <timm model>_<head> and {converted} '
                     f'work too (heads: {", ".join(timm_spinal.HEADS)}; timm_spinal.register_head_variant)')
 
 

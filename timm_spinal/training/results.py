@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
-from timm.models._hub import save_config_for_hf
 from timm.utils import unwrap_model
 
 from timm_spinal.files import write_atomically
+from timm_spinal.models._timm import save_config_for_hf
 from timm_spinal.models.attach_head import HEAD_NAME
 
 from . import report
@@ -77,7 +77,7 @@ def own_config(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """
     args = {k: v for k, v in config.get('model_args', {}).items() if k != 'num_classes'}
     head = getattr(model, HEAD_NAME, None)
-    if head is not None and head.takes_map and not model.unpooled and args.get('global_pool') == '':
+    if head is not None and head.needs_feature_map and not model.unpooled and args.get('global_pool') == '':
         del args['global_pool']
     cfg = {k: v for k, v in config['pretrained_cfg'].items() if k not in _OF_OTHER_WEIGHTS}
     return {**config, 'model_args': args, 'pretrained_cfg': cfg}

@@ -1,0 +1,195 @@
+"""One head of a comparison on frozen features: what it is trained with, and its run folders."""
+import hashlib
+import json
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+import torch.nn.functional as F
+from torch import nn
+
+from timm_spinal.errors import UserError
+from timm_spinal.evaluation.predictions import PREDICTIONS, Predictions
+from timm_spinal.training.model import fit_momentum
+from timm_spinal.training.report import hardware, versions, write_table, write_text
+
+from .controls import Variant, count_params, new_head, new_heads, slug
+from .options import FrozenConfig
+from .runs import ERROR, RESULT, SUMMARY, read_json, read_result, run_folder, write_json
+from .train_head import Features, Recipe, Trained
+from .train_heads import HeadTask, predict, train_heads
+
+FIRST_SEED = 10 ** 6  # tuning has seeds of its own: no reported run has taken part in the choice
+
+
+class HeadExperiment:
+    """Trains one variant on cached features and writes its run folders."""
+
+    def __init__(
+            self,
+            config: FrozenConfig,
+            variant: Variant,
+            num_classes: int,
+            data: dict[str, Features],
+            identity: dict[str, Any],
+            output: Path,
+            recipe: Recipe,
+    ):
+        self.config = config
+        self.variant = variant
+        self.num_classes = num_classes
+        self.data = data
+        self.output = output
+        self.in_features = data['train'].x.shape[2]
+        self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self.recipe = recipe
+
+    def settings(self, recipe: Recipe) -> dict[str, Any]:
+        """Settings of a run; a finished run with other settings is trained again."""
+        return dict(
+            features=self.identity, head=self.variant.head, options=self.variant.options, recipe=asdict(recipe),
+            matmul_precision=self.config.matmul_precision)
+
+    def task(self, recipe: Recipe, seeds: list[int]) -> HeadTask:
+        """The variant with some seeds."""
+        return HeadTask(
+            partial(self._new_heads, recipe), seeds, self.data['train'], self.data['validation'], recipe)
+
+    def _new_heads(self, recipe: Recipe, seeds: list[int]) -> list[nn.Module]:
+        heads = new_heads(self.variant, self.in_features, self.num_classes, seeds)
+        updates = recipe.epochs * max(1, self.data['train'].x.shape[1] // recipe.batch_size)
+        for head in heads:
+            fit_momentum(head, updates, self.variant.options)
+        return heads
+
+    def tune(self, recipes: list[Recipe]) -> list[dict[str, Any]]:
+        """Choose the recipe and return all points of the grid.
+
+        An earlier choice from the same grid on the same features is read from ``tune.json`` instead.
+        """
+        path = self.output / 'runs' / slug(self.variant.name) / 'tune.json'
+        settings = dict(grid=[self.settings(recipe) for recipe in recipes], seeds=self.config.tune_seeds)
+        earlier = read_json(path)
+        if earlier and earlier['settings'] == settings:
+            points = earlier['points']
+            self.recipe = recipes[[point['chosen'] for point in points].index(True)]
+            return points
+        self.recipe, points = choose_recipe(self.variant.name, recipes, self._train, self.config.tune_seeds)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, dict(settings=settings, points=points))
+        return points
+
+    def _train(self, recipes: list[Recipe], seeds: list[int]) -> list[list[Trained]]:
+        results: list[list[Trained]] = [[] for _ in recipes]
+        for i, trained in train_heads([self.task(recipe, seeds) for recipe in recipes]):
+            results[i].append(trained)
+        return results
+
+    def unfinished(self, seeds: list[int]) -> list[int]:
+        """Seeds without a finished run of these settings."""
+        settings = self.settings(self.recipe)
+        return [seed for seed in seeds if (read_result(self._folder(seed)) or {}).get('settings') != settings]
+
+    def describe(self, seeds: list[int]) -> str:
+        """A line of results, with the seconds of training of all seeds."""
+        results = [read_result(self._folder(seed)) or {} for seed in seeds]
+        shown = ', '.join(f'{result["test_top1"]:.2f}' if result else 'failed' for result in results)
+        seconds = sum(result.get('seconds', 0.) for result in results)
+        return f'{self.variant.name}: test top-1 % {shown}, {seconds:.1f} s'
+
+    def write(self, trained: Trained) -> None:
+        """Read the test split once for a trained seed and write its run folder."""
+        folder = self._folder(trained.seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (RESULT, ERROR, PREDICTIONS):
+            (folder / name).unlink(missing_ok=True)
+        write_table(folder / SUMMARY, trained.history)
+        if trained.failure:
+            write_text(folder / ERROR, trained.failure)
+            return
+        head = new_head(self.variant, self.in_features, self.num_classes)
+        test = self.data['test']
+        logits = predict(head, trained.state, test)
+        predictions = Predictions()
+        predictions.add(logits, test.y)
+        predictions.write(folder)
+        write_json(folder / RESULT, dict(
+            model=self.config.backbone, variant=self.variant.name, seed=trained.seed,
+            top1=trained.best['top1'], loss=trained.best['loss'],
+            test_top1=100. * float((logits.argmax(dim=1) == test.y).double().mean()),
+            test_loss=float(F.cross_entropy(logits.double(), test.y)),
+            epochs=self.recipe.epochs, best_epoch=trained.best_epoch, seconds=trained.seconds,
+            params=count_params(head),
+            lr=self.recipe.lr, weight_decay=self.recipe.weight_decay, num_classes=self.num_classes,
+            train_size=len(self.data['train'].y), eval_size=len(self.data['validation'].y), test_size=len(test.y),
+            hardware=hardware(test.y.device, 1), versions=versions(), settings=self.settings(self.recipe),
+        ))
+
+    def _folder(self, seed: int) -> Path:
+        return run_folder(self.output, self.variant.name, seed)
+
+
+def run_experiments(experiments: Sequence[HeadExperiment], seeds: list[int]) -> None:
+    """Train what is not finished, all variants and seeds side by side, and write each run folder as its run ends."""
+    todo = [experiment.unfinished(seeds) for experiment in experiments]
+    tasks = [experiment.task(experiment.recipe, left) for experiment, left in zip(experiments, todo)]
+    for i, trained in train_heads(tasks):
+        experiments[i].write(trained)
+    for experiment, left in zip(experiments, todo):
+        already = f' ({len(seeds) - len(left)} were there already)' if len(left) < len(seeds) else ''
+        print(experiment.describe(seeds) + already, flush=True)
+
+
+# ---- learning rate and weight decay, chosen on the validation split ----------------------------------------------
+
+
+def recipe_grid(recipe: Recipe, rates: list[float], decays: list[float]) -> list[Recipe]:
+    """Every learning rate with every weight decay.
+
+    Raises:
+        UserError: An empty grid.
+    """
+    if not rates or not decays:
+        raise UserError('--tune: the grid is empty; give --tune-lr and --tune-weight-decay at least one value each')
+    return [replace(recipe, lr=lr, weight_decay=decay) for lr in rates for decay in decays]
+
+
+def choose_recipe(
+        name: str,
+        recipes: list[Recipe],
+        run: Callable[[list[Recipe], list[int]], list[list[Trained]]],
+        seeds: int,
+) -> tuple[Recipe, list[dict[str, Any]]]:
+    """The recipe with the best mean validation accuracy, and all points for the report; the first one wins a tie.
+
+    Args:
+        name: Variant, for the error.
+        recipes: From `recipe_grid`.
+        run: Trains the variant with some recipes, each for some seeds.
+        seeds: Number of seeds of each point.
+
+    Raises:
+        UserError: Training failed at every point.
+    """
+    points: list[dict[str, Any]] = []
+    for recipe, runs in zip(recipes, run(recipes, [FIRST_SEED + i for i in range(seeds)])):
+        failed = any(trained.failure or not trained.best for trained in runs)
+        top1 = None if failed else sum(trained.best['top1'] for trained in runs) / len(runs)
+        points.append(dict(lr=recipe.lr, weight_decay=recipe.weight_decay, val_top1=top1, chosen=False))
+    return recipes[mark_best(name, points)], points
+
+
+def mark_best(name: str, points: list[dict[str, Any]]) -> int:
+    """Mark the best point as chosen and return its index.
+
+    Raises:
+        UserError: No point has an accuracy.
+    """
+    tops = [point['val_top1'] for point in points]
+    known = [top1 for top1 in tops if top1 is not None]
+    if not known:
+        raise UserError(f'--tune: training of {name} failed at every point of the grid; use lower learning rates')
+    best = tops.index(max(known))
+    points[best]['chosen'] = True
+    return best
