@@ -16,7 +16,7 @@ from tqdm import tqdm
 from timm_spinal.errors import UserError, dead_workers_named
 from timm_spinal.models import fold_batchnorm
 from timm_spinal.training.dataset import SKIPPED_TARGET, ImageData, Split
-from timm_spinal.training.distributed import agree
+from timm_spinal.training.distributed import on_main_process
 from timm_spinal.training.pixels import Decoder
 from timm_spinal.training.run_dir import FolderLock
 from timm_spinal.training.shards import (
@@ -131,7 +131,7 @@ def extract(
     accelerator.wait_for_everyone()
     start, lock = time.perf_counter(), FolderLock(folder)
     if missing:
-        agree(accelerator, lock.acquire)  # two runs would write the same shards
+        on_main_process(accelerator, lock.acquire)  # two runs would write the same shards
         model = _folded(model)
     mine = missing[accelerator.process_index::accelerator.num_processes]
     bar = tqdm(total=sum(_rows(*m) for m in mine), desc='features', unit='img',

@@ -8,7 +8,7 @@ import torch
 from timm.models import safe_model_name
 
 from timm_spinal.errors import UserError
-from timm_spinal.training.distributed import agree, new_accelerator
+from timm_spinal.training.distributed import new_accelerator, on_main_process
 from timm_spinal.training.model import create_model
 from timm_spinal.training.report import hardware
 from timm_spinal.training.run_dir import FolderLock
@@ -64,7 +64,7 @@ def compare_frozen(config: FrozenConfig, command: str) -> Path | None:
     variants = _size_and_dry_run(variants, shapes, splits, (recipes or [recipe])[0], accelerator.device)
     output = Path(config.output or f'output/compare/{safe_model_name(config.backbone)}')
     lock = FolderLock(output)
-    agree(accelerator, lock.acquire)
+    on_main_process(accelerator, lock.acquire)
     try:
         folder = Path(config.features) if config.features else output / 'features'
         extracted = extract(config, model, splits, folder, accelerator, 'map' in shapes)

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from timm_spinal.training.distributed import agree
+from timm_spinal.training.distributed import on_main_process
 
 from .annotations import Annotated
 from .coco_metrics import Detections, average_precision
@@ -61,5 +61,5 @@ def evaluate(
     """
     start = time.perf_counter()
     detections = detect(accelerator, model, loader, description)
-    metrics = agree(accelerator, lambda: average_precision(images, detections, num_classes))
+    metrics = on_main_process(accelerator, lambda: average_precision(images, detections, num_classes))
     return dict(metrics, detections=detections, images=len(images), seconds=time.perf_counter() - start)

@@ -20,7 +20,7 @@ from timm_spinal.layers import xnor_implementation
 from .config import TrainConfig
 from .data import create_data
 from .distill import check_distillation, prepare_teacher
-from .distributed import SHARDED, agree, used_precision
+from .distributed import SHARDED, on_main_process, used_precision
 from .model import (
     binary_signs,
     binary_weight_flips,
@@ -132,7 +132,7 @@ class Classification(Problem[TrainConfig]):
             run.accelerator, model, loader, self.config.channels_last, split, self.multi_label,
             kept.add if kept else None)
         if kept is not None:
-            agree(run.accelerator, lambda: kept.write(run.folder))
+            on_main_process(run.accelerator, lambda: kept.write(run.folder))
         return metrics
 
     def save_best(

@@ -96,7 +96,7 @@ def used_precision(config: LoopConfig, accelerator: Accelerator) -> str | None:
 # ---- decisions --------------------------------------------------------------------------------------------------
 
 
-def agree(accelerator: Accelerator, choose: Callable[[], Any]) -> Any:
+def on_main_process(accelerator: Accelerator, choose: Callable[[], Any]) -> Any:
     """Call a function on the main process; every process gets its answer, or the same `UserError`."""
     answer: list[Any] = [None, None]
     if accelerator.is_main_process:

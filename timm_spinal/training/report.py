@@ -3,6 +3,7 @@ import csv
 import json
 import math
 import platform
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,14 @@ from timm_spinal.files import write_atomically
 from timm_spinal.version import __version__
 
 from .config import to_yaml
-from .distributed import agree
+from .distributed import on_main_process
 
 if TYPE_CHECKING:
     from .distributed import Meter
     from .run import Run
 
 FEW_UPDATES = 100
+DRAW_SECONDS = 30  # between two drawings of the curves, which take as long as some epochs
 
 
 def write_text(path: Path, text: str) -> None:
@@ -217,7 +219,7 @@ def write_first_files(run: 'Run') -> None:
             write_table(run.folder / 'summary.csv', run.progress.history)
         print(f'run folder: {run.folder}', flush=True)
 
-    agree(run.accelerator, write)
+    on_main_process(run.accelerator, write)
     if run.config.log_with:
         run.accelerator.project_configuration.project_dir = str(run.folder)
         run.accelerator.project_configuration.logging_dir = str(run.folder)
@@ -252,9 +254,18 @@ def log_progress(run: 'Run', bar: tqdm, meter: 'Meter', lr: float) -> None:
         print(f'{epoch_title(progress.epoch, run.last_epoch)}, update {progress.updates}: {text}', flush=True)
 
 
-def log_epoch(run: 'Run', draw: bool) -> None:
-    """Rewrite summary.csv and, where asked for, curves.png; print the line of the epoch and feed the trackers."""
-    history = run.progress.history
+def log_epoch(run: 'Run', drawn_at: float) -> float:
+    """Rewrite summary.csv and, now and then, curves.png; print the line of the epoch and feed the trackers.
+
+    Args:
+        run: The run.
+        drawn_at: When the curves were drawn, by `time.monotonic`.
+
+    Returns:
+        When they have been drawn by now.
+    """
+    history, now = run.progress.history, time.monotonic()
+    draw = now - drawn_at > DRAW_SECONDS
     row = history[-1]
     run.accelerator.log({k: v for k, v in row.items() if k != 'epoch'}, step=run.progress.updates)
 
@@ -264,7 +275,8 @@ def log_epoch(run: 'Run', draw: bool) -> None:
             write_curves(run.folder / 'curves.png', history)
         print(epoch_line(row, run.last_epoch), flush=True)
 
-    agree(run.accelerator, write)
+    on_main_process(run.accelerator, write)
+    return now if draw else drawn_at
 
 
 def write_last_files(run: 'Run', result: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from timm_spinal.models._timm import save_config_for_hf
 from timm_spinal.models.attach_head import HEAD_NAME
 
 from . import report
-from .distributed import SHARDED, agree
+from .distributed import SHARDED, on_main_process
 
 if TYPE_CHECKING:
     from .run import Run
@@ -108,7 +108,7 @@ def write_result(run: 'Run') -> dict[str, Any]:
     result = run.problem.result(run)
     if run.data.test_loader is not None and run.progress.best:
         result.update(evaluate_test(run))
-    agree(run.accelerator, lambda: report.write_last_files(run, result))
+    on_main_process(run.accelerator, lambda: report.write_last_files(run, result))
     return result
 
 

@@ -18,15 +18,21 @@ from timm_spinal.errors import StopRequested, UserError, dead_workers_named
 
 from .checkpoint import find_checkpoints, restore, save
 from .classification import Classification
-from .distributed import Meter, NotFinite, SignalFlag, agree, create_accelerator, on_any_process, share_statistics
+from .distributed import (
+    Meter,
+    NotFinite,
+    SignalFlag,
+    create_accelerator,
+    on_any_process,
+    on_main_process,
+    share_statistics,
+)
 from .optim import clip_gradients, create_optimizer, create_scheduler, mean_lr, resolve_lr
 from .report import log_epoch, log_progress, plan_lines, progress_bar, write_first_files
 from .results import whole_weights, write_result
 from .run import ConfigT, Problem, Progress, Run
 from .run_dir import claim_run_folder
 from .transforms import preserved_rng
-
-DRAW_SECONDS = 30  # between two drawings of the curves, which take as long as some epochs
 
 
 def train(
@@ -86,11 +92,7 @@ def prepare_run(
 ) -> Run[ConfigT]:
     """Make everything that the loop works on, put a checkpoint back when resuming, and write the first files.
 
-    Args:
-        config: The run's config.
-        kind: What is trained.
-        accelerator: From `create_accelerator`.
-        held: Releases the run folder.
+    Nothing is written before; the run folder is locked until ``held`` is closed.
     """
     # data
     problem = kind(config, accelerator)
@@ -103,7 +105,7 @@ def prepare_run(
     problem.create_data(model, accelerator)
     if config.sync_bn and accelerator.num_processes > 1:
         model = convert_sync_batchnorm(model)
-    folder, checkpoint = agree(accelerator, lambda: claim_run_folder(
+    folder, checkpoint = on_main_process(accelerator, lambda: claim_run_folder(
         config, problem.name, problem.describe(), held))
     model.to(accelerator.device)
 
@@ -166,9 +168,7 @@ def train_epochs(run: Run, after_epoch: Callable[[Run], None] | None = None) -> 
                 good = find_checkpoints(run.folder / 'last')
                 kept = f'the last good checkpoint is {good[0]}' if good else 'no checkpoint had been written yet'
                 raise UserError(f'{e}: training stopped; {kept}; lower --lr or set --clip-grad') from e
-            if draw := time.monotonic() - drawn_at > DRAW_SECONDS:
-                drawn_at = time.monotonic()
-            log_epoch(run, draw)
+            drawn_at = log_epoch(run, drawn_at)
             if after_epoch is not None:
                 after_epoch(run)
             if on_any_process(run.accelerator, flag.signum != 0):
@@ -276,9 +276,7 @@ def train_batch(
 def evaluate_epoch(run: Run, row: dict[str, Any]) -> None:
     """Evaluate the model, and its moving average where that can be; write the weights if they are the best so far.
 
-    Args:
-        run: The run.
-        row: Of the epoch; gets ``eval_*`` and ``ema_*``.
+    The row of the epoch gets ``eval_*`` and ``ema_*``.
     """
     problem, progress, accelerator = run.problem, run.progress, run.accelerator
     measured = {}
@@ -295,6 +293,6 @@ def evaluate_epoch(run: Run, row: dict[str, Any]) -> None:
         metrics = measured['ema' if weights == 'ema' else 'eval']
         progress.best['same_answer'] = metrics.get('same_answer')
         model, state_dict = whole_weights(run, weights)
-        agree(accelerator, lambda: problem.save_best(run.folder, model, state_dict, metrics))
+        on_main_process(accelerator, lambda: problem.save_best(run.folder, model, state_dict, metrics))
     patience = run.config.early_stop_patience
     progress.stopped_early = on_any_process(accelerator, bool(patience) and progress.stale >= patience)
