@@ -14,7 +14,7 @@ from timm_spinal.errors import UserError
 from timm_spinal.training.checkpoint import find_checkpoints
 from timm_spinal.training.config import ValidateConfig
 from timm_spinal.training.train import train
-from timm_spinal.training.validation import validate
+from timm_spinal.validate import validate
 
 from .training.runs import small_config
 

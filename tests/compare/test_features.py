@@ -9,11 +9,11 @@ from accelerate import Accelerator
 from PIL import Image
 
 from tests.training.images import make_folder
+from timm_spinal import shards
 from timm_spinal.compare.features import extract, run_backbone
 from timm_spinal.compare.options import FrozenConfig, as_train_config
 from timm_spinal.compare.splits import open_splits
 from timm_spinal.errors import UserError
-from timm_spinal.training import shards
 from timm_spinal.training.dataset import ImageData
 from timm_spinal.training.model import create_model
 from timm_spinal.training.transforms import eval_transform, resolve_data, split_transform

@@ -12,7 +12,7 @@ from timm_spinal.cli import main
 from timm_spinal.hub.measure import tolerance
 from timm_spinal.training.config import ValidateConfig
 from timm_spinal.training.train import train
-from timm_spinal.training.validation import validate
+from timm_spinal.validate import validate
 
 from ..training.images import make_folder
 from .conftest import REPO, digits_config, files, send

@@ -28,7 +28,7 @@ from timm_spinal.hub.source import open_run
 from timm_spinal.models._packaged import FOLDER, packaged_names, read_info
 from timm_spinal.training.config import TrainConfig
 from timm_spinal.training.train import train
-from timm_spinal.training.validation import validate
+from timm_spinal.validate import validate
 from timm_spinal.version import ADDRESS
 
 from ..training.images import data_of

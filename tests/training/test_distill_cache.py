@@ -27,7 +27,7 @@ def save_teacher(folder, seed=1, name='test_resnet'):
 def config(tmp_path, monkeypatch):
     """WLD with a cache; shards of 8, so 22 images make three."""
     monkeypatch.setattr(distill, 'SHARD_SIZE', 8)
-    monkeypatch.setattr('timm_spinal.training.shards.SHARD_SIZE', 8)
+    monkeypatch.setattr('timm_spinal.shards.SHARD_SIZE', 8)
     return small_config(
         tmp_path, kd_model_name=save_teacher(tmp_path / 'teacher'), kd_distill_type='wld', no_aug=True,
         kd_cache=str(tmp_path / 'cache'), kd_renormalize=True)

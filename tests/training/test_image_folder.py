@@ -16,8 +16,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import ValidateConfig
 from timm_spinal.training.image_files import TarReader, image_suffixes
-from timm_spinal.training.image_folder import FolderReader
-from timm_spinal.training.shards import hash_source
+from timm_spinal.training.image_folder import FolderReader, hash_split
 from timm_spinal.training.splits import create_datasets, describe_splits, folder_split
 
 from .images import make_folder, make_split, quick_config
@@ -299,7 +298,7 @@ def test_names_that_are_no_text(tmp_path):
     root = make_split(tmp_path / 'train')
     shutil.copy(root / 'ant' / '0.png', os.fsencode(root / 'ant') + b'/caf\xe9.png')
     source = folder_split(root)
-    assert len(source) == 13 and len(hash_source(source)) == 64
+    assert len(source) == 13 and len(hash_split(source)) == 64
     shutil.copytree(root / 'ant', root / os.fsdecode(b'caf\xe9'))
     assert 'has a name that is not UTF-8' in refusal(folder_split, root)
 
@@ -344,15 +343,15 @@ def test_names_of_one_folder_give_the_same_data(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for split in ('train', 'extra'):
-        hashes = {hash_source(create_datasets(ValidateConfig(data_dir=name, val_split=split), train=False).eval)
+        hashes = {hash_split(create_datasets(ValidateConfig(data_dir=name, val_split=split), train=False).eval)
                   for name in [*names, '~/data']}
         assert len(hashes) == 1
     monkeypatch.chdir(root)
     for split in ('train', 'extra'):
         config = ValidateConfig(data_dir='.', val_split=split)
-        found = hash_source(create_datasets(config, train=False).eval)
+        found = hash_split(create_datasets(config, train=False).eval)
         config.data_dir = str(root)
-        assert found == hash_source(create_datasets(config, train=False).eval)
+        assert found == hash_split(create_datasets(config, train=False).eval)
 
 
 # ---- what is said at the start ----

@@ -15,7 +15,7 @@ from timm_spinal.training.data import create_data
 from timm_spinal.training.named_datasets import MultiMnist, open_digits, open_multimnist
 from timm_spinal.training.splits import create_datasets
 from timm_spinal.training.train import train
-from timm_spinal.training.validation import validate
+from timm_spinal.validate import validate
 
 from .images import TinyModel, make_data, make_mnist, need_mnist, quick_config, write_idx
 

@@ -15,7 +15,7 @@ from timm_spinal.errors import UserError
 from timm_spinal.training.config import ValidateConfig
 from timm_spinal.training.model import create_model
 from timm_spinal.training.train import train
-from timm_spinal.training.validation import validate
+from timm_spinal.validate import validate
 
 from .images import make_folder
 from .runs import assert_same_state, command, resumed, small_config

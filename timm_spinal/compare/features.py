@@ -15,16 +15,11 @@ from tqdm import tqdm
 
 from timm_spinal.errors import UserError, dead_workers_named
 from timm_spinal.models import fold_batchnorm
-from timm_spinal.training.dataset import SKIPPED_TARGET, ImageData, Split
-from timm_spinal.training.distributed import on_main_process
-from timm_spinal.training.pixels import Decoder
-from timm_spinal.training.run_dir import FolderLock
-from timm_spinal.training.shards import (
+from timm_spinal.shards import (
     SHARD_SIZE,
     Wording,
     check_space,
     has_shard,
-    hash_source,
     hash_weights,
     open_cache,
     read_shards,
@@ -32,6 +27,11 @@ from timm_spinal.training.shards import (
     shard_path,
     write_shard,
 )
+from timm_spinal.training.dataset import SKIPPED_TARGET, ImageData, Split
+from timm_spinal.training.distributed import on_main_process
+from timm_spinal.training.image_folder import hash_split
+from timm_spinal.training.pixels import Decoder
+from timm_spinal.training.run_dir import FolderLock
 from timm_spinal.training.transforms import (
     create_decoder,
     eval_transform,
@@ -114,7 +114,7 @@ def extract(
         model=config.backbone,
         timm=timm.__version__,
         weights=hash_weights(model),
-        data={p.split: hash_source(p.source) for p in parts},
+        data={p.split: hash_split(p.source) for p in parts},
         transform={f'{p.split}-{p.number}': f'{decode} {p.transform} seed {p.seed} skip {config.skip_unreadable}'
                    for p in parts},
         precision=accelerator.mixed_precision,

@@ -16,7 +16,7 @@ from timm_spinal.arguments import Parser
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import ValidateConfig
 from timm_spinal.training.model import create_model
-from timm_spinal.training.option_checks import check_output_file
+from timm_spinal.training.parser import check_output_file
 from timm_spinal.training.report import new_figure, save_figure
 from timm_spinal.training.results import CONFIG, WEIGHTS
 

@@ -7,7 +7,7 @@ from timm_spinal.errors import UserError
 from timm_spinal.training.config import DataOptions, TrainConfig, ValidateConfig
 from timm_spinal.training.distributed import new_accelerator
 from timm_spinal.training.options import option_names
-from timm_spinal.training.validation import Candidate, validate_one
+from timm_spinal.validate import Candidate, validate_one
 
 from .scores import Score, split_name, validation_split
 from .source import Source

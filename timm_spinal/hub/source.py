@@ -20,7 +20,7 @@ from timm_spinal.training.config import TrainConfig, ValidateConfig
 from timm_spinal.training.model import check_model_name
 from timm_spinal.training.parser import load_yaml
 from timm_spinal.training.results import CONFIG, CONFIG_TYPES, WEIGHTS
-from timm_spinal.training.validation import open_candidate
+from timm_spinal.validate import open_candidate
 
 from .scores import Score, accuracies_in, scores_of, validation_split
 

@@ -22,7 +22,7 @@ from timm_spinal.evaluation.metrics import TITLES
 from timm_spinal.models.hub_checksums import is_damaged
 from timm_spinal.training.config import TrainConfig
 from timm_spinal.training.parser import load_yaml
-from timm_spinal.training.validation import validate
+from timm_spinal.validate import validate
 
 from .card_check import check_card
 from .download import download

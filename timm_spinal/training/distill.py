@@ -19,23 +19,23 @@ from tqdm import tqdm
 
 from timm_spinal.errors import UserError
 from timm_spinal.evaluation.evaluate import evaluate
-
-from .config import BESIDE, WLD, DistillOptions, TrainConfig
-from .data import TrainData
-from .dataset import ImageData, Split
-from .options import option_names, to_flag
-from .shards import (
+from timm_spinal.shards import (
     SHARD_SIZE,
     Wording,
     check_space,
     has_shard,
-    hash_source,
     hash_weights,
     open_cache,
     shard_count,
     shard_path,
     write_shard,
 )
+
+from .config import BESIDE, WLD, DistillOptions, TrainConfig
+from .data import TrainData
+from .dataset import ImageData, Split
+from .image_folder import hash_split
+from .options import option_names, to_flag
 from .splits import STREAMED
 from .task import CAPSULE_LOSSES, NEED_LOGITS, Task
 from .teacher import Teacher, open_teacher
@@ -241,7 +241,7 @@ def _identity(
         model=str(model.pretrained_cfg.get('architecture', type(model).__name__)),
         weights=hash_weights(model),
         num_classes=data.num_classes,
-        data=hash_source(whole),
+        data=hash_split(whole),
         transform=f'{create_decoder(config, data.data_config["input_size"][0])} '
                   f'{train_transform(config, data.data_config)}',
         mean=[float(v) for v in data.data_config['mean']],

@@ -1,14 +1,18 @@
 """Folders and tar files of images: where a split lies, its classes, and a timm reader of images in a folder."""
+import hashlib
 import os
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+import torch
 from timm.data import ImageDataset
 
 from timm_spinal.errors import UserError
 
+from .dataset import Split
 from .image_files import (
     LINKED_AGAIN,
     NO_TARGET,
@@ -223,3 +227,39 @@ def _follow(entry: os.DirEntry, method: str) -> bool:
 def _identity(path: str | Path) -> tuple[int, int]:
     stat = os.stat(path)
     return stat.st_dev, stat.st_ino
+
+
+def hash_split(split: Split) -> str:
+    """Hash of a split: its name, labels and images.
+
+    Images in files count by path, size and date, those in memory by their values; of other readers only name, length
+    and labels are known.
+    """
+    digest = hashlib.sha256(f'{len(split)}'.encode())
+    digest.update(np.ascontiguousarray(split.labels if split.labels is not None else []).tobytes())
+    digest.update(np.ascontiguousarray(split.indices if split.indices is not None else []).tobytes())
+    dataset = split.dataset
+    reader, samples = getattr(dataset, 'reader', None), getattr(dataset, '_samples', None)
+    if isinstance(reader, ClassReader):
+        files = reader.files
+    else:  # torchvision's sets have a list of (file, class), or of other things, under that name
+        files = [Path(s[0]) for s in samples if isinstance(s[0], (str, Path))] if isinstance(samples, list) else []
+    if len(files) == len(dataset) and split.indices is not None:
+        files = [files[i] for i in split.indices]
+    if files:
+        for path in files:
+            digest.update(_stat(path))
+    else:
+        digest.update(split.name.encode())
+        values = getattr(dataset, 'data', None) if hasattr(dataset, 'data') else getattr(dataset, 'images', None)
+        if isinstance(values, (np.ndarray, torch.Tensor)):
+            digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
+
+
+def _stat(path: Path) -> bytes:
+    try:
+        stat = path.stat()
+    except OSError as e:
+        raise UserError(f'image {path}: cannot be read ({e.strerror}); check the data') from e
+    return f'{path.name}\n{path.parent.name}\n{stat.st_size}\n{stat.st_mtime_ns}\n'.encode(errors='surrogateescape')

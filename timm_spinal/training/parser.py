@@ -11,16 +11,15 @@ import difflib
 import sys
 import typing
 from pathlib import Path
-from typing import Any, Mapping, Sequence, TypeVar
+from typing import Any, Collection, Mapping, Sequence, TypeVar
 
 from timm_spinal.arguments import Parser, did_you_mean
 from timm_spinal.errors import UserError
 from timm_spinal.files import read_yaml
 
-from .config import LoopConfig, TrainConfig
-from .option_checks import check_options
-from .options import Options, convert, kind_of, to_flag, typed_fields
-from .timm_keys import ANY, NOT_OURS, NOT_OURS_IN_VALIDATION, RENAMED, from_timm
+from .config import AUG, LoopConfig, TrainConfig
+from .options import Options, convert, kind_of, option_names, to_flag, typed_fields
+from .timm_keys import ANY, ARGUMENTS, NOT_OURS, NOT_OURS_IN_VALIDATION, RENAMED, from_timm
 
 ConfigT = TypeVar('ConfigT', bound=Options)
 
@@ -231,3 +230,93 @@ def _dashes(arg: str) -> str:
         return arg
     name, sep, value = arg.partition('=')
     return name.replace('_', '-') + sep + value
+
+
+# ---- options that cannot go together, and names that timm or torch would refuse late or not at all ---------------
+
+_NOT_FOR_RUNS = ('features_only', 'out_indices', 'scriptable', 'exportable', 'device', 'cache_dir')
+RESULTS = ('.csv', '.json')  # formats of --results-file
+
+
+def check_options(config: Options, given: Collection[str] = ()) -> None:
+    """Refuse options that contradict each other, before anything is read or written.
+
+    Args:
+        config: A config of any command; checks of options that it has not are left out.
+        given: Names of the options from the command line, which win over those of a file.
+
+    Raises:
+        UserError: Names the options and the way out.
+    """
+    set_ = _not_default(config)
+    # of a file --no-aug may undo these, and args.yaml of such a run has both
+    augment = [name for name in option_names(type(config), requires=AUG) if set_.get(name) and name in given]
+    if set_.get('no_aug') and augment:
+        raise UserError(f'{to_flag(augment[0])} and --no-aug contradict each other; leave one out (--aug undoes a '
+                        'no_aug of the config file)')
+    if set_.get('bce_loss') and set_.get('loss', 'bce') != 'bce':
+        raise UserError(f'--bce-loss and --loss {set_["loss"]} contradict each other; leave one out')
+    if set_.get('pretrained_path') and set_.get('initial_checkpoint'):
+        raise UserError('--pretrained-path and --initial-checkpoint would both fill the model; leave one out')
+    if set_.get('val_split_fraction') and 'val_split' in set_:
+        raise UserError(f'--val-split {set_["val_split"]} and --val-split-fraction contradict each other; leave one '
+                        'out (--val-split-fraction 0 undoes that of the config file)')
+    size = set_.get('input_size')
+    for name, same in (('in_chans', size and size[0] == set_.get('in_chans')),
+                       ('img_size', size and size[1:] == [set_.get('img_size')] * 2)):
+        if size and name in set_ and not same:
+            raise UserError(f'{to_flag(name)} {set_[name]} and --input-size {" ".join(map(str, size))} contradict each '
+                            'other; leave one out')
+    if size and min(size[1:]) < 8:
+        raise UserError(f'--input-size {" ".join(map(str, size))}: is too small for an image; give at least 8 pixels')
+    _check_kwargs(set_)
+    if set_.get('torchcompile'):
+        _check_backend(set_['torchcompile'])
+    if set_.get('torchcompile_mode') and not set_.get('torchcompile'):
+        raise UserError('--torchcompile-mode: nothing is compiled; add --torchcompile')
+    if set_.get('early_stop_patience') and set_.get('keep') == 'last':
+        raise UserError('--early-stop-patience and --keep last contradict each other: with the second one every '
+                        'evaluation is the best so far; leave one out')
+    if set_.get('results_file'):
+        check_output_file(set_['results_file'], '--results-file', RESULTS)
+
+
+def check_output_file(path: str | Path, flag: str, suffixes: tuple[str, ...]) -> None:
+    """Refuse a file that could not be written at the end.
+
+    Raises:
+        UserError: Another suffix, a folder of that name, or a folder around it that is not there.
+    """
+    path = Path(path)
+    if path.suffix not in suffixes:
+        raise UserError(f'{flag} {path}: unknown format; name a {" or ".join(suffixes)} file')
+    if path.is_dir():
+        raise UserError(f'{flag} {path}: is a folder; name a file')
+    if not path.absolute().parent.is_dir():
+        raise UserError(f'{flag} {path}: there is no folder {path.parent}; make it first')
+
+
+def _not_default(config: Options) -> dict[str, Any]:
+    """The options that were set, to anything but their default."""
+    changed = {}
+    for f in dataclasses.fields(config):
+        default = f.default_factory() if f.default is dataclasses.MISSING else f.default  # type: ignore
+        if getattr(config, f.name) != default:
+            changed[f.name] = getattr(config, f.name)
+    return changed
+
+
+def _check_kwargs(set_: dict[str, Any]) -> None:
+    for option, names in ARGUMENTS.items():
+        for name in set_.get(option, {}):
+            if name in names:
+                raise UserError(f'{to_flag(option)} {name}: use {to_flag(names[name])}')
+            if option == 'model_kwargs' and name in _NOT_FOR_RUNS:
+                raise UserError(f'--model-kwargs {name}: is no option of a model that classifies; leave it out')
+
+
+def _check_backend(name: str) -> None:
+    from torch import compiler
+    if name not in compiler.list_backends(exclude_tags=()):
+        known = ', '.join(compiler.list_backends())
+        raise UserError(f'--torchcompile {name}: torch has no such backend; it has {known}')

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -23,9 +22,6 @@ from torch import nn
 
 from timm_spinal.errors import UserError
 from timm_spinal.files import read_json, write_atomically, write_json
-
-from .dataset import Split
-from .image_files import ClassReader
 
 SHARD_SIZE = 2048  # images; what an interruption can lose of each process
 _SHARD = re.compile(r'[a-z]+-\d+-\d{5}\.safetensors')
@@ -61,42 +57,6 @@ def hash_weights(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def hash_source(source: Split) -> str:
-    """Hash of a split: its name, labels and images.
-
-    Images in files count by path, size and date, those in memory by their values; of other readers only name, length
-    and labels are known.
-    """
-    digest = hashlib.sha256(f'{len(source)}'.encode())
-    digest.update(np.ascontiguousarray(source.labels if source.labels is not None else []).tobytes())
-    digest.update(np.ascontiguousarray(source.indices if source.indices is not None else []).tobytes())
-    dataset = source.dataset
-    reader, samples = getattr(dataset, 'reader', None), getattr(dataset, '_samples', None)
-    if isinstance(reader, ClassReader):
-        files = reader.files
-    else:  # torchvision's sets have a list of (file, class), or of other things, under that name
-        files = [Path(s[0]) for s in samples if isinstance(s[0], (str, Path))] if isinstance(samples, list) else []
-    if len(files) == len(dataset) and source.indices is not None:
-        files = [files[i] for i in source.indices]
-    if files:
-        for path in files:
-            digest.update(_stat(path))
-    else:
-        digest.update(source.name.encode())
-        values = getattr(dataset, 'data', None) if hasattr(dataset, 'data') else getattr(dataset, 'images', None)
-        if isinstance(values, (np.ndarray, torch.Tensor)):
-            digest.update(np.ascontiguousarray(values).tobytes())
-    return digest.hexdigest()
-
-
-def _stat(path: Path) -> bytes:
-    try:
-        stat = path.stat()
-    except OSError as e:
-        raise UserError(f'image {path}: cannot be read ({e.strerror}); check the data') from e
-    return f'{path.name}\n{path.parent.name}\n{stat.st_size}\n{stat.st_mtime_ns}\n'.encode(errors='surrogateescape')
 
 
 def open_cache(folder: Path, identity: dict[str, Any], words: Wording, rebuild: bool = False) -> str:
