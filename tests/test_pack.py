@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 
 from timm_spinal.cli import main
+from timm_spinal.layers import xnor_backend
 
 from .training.images import make_folder
 
@@ -47,6 +48,20 @@ def test_pack_a_folder(run, packed, tmp_path, capsys):
     assert (packed / 'model.safetensors').stat().st_size < (run / 'model.safetensors').stat().st_size
     again = load_file(tmp_path / 'again' / 'model.safetensors')
     assert all(torch.equal(again[k], v) for k, v in load_file(packed / 'model.safetensors').items())
+
+
+def test_validate_says_what_computed_the_bits(run, packed, tmp_path, capsys, monkeypatch):
+    """Float layers are computed by torch, packed ones by the C code or, where that is switched off, by its twin."""
+    data, best = str(make_folder(tmp_path / 'images', classes='abcde', size=28)), xnor_backend()
+    in_c = 'torch' if best == 'torch' else f'c-{best}'
+    for i, (folder, variable, expected) in enumerate((
+            (run, 'auto', 'torch'), (packed, 'auto', in_c), (packed, 'torch', 'torch'))):
+        monkeypatch.setenv('TIMM_SPINAL_XNOR', variable)
+        file = tmp_path / f'{i}.json'
+        assert main(['validate', '--model', f'local-dir:{folder}', '--data-dir', data, '--workers', '0',
+                     '--results-file', str(file)]) == 0
+        row, = json.loads(file.read_text())
+        assert row['xnor'] == expected and f'images/s, xnorized layers by {expected}' in capsys.readouterr().out
 
 
 def test_one_answer_for_all_images_is_said(run, tmp_path, capsys):
