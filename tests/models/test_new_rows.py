@@ -126,7 +126,7 @@ def test_the_contract(check, tmp_path):
 
 
 def test_the_contract_is_not_empty():
-    assert len(CONTRACT) >= 9 and test_contract.test_exports_with_a_free_batch in CONTRACT
+    assert len(CONTRACT) >= 8 and test_contract.test_exports_with_a_free_batch in CONTRACT
 
 
 def test_options_and_refusals():
