@@ -5,6 +5,8 @@ import yaml
 from timm.optim import optimizer_kwargs
 from timm.scheduler import scheduler_kwargs
 
+from timm_spinal.compare.options import FrozenConfig
+from timm_spinal.detection.options import DetectionConfig
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig, ValidateConfig, to_yaml
 from timm_spinal.training.parser import load_yaml, parse_config
@@ -388,6 +390,18 @@ def test_validation_takes_timms_flags(argv, field, value):
 def test_validation_answers_timms_other_flags(flag):
     with pytest.raises(UserError, match=f"flag {flag} is timm's and not available here; ..."):
         parse_config([flag], ValidateConfig)
+
+
+@pytest.mark.parametrize('cls, flag, words', [
+    (FrozenConfig, '--mixup', 'has no effect here (features are made of single images)'),
+    (FrozenConfig, '--lr-base', 'has no effect here (it belongs to training)'),
+    (DetectionConfig, '--crop-pct', 'unknown flag --crop-pct: it belongs to the training of classifiers'),
+    (DetectionConfig, '--bacbone', 'unknown flag --bacbone; did you mean --backbone: any model of timm'),
+])
+def test_options_of_other_commands(cls, flag, words):
+    with pytest.raises(UserError) as error:
+        parse_config([flag, '1'], cls)
+    assert words in str(error.value)
 
 
 def test_commands_that_do_not_train_have_no_options_of_training():

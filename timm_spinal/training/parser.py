@@ -123,9 +123,10 @@ class _ConfigParser(Parser):
         key, command = flag.lstrip('-').replace('-', '_'), self.cls.command
         field = {**typed_fields(TrainConfig), **typed_fields(self.cls)}.get(key)
         if field is not None and command not in field.metadata['applies_to']:
+            if command == 'detection':
+                return f'unknown flag {flag}: it belongs to the training of classifiers; leave it out'
             reason = field.metadata['not_frozen'] if command == 'frozen' else ''
-            owner = 'image classification' if command == 'detection' else 'training'
-            return f'{flag}: has no effect here ({reason or f"it belongs to {owner}"}); leave it out'
+            return f'{flag}: has no effect here ({reason or "it belongs to training"}); leave it out'
         if not issubclass(self.cls, LoopConfig) and key in NOT_OURS_IN_VALIDATION:
             return f"flag {flag} is timm's and not available here; {NOT_OURS_IN_VALIDATION[key]}"
         if key in RENAMED:
