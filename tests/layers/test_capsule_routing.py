@@ -21,7 +21,7 @@ def sgn(x):
 
 
 def predictions(x, w, xnor):
-    """u_hat[b,i,j,e], written out as in spec 3."""
+    """u_hat[b,i,j,e], written out as in docs/papers/xnodr_xnidr.md, section 3."""
     if not xnor:
         return (x[:, :, None, :, None] * w[None]).sum(3)
     products = (sgn(x)[:, :, None, :, None] * sgn(w)[None]).sum(3)

@@ -26,7 +26,7 @@ def test_linear_head_is_one_linear():
 
 
 def test_mlp_head_is_the_papers_plain_vgg_head():
-    """Dropout, Linear 256 -> 512, BatchNorm, ReLU, Dropout, Linear: spec spinal_heads 1.4 and 3."""
+    """Dropout, Linear 256 -> 512, BatchNorm, ReLU, Dropout, Linear: docs/papers/spinalnet.md, sections 3.3 and 4."""
     head = MlpHead(256, 10)
     assert num_params(head) == 137_738
     assert num_params(MlpHead(256, 62)) == 164_414

@@ -46,7 +46,7 @@ def test_defaults_are_those_of_the_papers():
     ('pspinal', 'stl10', 2048, 10, 14_745_610),
 ])
 def test_presets_have_the_papers_counts(head, preset, in_features, num_classes, count):
-    """Spec spinal_heads 1.5, 1.9, 2 and 3."""
+    """See docs/papers/spinalnet.md, sections 3.4, 3.5 and 4, and docs/papers/progressive_spinalnet.md, section 3."""
     assert num_params(create_head(head, in_features, num_classes, preset=preset, device='meta')) == count
 
 

@@ -106,7 +106,7 @@ def test_w_above_all_weights_is_exactly_the_plain_convolution(groups):
     plain = F.conv2d(x, layer.weight, None, 1, 1, 1, groups) + layer.bias.view(-1, 1, 1)
     assert torch.equal(layer(x), plain)
     layer(x).sum().backward()
-    assert not layer.ic_weight.grad.any()  # the dead branch of spec 2.5
+    assert not layer.ic_weight.grad.any()  # the dead branch of docs/papers/ic_networks.md, section 3
 
 
 def test_zero_w_before_a_relu_is_twice_the_relu():

@@ -37,7 +37,7 @@ def squared_errors(rows):
 
 
 def by_hand(stages, with_unique):
-    """Sum and number of the entries that spec shared_basis 2.1 counts, entry by entry."""
+    """Sum and number of the entries that docs/papers/shared_bases.md, section 4 counts, entry by entry."""
     total, entries = torch.tensor(0.), 0
     for made in stages:
         shared = torch.cat(made.bases()).flatten(1)
@@ -70,7 +70,7 @@ def test_official_mode_is_one_mean_over_all_stages(double, with_unique):
 
 
 def test_entries_on_cifar10_are_the_papers():
-    """ResNet32-S8U1, S16U1 and S16U1*: 2,856, 8,232 and 27,048 entries (spec shared_basis 2.3)."""
+    """ResNet32-S8U1, S16U1 and S16U1*: 2,856, 8,232 and 27,048 entries (docs/papers/shared_bases.md, section 4)."""
     for shared, double, expected in ((8, False, 2856), (16, False, 8232), (16, True, 27048)):
         stages = [stage(16 * m, shared * m, m, blocks=4, double=double) for m in (1, 2, 4)]
         total, entries = by_hand(stages, with_unique=True)
@@ -88,7 +88,7 @@ def test_filters_of_two_sizes_are_two_means():
 
 
 def test_least_of_more_filters_than_numbers():
-    """(n - m) / n^2 in the official mode, 0 in the other (spec shared_basis 2.3)."""
+    """(n - m) / n^2 in the official mode, 0 in the other (docs/papers/shared_bases.md, section 4)."""
     assert orthogonality_loss([tall()]).item() == pytest.approx((16 - 4) / 16 ** 2, rel=1e-5)
     assert orthogonality_loss([tall()], 'stage').item() == pytest.approx(0., abs=1e-10)
 
@@ -108,7 +108,10 @@ def test_drawn_bases_cost_nothing(mode):
 
 @pytest.mark.parametrize('mode, diluted', [('official', True), ('stage', False)])
 def test_weight_decay_against_the_penalty(mode, diluted):
-    """Rows settle at a squared norm of 1 - wd N / (4 lambda), N entries or in mode stage N rows (spec 2.3)."""
+    """Rows settle at a squared norm of 1 - wd N / (4 lambda), N entries or in mode stage N rows.
+
+    See docs/papers/shared_bases.md, section 4.
+    """
     torch.manual_seed(0)
     made, decay, weight = stage(8, 24, 0, noise=0.), 0.02, 10.
     optimizer = torch.optim.SGD([made.basis], lr=0.5 if diluted else 0.05, weight_decay=decay)

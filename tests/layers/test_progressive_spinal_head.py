@@ -1,4 +1,4 @@
-"""ProgressiveSpinalHead against the formulas of spec spinal_heads, written out by hand."""
+"""ProgressiveSpinalHead against the formulas of docs/papers/progressive_spinalnet.md, written out by hand."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ KEYS = {'pspinal': [  # of a state dict, see tests/models/test_contract.py
     (784, 10, dict(width=128, norm_layer='batchnorm1d'), 514_218),
 ])
 def test_parameter_counts(in_features, num_classes, options, count):
-    """Spec section 3 and its tables."""
+    """See docs/papers/progressive_spinalnet.md, section 4 and its tables."""
     head = ProgressiveSpinalHead(in_features, num_classes, device='meta', **options)
     assert sum(p.numel() for p in head.parameters()) == count
 

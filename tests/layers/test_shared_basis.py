@@ -65,7 +65,7 @@ def test_eval_mode_folds_the_norms(unique, dilation):
 
 
 def test_effective_kernel_is_the_sum_over_the_basis():
-    """W[t, c] = sum_r A[t, r] B[r, c] (spec shared_basis 1.1), with norms that do nothing."""
+    """W[t, c] = sum_r A[t, r] B[r, c] (docs/papers/shared_bases.md, section 2), with norms that do nothing."""
     conv, x, basis = SharedBasisConv2d(6, 7, 5, 2).double().eval(), randn(2, 6, 8, 8), randn(5, 6, 3, 3, seed=2)
     x, basis = x.double(), basis.double()
     conv.basis_norm.eps = conv.norm.eps = 0.
@@ -91,7 +91,7 @@ def test_folded_form_has_a_bias_and_no_norm():
 
 
 def test_init_is_kaiming_by_fan_out():
-    """Expected squared norm of a unique filter 2 C / u (spec shared_basis 1.8, item 3)."""
+    """Expected squared norm of a unique filter 2 C / u (docs/papers/shared_bases.md, section 3)."""
     torch.manual_seed(0)
     conv = SharedBasisConv2d(64, 64, 32, 4)
     assert conv.unique.square().flatten(1).sum(1).mean().item() == pytest.approx(2 * 64 / 4, rel=0.05)

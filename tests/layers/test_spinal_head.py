@@ -1,4 +1,4 @@
-"""SpinalHead against the formulas of spec spinal_heads, written out by hand."""
+"""SpinalHead against the formulas of docs/papers/spinalnet.md, written out by hand."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def num_params(module: torch.nn.Module) -> int:
     (25088, 10, dict(width=1024), 54_579_210),
 ])
 def test_parameter_counts(in_features, num_classes, options, count):
-    """Spec section 3 and its tables."""
+    """See docs/papers/spinalnet.md, section 4 and its tables."""
     assert num_params(SpinalHead(in_features, num_classes, device='meta', **options)) == count
 
 
@@ -53,7 +53,7 @@ def test_splits_read_every_feature(in_features, splits, layers, windows):
 
 
 def test_every_feature_reaches_the_output_at_odd_widths():
-    """The original loses the last feature at width 2049 and fails at 2047 (spec section 6, D7)."""
+    """The original loses the last feature at width 2049 and fails at 2047 (docs/papers/spinalnet.md, section 6, D7)."""
     for in_features in (2047, 2049):
         head = SpinalHead(in_features, 2, width=4, **PLAIN)
         x = torch.randn(3, in_features, requires_grad=True)

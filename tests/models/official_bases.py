@@ -1,4 +1,6 @@
-"""State dicts as the paper's code writes them, and what its network computes from one (spec shared_basis 1.2, 6, 9).
+"""State dicts as the paper's code writes them, and what its network computes from one.
+
+See docs/papers/shared_bases.md, sections 2, 9 and 11.
 
 The plain baselines beside them have the same names, without bases.
 """

@@ -7,7 +7,8 @@ import timm_spinal  # noqa: F401
 from timm_spinal.cost import count_macs
 from timm_spinal.models.cifar_resnet import PadShortcut
 
-# spec shared_basis 4.2; 20 layers by 9 (3 16 + 16 16 6 + 16 32 + 32 32 5 + 32 64 + 64 64 5) + 2 688 + 650
+# docs/papers/shared_bases.md, section 6; 20 layers by 9 (3 16 + 16 16 6 + 16 32 + 32 32 5 + 32 64 + 64 64 5) + 2 688 +
+# 650
 COUNTS = {'resnet20_cifar': 269_722, 'resnet32_cifar': 464_154, 'resnet56_cifar': 853_018}
 
 
@@ -17,7 +18,7 @@ def test_parameter_counts(name):
 
 
 def test_macs():
-    """68.9 M in spec shared_basis 4.2, which counts the norms too."""
+    """68.9 M in docs/papers/shared_bases.md, section 6."""
     macs = count_macs(timm.create_model('resnet32_cifar', device='meta'), torch.empty(1, 3, 32, 32, device='meta'))
     assert macs == 9 * 1024 * (3 * 16 + 16 * 16 * 10) + 9 * 256 * (16 * 32 + 32 * 32 * 9) \
         + 9 * 64 * (32 * 64 + 64 * 64 * 9) + 640 == 68_862_592

@@ -15,7 +15,7 @@ from timm_spinal.layers import ICConv2d
 from timm_spinal.models.convert import find_convs
 from timm_spinal.models.convolutions import CONVOLUTIONS
 
-# Spec ic_networks_wld 2.4: convolutions, and parameters of w' for each filter.
+# docs/papers/ic_networks.md, section 5: convolutions, and parameters of w' for each filter.
 TABLE = [
     ('resnet18', 'spatial', 16, 3_840), ('resnet18', 'block', 16, 3_840), ('resnet18', 'all', 20, 4_800),
     ('resnet34', 'spatial', 32, 7_552), ('resnet34', 'block', 32, 7_552), ('resnet34', 'all', 36, 8_512),
@@ -78,7 +78,8 @@ def test_macs():
     assert 5_500_000 < elementwise < 8_000_000  # 5.5 M + about 2 M
     assert (ic + elementwise) / deeper < 0.54
     pairs = timm.create_model('icresnet50', ic_mode='pair', device='meta').eval()
-    assert round((count_macs(pairs, x) - plain) / 1e6) == 206  # 218 M in the spec with 12.4 M of box sums
+    # docs/papers/ic_networks.md, section 5: 218 M with 12.4 M of box sums
+    assert round((count_macs(pairs, x) - plain) / 1e6) == 206
 
 
 @pytest.mark.parametrize('name, scope, stay', [

@@ -13,7 +13,7 @@ from timm_spinal import ensure_registered, list_models, register_ic_variant
 from timm_spinal.layers import ICConv2d
 from timm_spinal.models.convolutions import CONVOLUTIONS
 
-# spec ic_networks_wld 3; the CIFAR nets by 6 n (16 + 32 + 64) + the plain count
+# docs/papers/ic_networks.md, section 5; the CIFAR nets by 6 n (16 + 32 + 64) + the plain count
 COUNTS = {
     'icresnet18': 11_693_352, 'icresnet34': 21_805_224, 'icresnet50': 25_560_808, 'icresnet101': 44_557_288,
     'icresnext50_32x4d': 25_036_456, 'icseresnet50': 28_091_800,

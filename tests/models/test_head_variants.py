@@ -58,7 +58,7 @@ def test_tags_point_at_timms_own_weights(backbone):
     ('convnext_tiny', 27_820_128 + 960_560),
 ])
 def test_capsule_models_have_the_papers_counts(backbone, count, head):
-    """Spec capsule_xnor_heads 9, without the learned scale and shift."""
+    """See docs/papers/xnodr_xnidr.md, section 4, without the learned scale and shift."""
     model = timm.create_model(f'{backbone}_{head}', num_classes=10, device='meta')
     assert sum(p.numel() for p in model.parameters()) == count
 

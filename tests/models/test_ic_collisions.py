@@ -20,7 +20,7 @@ def noise(n=4, size=64):
 
 @pytest.mark.parametrize('name', [f'ic{backbone}' for backbone in CONVOLUTIONS['ic'].backbones])
 def test_every_layer_is_alive_at_initialisation(name):
-    """And every w' gets a gradient (spec acceptance 5); with the last gains of blocks not at 0."""
+    """And every w' gets a gradient (docs/papers/ic_networks.md, section 3); with the last gains of blocks not at 0."""
     torch.manual_seed(0)
     options = {} if name.endswith('_cifar') else dict(zero_init_last=False)
     model = timm.create_model(name, num_classes=5, **options)
@@ -45,7 +45,7 @@ def test_other_choices(options, low, high):
 
 
 def test_the_trap_that_it_is_for():
-    """w' = 1 raw on inputs behind a ReLU (spec 2.5): nothing collides."""
+    """w' = 1 raw on inputs behind a ReLU (docs/papers/ic_networks.md, section 3): nothing collides."""
     torch.manual_seed(0)
     model = timm.create_model('icresnet18', ic_scale='raw', ic_init=1.)
     for module in model.modules():
@@ -122,7 +122,7 @@ def batches(digits):
 
 
 def test_nearly_the_teacher_at_step_0(teacher, digits):
-    """As loaded, with statistics anew, and by the quantile rule (the rows of spec 4.4)."""
+    """As loaded, with statistics anew, and by the quantile rule (the rows of docs/papers/ic_networks.md, section 7)."""
     loaded = convert(teacher)
     as_loaded = agreement(loaded, teacher, digits)
     recalibrated = agreement(recalibrate_bn(loaded, batches(digits)), teacher, digits)

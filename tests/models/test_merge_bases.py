@@ -73,7 +73,7 @@ def test_folded_model_shares_and_computes_the_same(options):
     assert type(folded) is type(model) and folded.layer2.basis_names() == model.layer2.basis_names()
     convs = [m for m in folded.modules() if isinstance(m, SharedBasisConv2d)]
     assert all(not any(isinstance(m, nn.BatchNorm2d) for m in conv.modules()) for conv in convs)
-    # 9 C u + R C + C numbers per convolution (spec shared_basis 8.2)
+    # 9 C u + R C + C numbers per convolution (docs/papers/shared_bases.md, section 8)
     for conv in convs:
         unique = 0 if conv.unique is None else len(conv.unique)
         chs, rank = conv.in_channels, conv.coeff.shape[1]

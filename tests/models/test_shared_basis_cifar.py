@@ -11,7 +11,7 @@ from timm_spinal.models.cifar_resnet import SmallResNet
 
 from .official_bases import official_resnet34
 
-# Spec shared_basis 4.2: parameters and MACs in millions, which the spec gives with the norms
+# docs/papers/shared_bases.md, section 6: parameters and MACs in millions
 NAMED = {
     'resnet32_sb_s8u1_cifar': (150_666, 47.6),
     'resnet32_sb_s16u1_cifar': (197_258, 79.1),
@@ -28,7 +28,7 @@ ABLATIONS = [
 ]
 
 
-# Spec shared_basis 4.3, with GMACs
+# docs/papers/shared_bases.md, section 6, with GMACs
 CIFAR100 = [
     ('resnet18_cifar100', {}, 11_220_132, 0.555),
     ('resnet34_cifar100', {}, 21_328_292, 1.159),
@@ -104,12 +104,13 @@ def test_every_name_is_listed_and_the_first_blocks_are_timms():
     assert list(model.shared_stages()) == ['stages.1', 'stages.2', 'stages.3']
     for stage in model.shared_stages().values():
         assert isinstance(stage, SharedStage) and type(stage[0]) is BasicBlock and len(stage) == 5
-        assert sum(isinstance(m, SharedBasisConv2d) for m in stage.modules()) == 8  # uses, spec 1.3
+        # uses, docs/papers/shared_bases.md, section 3
+        assert sum(isinstance(m, SharedBasisConv2d) for m in stage.modules()) == 8
     assert [len(stage.basis) for stage in model.shared_stages().values()] == [16, 32, 64]
 
 
 def test_penalty_counts_the_unique_filters():
-    """Spec 2.1, 2.3: 8,232 entries, and the unique filters are not drawn orthonormal."""
+    """docs/papers/shared_bases.md, section 4: 8,232 entries, and the unique filters are not drawn orthonormal."""
     torch.manual_seed(0)
     model = timm.create_model('resnet32_sb_s16u1_cifar')
     total = 0.

@@ -6,7 +6,7 @@ from timm.models._efficientnet_blocks import InvertedResidual
 from timm_spinal.layers import SharedConv2d
 
 
-# Spec shared_basis 4.1, on timm's own mobilenetv2_100
+# docs/papers/shared_bases.md, section 6, on timm's own mobilenetv2_100
 @pytest.mark.parametrize('name, options, expected', [
     ('mobilenetv2_100_sb', {}, 3_240_680),
     ('mobilenetv2_100_sbpp', {}, 2_976_488),
@@ -45,7 +45,7 @@ def test_computes_what_an_unshared_net_of_the_same_filters_does():
 
 
 def test_orthogonality_of_the_papers_forms():
-    """Spec shared_basis 2.3: 6C x C filters cannot be orthonormal; C x 6C ones are."""
+    """docs/papers/shared_bases.md, section 4: 6C x C filters cannot be orthonormal; C x 6C ones are."""
     assert timm.create_model('mobilenetv2_100_sb').orthogonality_loss().item() == pytest.approx(1.22e-3, rel=5e-3)
     assert timm.create_model('mobilenetv2_100_sbpp').orthogonality_loss().item() == pytest.approx(1.22e-3, rel=5e-3)
 

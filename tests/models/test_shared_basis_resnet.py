@@ -16,7 +16,8 @@ from timm_spinal.models._shared_model import checkpoint_filter_fn
 
 from .official_bases import official_logits, official_resnet34
 
-# Spec shared_basis 4.1, and 4.3's shared-only and non-shared forms moved to ImageNet's stem and classifier
+# docs/papers/shared_bases.md, section 6, and the shared-only and non-shared forms of CIFAR-100 moved to ImageNet's stem
+# and classifier
 COUNTS = [
     ('resnet18_sb_s32u1', {}, 7_448_292),
     ('resnet18_sb_s32u1', dict(sb_rank=16), 6_489_892),
@@ -44,7 +45,7 @@ def small():
 
 
 def closed_form(layers, s, u, bases, classes=1000):
-    """Spec shared_basis 1.9."""
+    """See docs/papers/shared_bases.md, section 6."""
     total, before = 3 * 64 * 49 + 128 + 513 * classes, 64
     for width, depth in zip((64, 128, 256, 512), layers):
         m = width // 64
@@ -78,7 +79,10 @@ def test_counts_follow_the_closed_form(s, u, double):
     ('resnet101_sbpp', [[2, 2], [3, 3], [22, 22], [2, 2]]),
 ])
 def test_uses_of_every_basis(name, uses):
-    """Spec shared_basis 1.3: counted in a forward, by the identity of the tensor that a convolution is called with."""
+    """Counted in a forward, by the identity of the tensor that a convolution is called with.
+
+    See docs/papers/shared_bases.md, section 3.
+    """
     model = timm.create_model(name, device='meta').eval()
     counts = {id(basis): 0 for stage in model.shared_stages().values() for basis in stage.bases()}
 
@@ -101,7 +105,7 @@ def test_uses_of_every_basis(name, uses):
 ])
 @pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_multiply_accumulates(name, options, gmacs, mode):
-    """Spec shared_basis 4.1, as torch counts them, with gradients and without."""
+    """See docs/papers/shared_bases.md, section 6, as torch counts them, with gradients and without."""
     model = timm.create_model(name, device='meta', **options).eval()
     with mode(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, 224, 224, device='meta'))
@@ -152,7 +156,7 @@ def test_checkpoint_filter(small):
 
 
 def test_bases_are_penalised_from_orthonormal():
-    """Spec shared_basis 9: 0 as drawn, 5.17e-4 for Shared++."""
+    """See docs/papers/shared_bases.md, section 4: 0 as drawn, 5.17e-4 for Shared++."""
     for name, floor in (('resnet18_sb_s32u1', 0.), ('resnet50_sbpp', 5.17e-4)):
         model = timm.create_model(name)
         assert model.orthogonality_loss().item() == pytest.approx(floor, rel=1e-3, abs=1e-12)
@@ -166,7 +170,7 @@ def test_init_weights_draws_all_anew(small):
     model.init_weights()
     convs = [p for p in model.parameters() if p.ndim == 4]
     assert all(p.std() > 0 for p in convs) and model.orthogonality_loss().item() < 1e-12
-    # no zero-gamma (spec 1.8): a residual branch answers from the start
+    # no zero-gamma (docs/papers/shared_bases.md, section 3): a residual branch answers from the start
     assert timm.create_model('resnet34_sb_s32u1', device='cpu').layer1[1].conv2.norm.weight.eq(1).all()
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 import timm_spinal.models.spinal_cifar  # noqa: F401
 
-# Spec spinal_heads 3, small models.
+# docs/papers/spinalnet.md, section 4, small models.
 COUNTS = [
     ('cifarcnn', {}, 5_852_170),
     ('cifarcnn', dict(num_classes=100), 5_898_340),

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 import timm_spinal.models.spinal_cnn  # noqa: F401
 
-# Spec spinal_heads 1.3 and 3.
+# docs/papers/spinalnet.md, sections 3.2 and 4.
 COUNTS = [
     ('spinalcnn_plain', {}, 21_840),
     ('spinalcnn_a1', {}, 13_818),

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 import timm_spinal.models.spinal_mlp  # noqa: F401
 
-# Spec spinal_heads 1.7 and 2; the control is ours.
+# docs/papers/spinalnet.md, section 3.5, and docs/papers/progressive_spinalnet.md, section 3; the control is ours.
 COUNTS = [
     ('spinal_mlp', 514_218),
     ('spinal_mlp_plain', 514_419),

@@ -10,7 +10,7 @@ def num_params(model):
     return sum(p.numel() for p in model.parameters())
 
 
-# Spec spinal_heads 3, small models.
+# docs/papers/spinalnet.md, section 4, small models.
 COUNTS = [
     ('vgg5', {}, 3_646_154),
     ('vgg5_spinal', {}, 3_629_770),

@@ -98,7 +98,7 @@ def test_nothing_left_to_train(name):
     ('resnet50_xnodr', ['layer4.2'], 23_838_832),
 ])
 def test_modules_by_name_give_the_capsule_papers_trainable_counts(name, modules, count):
-    """Spec capsule_xnor_heads 4 and 9."""
+    """See docs/papers/xnodr_xnidr.md, section 4."""
     model = timm.create_model(name, num_classes=10, device='meta')
     kept = apply_freeze(model, 'none', modules)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count

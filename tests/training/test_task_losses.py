@@ -24,7 +24,7 @@ def test_squared_hinge_by_hand():
 
 
 def test_floors_at_perfect_answers():
-    """Spec 9, test 7: an absent class of length 0 still costs 1."""
+    """See docs/papers/xnodr_xnidr.md, section 6: an absent class of length 0 still costs 1."""
     perfect = torch.eye(10)[[3]]
     assert SquaredHingeLoss()(perfect, torch.tensor([3])).item() == pytest.approx(0.9)
     two = torch.zeros(1, 10).index_fill(1, torch.tensor([2, 7]), 1.)

@@ -58,7 +58,7 @@ def test_kl_value():
 
 
 def test_mse_is_kl_at_great_temperature():
-    """tau^2 KL -> 1/2 mean_k (z_s - z_t)^2 on centred logits (spec 4.2)."""
+    """tau^2 KL -> 1/2 mean_k (z_s - z_t)^2 on centred logits (docs/papers/ic_networks.md, section 6)."""
     task = make_task(loss_type='kl', temperature=100.)
     torch.manual_seed(0)
     student, teacher = torch.randn(50, 4), torch.randn(50, 4)

@@ -2,7 +2,7 @@
 
 Papers: "Dynamic Routing Between Capsules", Sabour et al., https://arxiv.org/abs/1710.09829, and
 "XnODR and XnIDR: Two Accurate and Fast Fully Connected Layers for Convolutional Neural Networks", Sun et al.,
-https://arxiv.org/abs/2111.10854 (spec capsule_xnor_heads 1 and 2).
+https://arxiv.org/abs/2111.10854 (docs/papers/xnodr_xnidr.md, sections 2 and 3).
 """
 
 import torch
@@ -35,7 +35,7 @@ def sign_ste(x: torch.Tensor) -> torch.Tensor:
     """+1 where x > 0, else -1 (so sgn(0) = -1), with the straight-through gradient: 1 for |x| <= 1, else 0.
 
     The bound is inclusive. Inputs of a capsule layer come out of a ReLU and about half of them are exactly 0, so that
-    sgn(0) = +1 would make every input bit +1 (spec 0, trap 1).
+    sgn(0) = +1 would make every input bit +1 (docs/papers/xnodr_xnidr.md, section 3).
     """
     sign = (x > 0).to(x.dtype).mul_(2.).sub_(1.)
     if not (torch.is_grad_enabled() and x.requires_grad):
@@ -50,5 +50,8 @@ def mean_abs(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def xnorize(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """sgn(x) times the mean of |x| over ``dim``; the gradient goes through the sign only (spec 2)."""
+    """sgn(x) times the mean of |x| over ``dim``; the gradient goes through the sign only.
+
+    See docs/papers/xnodr_xnidr.md, section 3.
+    """
     return sign_ste(x) * mean_abs(x, dim)

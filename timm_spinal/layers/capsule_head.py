@@ -1,7 +1,7 @@
 """Capsule heads: CapsFC, XnODR and XnIDR.
 
 Paper: "XnODR and XnIDR: Two Accurate and Fast Fully Connected Layers for Convolutional Neural Networks", Sun et al.,
-https://arxiv.org/abs/2111.10854 (spec capsule_xnor_heads 0 to 4).
+https://arxiv.org/abs/2111.10854 (docs/papers/xnodr_xnidr.md, sections 2 to 4).
 """
 
 from functools import partial

@@ -1,6 +1,7 @@
 """Dynamic routing between capsules, with float or xnorized projector and agreement.
 
-Papers: https://arxiv.org/abs/1710.09829 and https://arxiv.org/abs/2111.10854 (spec capsule_xnor_heads 1 to 3).
+Papers: https://arxiv.org/abs/1710.09829 and https://arxiv.org/abs/2111.10854 (docs/papers/xnodr_xnidr.md,
+sections 2 and 3).
 """
 
 import math
@@ -204,7 +205,7 @@ def check_routed_classes(num_classes: int) -> None:
 
 
 class CapsuleRouting(nn.Module):
-    """Fully connected capsule layer: (B, N, d) -> (B, J, D), no bias (spec 1 and 3)::
+    """Fully connected capsule layer: (B, N, d) -> (B, J, D), no bias (docs/papers/xnodr_xnidr.md, sections 2 and 3)::
 
         u_hat[b,i,j] = x[b,i] W[i,j]                         XnODR: (sgn x)(sgn W) K_x[b,i] alpha_W[i,j]
         l[b,i,j] = 0

@@ -20,7 +20,9 @@ def hidden_block(
         device=None,
         dtype=None,
 ) -> nn.Sequential:
-    """One hidden layer of the papers' heads: (Dropout)? -> Linear -> (norm)? -> activation (spec spinal_heads 0).
+    """One hidden layer of the papers' heads: (Dropout)? -> Linear -> (norm)? -> activation.
+
+    See docs/papers/spinalnet.md, section 2.
 
     Args:
         in_features: Input width.

@@ -51,7 +51,7 @@ class MlpHead(ClassifierHead):
     """Multi-layer perceptron: (N, F) -> (N, C); the pre-logits are the last hidden layer.
 
     The control of equal size beside the other heads: :func:`equal_size_mlp_width` gives its width.
-    The defaults are the plain VGG head of the SpinalNet paper (spec spinal_heads 1.4).
+    The defaults are the plain VGG head of the SpinalNet paper (docs/papers/spinalnet.md, section 3.3).
 
     Args:
         in_features: Width F of the pooled vector.

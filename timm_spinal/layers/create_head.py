@@ -47,7 +47,8 @@ HEADS: Dict[str, Type[ClassifierHead]] = Table('head', {
 
 _PLAIN = dict(dropout=0., norm_layer='')  # the papers' 'ResNet style'
 
-# Settings of the papers' scripts, by style and by data set (spec spinal_heads 0, 1.2, 1.5, 1.9 and 2).
+# Settings of the papers' scripts, by style and by data set (docs/papers/spinalnet.md, sections 2, 3, 3.4 and 3.5, and
+# docs/papers/progressive_spinalnet.md, section 3).
 HEAD_PRESETS: Dict[str, Dict[str, Dict[str, Any]]] = {
     'spinal': {
         'vgg': dict(dropout=0.5, norm_layer='batchnorm1d'),

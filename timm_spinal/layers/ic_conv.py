@@ -1,8 +1,8 @@
 """Inter-layer collision (IC) convolution, a drop-in for ``nn.Conv2d``.
 
 Paper: "IC Networks: Remodeling the Basic Unit for Convolutional Neural Networks", An, Liu, Zhao and Shen, 2021,
-https://arxiv.org/abs/2102.03495. Its full text was not available (spec ic_networks_wld): the neuron is sourced, the
-convolution derived from it; what follows from neither is reconstructed, and an option.
+https://arxiv.org/abs/2102.03495. Its full text was not available (docs/papers/ic_networks.md): the neuron is sourced,
+the convolution derived from it; what follows from neither is reconstructed, and an option.
 """
 
 from typing import Any, List, Literal, Optional, Tuple, Union
@@ -147,12 +147,13 @@ class ICConv2d(nn.Conv2d):
         S = sum_ck x_c(p + k)                             the box sum, one for all filters of a group
         y = z + ReLU(z - w'_o S + b1_o) + b2_o
 
-    It is the paper's neuron y = f(w.x + sigma(w.x - w' 1.x + b1) + b2), sourced (spec ic_networks_wld 2.1), at each
-    position, derived (2.3), with sigma = ReLU, derived (2.1); f and the norm before it are the host's. ``bias`` is b2.
+    It is the paper's neuron y = f(w.x + sigma(w.x - w' 1.x + b1) + b2), sourced, at each position, derived, with sigma
+    = ReLU, derived (docs/papers/ic_networks.md, section 2); f and the norm before it are the host's. ``bias`` is b2.
 
-    ``ic_weight`` holds v = n w' (reconstructed, 2.5), then w' S is v times the mean of the window, or w' itself. On
-    inputs that come out of a ReLU a w' far above 1/n leaves sigma 0 everywhere and without gradient (2.5): therefore
-    both start at v = 1, and :func:`timm_spinal.ic_active_share` shows where sigma is alive.
+    ``ic_weight`` holds v = n w' (reconstructed, section 4 there), then w' S is v times the mean of the window, or w'
+    itself. On inputs that come out of a ReLU a w' far above 1/n leaves sigma 0 everywhere and without gradient
+    (section 3 there): therefore both start at v = 1, and :func:`timm_spinal.ic_active_share` shows where sigma is
+    alive.
 
     A state dict of ``nn.Conv2d`` lacks ``ic_weight``, and ``ic_bias`` or ``ic_bn.*`` with an inner norm, and no more.
 

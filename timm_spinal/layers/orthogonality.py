@@ -1,7 +1,7 @@
 """The orthogonality penalty on shared filter bases.
 
 Paper: "Deeply Shared Filter Bases for Parameter-Efficient Convolutional Neural Networks", Kang and Kim, NeurIPS 2021,
-https://arxiv.org/abs/2006.05066 (spec shared_basis 2).
+https://arxiv.org/abs/2006.05066 (docs/papers/shared_bases.md, section 4).
 """
 
 from typing import Iterable, List, NamedTuple, Sequence
@@ -59,10 +59,11 @@ def orthogonality_loss(
 ) -> torch.Tensor:
     """How far the shared filters of a network are from orthonormal, computed in float32: a scalar, 0 at best.
 
-    ``official``: the mean of the counted entries of (M M^T - I)^2 over all stages together (spec 2.1). It cannot get
-    below (n - m) / n^2 for n filters of m < n numbers. The mean dilutes the penalty's weight lambda: with weight decay
-    wd and N entries, rows settle at a squared norm of 1 - wd N / (4 lambda), and where that is negative weight decay
-    wins (spec 2.3). Filters of two sizes, as in the "++" forms, are two means.
+    ``official``: the mean of the counted entries of (M M^T - I)^2 over all stages together
+    (docs/papers/shared_bases.md, section 4). It cannot get below (n - m) / n^2 for n filters of m < n numbers. The mean
+    dilutes the penalty's weight lambda: with weight decay wd and N entries, rows settle at a squared norm of 1 - wd N /
+    (4 lambda), and where that is negative weight decay wins (docs/papers/shared_bases.md, section 4). Filters of two
+    sizes, as in the "++" forms, are two means.
 
     ``stage``: the sum over the stages of ||M M^T - I||^2 / n, n the rank of M, 0 at best. The squared norm is then
     1 - wd n / (4 lambda), close to 1 at any size. Without the division lambda = 10 and a learning rate of 0.1 diverge.

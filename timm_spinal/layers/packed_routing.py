@@ -2,7 +2,7 @@
 
 Packing is for CPUs, where C code computes with the bits, and for the size of files: on a GPU the float layer is faster.
 
-Paper: https://arxiv.org/abs/2111.10854 (spec capsule_xnor_heads 3 and 8). The file format is ours.
+Paper: https://arxiv.org/abs/2111.10854 (docs/papers/xnodr_xnidr.md, sections 3 and 5). The file format is ours.
 """
 
 from typing import Any, Dict

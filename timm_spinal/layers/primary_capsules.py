@@ -1,4 +1,4 @@
-"""From a feature map to primary capsules (spec capsule_xnor_heads 4)."""
+"""From a feature map to primary capsules (docs/papers/xnodr_xnidr.md, section 4)."""
 
 from typing import Dict, Type
 

@@ -15,7 +15,7 @@ from .classifier_head import ClassifierHead, check_positive, hidden_block
 class ProgressiveLayers(nn.Module):
     """Hidden layers of ProgressiveSpinalNet: (N, F) -> (N, F + L * W).
 
-    With the input x and one dropout mask per forward (spec spinal_heads 0)::
+    With the input x and one dropout mask per forward (docs/papers/progressive_spinalnet.md, section 2)::
 
         z_0 = Dropout_p(x)
         h_1 = block(x)            F             -> W   (x without dropout)
@@ -81,7 +81,8 @@ class ProgressiveLayers(nn.Module):
 class ProgressiveSpinalHead(ClassifierHead):
     """ProgressiveSpinalNet classifier: (N, F) -> (N, C); pre-logits z_L of width F + L * W.
 
-    Parameters without norm: L W (F + 1) + W^2 L (L - 1) / 2 + (F + L W) C + C (spec spinal_heads 3).
+    Parameters without norm: L W (F + 1) + W^2 L (L - 1) / 2 + (F + L W) C + C (docs/papers/progressive_spinalnet.md,
+    section 4).
 
     Args:
         in_features: Width F of the pooled vector.

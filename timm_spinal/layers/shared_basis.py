@@ -1,8 +1,9 @@
 """Shared filter bases: convolutions of one stage of a network that share their filters.
 
 Paper: "Deeply Shared Filter Bases for Parameter-Efficient Convolutional Neural Networks", Kang and Kim, NeurIPS 2021,
-https://arxiv.org/abs/2006.05066 (spec shared_basis 1). The paper's symbols: W the full filters, B the basis of R
-filters, u of them unique to one convolution (U) and s shared by the stage (B_s), A the coefficients.
+https://arxiv.org/abs/2006.05066 (docs/papers/shared_bases.md, sections 2 and 3). The paper's symbols: W the full
+filters, B the basis of R filters, u of them unique to one convolution (U) and s shared by the stage (B_s), A the
+coefficients.
 """
 
 from typing import TYPE_CHECKING, Any, Optional, Tuple, Type
@@ -19,7 +20,9 @@ def basis_product(
         basis: Optional[torch.Tensor],
         dilation: int = 1,
 ) -> torch.Tensor:
-    """z = [U; B_s] * x, unique filters first (spec shared_basis 1.1): (N, C, H, W) -> (N, u + s, H, W).
+    """z = [U; B_s] * x, unique filters first: (N, C, H, W) -> (N, u + s, H, W).
+
+    See docs/papers/shared_bases.md, section 2.
 
     One convolution over the concatenated filters.
 
@@ -46,8 +49,9 @@ class SharedBasisConv2d(nn.Module):
         z = BN_basis([U; B_s] * x)    R = u + s channels; no ReLU
         y = BN(A . z)                 1x1, R -> T
 
-    Stride 1, padding that keeps H and W (spec shared_basis 1.2). U, A and both norms are its own; B_s belongs to the
-    stage and is passed to each call. In eval mode each call folds the norms into A and a bias (spec 8.1 a).
+    Stride 1, padding that keeps H and W (docs/papers/shared_bases.md, section 2). U, A and both norms are its own; B_s
+    belongs to the stage and is passed to each call. In eval mode each call folds the norms into A and a bias
+    (docs/papers/shared_bases.md, section 8).
 
     Args:
         in_channels: C.
@@ -98,7 +102,10 @@ class SharedBasisConv2d(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Kaiming normal by fan-out, as the paper's for every convolution but the shared ones (spec 1.8)."""
+        """Kaiming normal by fan-out, as the paper's for every convolution but the shared ones.
+
+        See docs/papers/shared_bases.md, section 3.
+        """
         for filters in (self.unique, self.coeff):
             if filters is not None:
                 nn.init.kaiming_normal_(filters, mode='fan_out', nonlinearity='relu')
@@ -114,7 +121,10 @@ class SharedBasisConv2d(nn.Module):
             return self.norm(F.conv2d(self.basis_norm(z), self.coeff))
 
     def fold(self) -> Tuple[torch.Tensor, torch.Tensor]:
-        """A' = diag(g2) A diag(g) and b' = g2 (A h) + h2, with g and h the scale and shift of a norm (spec 8.1 a)."""
+        """A' = diag(g2) A diag(g) and b' = g2 (A h) + h2, with g and h the scale and shift of a norm.
+
+        See docs/papers/shared_bases.md, section 8.
+        """
         scale = self.basis_norm.weight * torch.rsqrt(self.basis_norm.running_var + self.basis_norm.eps)
         shift = self.basis_norm.bias - self.basis_norm.running_mean * scale
         scale2 = self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)
@@ -153,7 +163,7 @@ def check_ranks(shared: int, unique: int, width: int) -> int:
 class SharedConv2d(nn.Module):
     """A convolution all of whose filters are shared: the stage owns them and passes them to each call.
 
-    Stride 1, padding that keeps H and W, no bias (spec shared_basis 1.5, 1.6).
+    Stride 1, padding that keeps H and W, no bias (docs/papers/shared_bases.md, section 3).
 
     Args:
         in_channels: C.

@@ -16,9 +16,9 @@ def as_argument(basis: torch.Tensor) -> torch.Tensor:
 class SharedStage(nn.Module):
     """The blocks of one stage, and the filters that they share: one tensor in, one tensor out.
 
-    The first block is an ordinary one, the others are called with the shared filters (spec shared_basis 1.3). Blocks
-    are the children '0', '1', ... as in a sequence of timm's; ``basis`` and ``basis2`` are parameters of the stage and
-    of nothing else, so a state dict, an average or a shard holds each of them once.
+    The first block is an ordinary one, the others are called with the shared filters (docs/papers/shared_bases.md,
+    section 3). Blocks are the children '0', '1', ... as in a sequence of timm's; ``basis`` and ``basis2`` are
+    parameters of the stage and of nothing else, so a state dict, an average or a shard holds each of them once.
 
     Iterating gives the steps, each from one tensor to one tensor, which is what gradient checkpointing goes along.
 
@@ -52,7 +52,9 @@ class SharedStage(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Orthonormal filters (columns, where there are more filters than numbers in one; spec shared_basis 1.8).
+        """Orthonormal filters (columns, where there are more filters than numbers in one).
+
+        See docs/papers/shared_bases.md, section 3.
 
         Two bases of equal shape are drawn as one matrix, so that they are orthogonal to each other as well.
         """

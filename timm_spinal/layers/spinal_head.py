@@ -16,7 +16,7 @@ from .classifier_head import ClassifierHead, check_positive, hidden_block
 class SpinalLayers(nn.Module):
     """Hidden layers of SpinalNet: (N, F) -> (N, L * W).
 
-    With K input splits s_0 .. s_{K-1} of size S (spec spinal_heads 0)::
+    With K input splits s_0 .. s_{K-1} of size S (docs/papers/spinalnet.md, section 2)::
 
         h_0 = block(s_0)                    S     -> W
         h_i = block([s_{i mod K}, h_{i-1}]) S + W -> W
@@ -24,7 +24,7 @@ class SpinalLayers(nn.Module):
 
     S = ceil(F / K), and a last split that would run past F is moved back to end there, so no feature is lost where K
     does not divide F. Where K divides F this is the papers' rule. The originals drop a feature or fail at odd widths
-    (spec spinal_heads 6, D7 and D8).
+    (docs/papers/spinalnet.md, section 6, D7 and D8).
 
     Args:
         in_features: Input width F.
@@ -34,7 +34,7 @@ class SpinalLayers(nn.Module):
         dropout: Dropout rate in front of each linear, in a head of the last one too.
         norm_layer: timm name of a norm behind each linear, '' for none.
         act_layer: timm name of the activation.
-        shared: Use one block for all layers but the first (spec spinal_heads 1.9).
+        shared: Use one block for all layers but the first (docs/papers/spinalnet.md, section 3.5).
 
     Raises:
         ValueError: If a size is not positive, splits > in_features, or layers < splits.
@@ -94,7 +94,7 @@ class SpinalLayers(nn.Module):
 class SpinalHead(ClassifierHead):
     """SpinalNet classifier: (N, F) -> (N, C); pre-logits [h_0, ..., h_{L-1}] of width L * W.
 
-    Parameters without norm: L W (S + 1) + (L - 1) W^2 + L W C + C (spec spinal_heads 3).
+    Parameters without norm: L W (S + 1) + (L - 1) W^2 + L W C + C (docs/papers/spinalnet.md, section 4).
 
     Args:
         in_features: Width F of the pooled vector.

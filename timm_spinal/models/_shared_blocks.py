@@ -11,7 +11,10 @@ from ._timm import InvertedResidual
 
 
 class SharedBasicBlock(BasicBlock):
-    """timm's BasicBlock, both 3x3 convolutions with their norms decomposed over the stage's basis (spec 1.2)."""
+    """timm's BasicBlock, both 3x3 convolutions with their norms decomposed over the stage's basis.
+
+    See docs/papers/shared_bases.md, section 2.
+    """
 
     def zero_init_last(self) -> None:
         norm: Any = self.conv2.norm
@@ -38,7 +41,10 @@ class SharedBasicBlock(BasicBlock):
 
 
 class SharedBottleneck(Bottleneck):
-    """timm's Bottleneck with the stage's 3x3 filters, and with its 1x1 expansion where that is shared (spec 1.5)."""
+    """timm's Bottleneck with the stage's 3x3 filters, and with its 1x1 expansion where that is shared.
+
+    See docs/papers/shared_bases.md, section 3.
+    """
 
     def forward(  # type: ignore[override]
             self,

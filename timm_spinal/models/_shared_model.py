@@ -11,7 +11,8 @@ from ..layers import SharedBasisConv2d, SharedStage, orthogonality_loss
 
 SHARED_BASIS_PAPER = dict(paper_ids='arXiv:2006.05066', origin_url='https://github.com/ssregibility/Net_RL2')
 
-# names of the paper's code (spec shared_basis 9) and ours; \1 is a stage or a block, \2 the number of a basis
+# names of the paper's code (docs/papers/shared_bases.md, section 11) and ours; \1 is a stage or a block, \2 the number
+# of a basis
 _OFFICIAL_NAMES = (
     (r'^shared_basis_(\d)(?:_1)?\.weight$', r'layer\1.basis'),
     (r'^shared_basis_(\d)_2\.weight$', r'layer\1.basis2'),
@@ -28,7 +29,7 @@ class SharedBasisModel:
     """Mixed into a timm class whose stages share filters, in front of it in the method resolution order.
 
     With ``sb_decay`` off, ``no_weight_decay`` names the shared tensors: weight decay pulls against the orthogonality
-    penalty, and in the paper's form of it may win (spec shared_basis 2.3).
+    penalty, and in the paper's form of it may win (docs/papers/shared_bases.md, section 4).
     """
 
     sb_decay: bool

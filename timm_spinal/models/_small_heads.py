@@ -75,7 +75,9 @@ class PlainLayers(nn.Sequential):
 
 
 class PlainHead(ClassifierHead):
-    """The two- and three-layer classifiers of the papers' baselines: (N, F) -> (N, C) (spec spinal_heads 1.3, 1.4).
+    """The two- and three-layer classifiers of the papers' baselines: (N, F) -> (N, C).
+
+    See docs/papers/spinalnet.md, sections 3.2 and 3.3.
 
     Args:
         in_features: Width F of the pooled vector.

@@ -1,7 +1,7 @@
 """The capsule network that XnODR and XnIDR are compared with: four convolutions and a capsule layer, no decoder.
 
 Paper: "XnODR and XnIDR: Two Accurate and Fast Fully Connected Layers for Convolutional Neural Networks",
-https://arxiv.org/abs/2111.10854 (spec capsule_xnor_heads 1, "standalone CapsNet baseline").
+https://arxiv.org/abs/2111.10854 (docs/papers/xnodr_xnidr.md, section 2).
 
 At 28 pixels the last map is 256x4x4, which is cut position by position into 512 capsules of 8. Every capsule has
 weights of its own, so maps of larger images are pooled to 4x4 and smaller ones are refused.

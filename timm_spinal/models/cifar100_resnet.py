@@ -1,7 +1,7 @@
 """ResNets of timm's widths on 32-pixel images: a 3x3 stem without stride and without pooling.
 
-The host of the CIFAR-100 experiments with shared filter bases (spec shared_basis 1.7, 4.3). `resnet34_cifar` is another
-paper's net, and narrower.
+The host of the CIFAR-100 experiments with shared filter bases (docs/papers/shared_bases.md, sections 3 and 6).
+`resnet34_cifar` is another paper's net, and narrower.
 """
 
 from typing import Any, Dict

@@ -73,9 +73,10 @@ def convert(
 def convert_to_ic(model: TimmModel, scope: str = 'spatial', depthwise: bool = False, **options: Any) -> nn.Module:
     """:func:`convert` to inter-layer collision, :class:`timm_spinal.layers.ICConv2d`.
 
-    Which convolutions the paper replaces is not sourced (spec ic_networks_wld 2.7): the scopes and the default are
-    reconstructed. Since the outputs of converted layers grow, BatchNorm statistics of a trained model no longer fit
-    (spec 4.4): :func:`timm_spinal.ic_warm_start` or :func:`timm_spinal.recalibrate_bn` comes next.
+    Which convolutions the paper replaces is not sourced (docs/papers/ic_networks.md, section 4): the scopes and the
+    default are reconstructed. Since the outputs of converted layers grow, BatchNorm statistics of a trained model no
+    longer fit (docs/papers/ic_networks.md, section 7): :func:`timm_spinal.ic_warm_start` or
+    :func:`timm_spinal.recalibrate_bn` comes next.
 
     Args:
         model: A CNN from ``timm.create_model``, with ``features_only`` too.

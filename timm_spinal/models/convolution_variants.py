@@ -4,10 +4,11 @@
 which the convolution adds are new. Where the row has a start, they are chosen from the weights alone so that the plain
 model's BatchNorm statistics nearly fit. Weights of a whole converted model load with what the convolution adds.
 
-IC Networks name ResNet-50 alone, the other hosts are ours (spec ic_networks_wld 2.7). `icresnet50` has 25,560,808
-parameters, 3,776 more than resnet50. Its collisions start by :func:`timm_spinal.models.ic_collisions.ic_quiet_start`;
-:func:`timm_spinal.ic_warm_start` comes nearer to the plain model with some images. With ``ic_init`` given they start
-there instead, as from scratch, and the statistics do not fit until they are made anew.
+IC Networks name ResNet-50 alone, the other hosts are ours (docs/papers/ic_networks.md, section 4). `icresnet50` has
+25,560,808 parameters, 3,776 more than resnet50. Its collisions start by
+:func:`timm_spinal.models.ic_collisions.ic_quiet_start`; :func:`timm_spinal.ic_warm_start` comes nearer to the plain
+model with some images. With ``ic_init`` given they start there instead, as from scratch, and the statistics do not fit
+until they are made anew.
 """
 
 import logging

@@ -1,4 +1,6 @@
-"""How the collisions of an IC model start, and how many of them are active (spec ic_networks_wld 2.5, 4.4).
+"""How the collisions of an IC model start, and how many of them are active.
+
+See docs/papers/ic_networks.md, sections 3 and 7.
 
 Where the share of positions with u = z - w'S + b1 > 0 is 0, ReLU(u) is 0 everywhere, gives no gradient to w', and the
 layer trains as a plain convolution; where it is 1, the layer is linear.

@@ -1,4 +1,6 @@
-"""Other forms of a trained model with shared filter bases, which compute the same (spec shared_basis 8).
+"""Other forms of a trained model with shared filter bases, which compute the same.
+
+See docs/papers/shared_bases.md, section 8.
 
     plain = timm_spinal.merge_bases(model.eval())    # an ordinary timm model: resnet34 of a resnet34_sb_s48u1d
     folded = timm_spinal.fold_bases(model.eval())    # shares as before, without norms in decomposed convolutions
@@ -55,7 +57,9 @@ def merge_bases(model: nn.Module, stages: Optional[Iterable[str]] = None) -> nn.
 
 
 def fold_bases(model: nn.Module) -> nn.Module:
-    """A copy that shares as before, without norms in its decomposed convolutions: y = A' . (B * x) + b' (spec 8.1 a).
+    """A copy that shares as before, without norms in its decomposed convolutions: y = A' . (B * x) + b'.
+
+    See docs/papers/shared_bases.md, section 8.
 
     It is made again by the option ``sb_folded``, which timm writes to config.json.
 

@@ -1,11 +1,12 @@
 """ResNets of 32-pixel images whose stages share filter bases, as in the paper on CIFAR-10 and CIFAR-100.
 
 Paper: "Deeply Shared Filter Bases for Parameter-Efficient Convolutional Neural Networks", Kang and Kim, NeurIPS 2021,
-https://arxiv.org/abs/2006.05066 (spec shared_basis 1.7, 4.2, 4.3). Parameter counts are those of the paper's code.
+https://arxiv.org/abs/2006.05066 (docs/papers/shared_bases.md, sections 3 and 6). Parameter counts are those of the
+paper's code.
 
 S{s}U{u} counts the filters of the first stage, they grow with the width; the suffix d, the paper's asterisk, means two
 bases per stage. He's nets of 16 channels are for CIFAR-10, and there alone the paper's orthogonality penalty counts the
-unique filters too (spec 2.1); ResNet34 of 64 channels is for CIFAR-100.
+unique filters too (docs/papers/shared_bases.md, section 4); ResNet34 of 64 channels is for CIFAR-100.
 """
 
 from typing import Any, Dict

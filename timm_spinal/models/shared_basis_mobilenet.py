@@ -1,12 +1,12 @@
 """MobileNetV2 whose stages share their pointwise convolutions.
 
 Paper: "Deeply Shared Filter Bases for Parameter-Efficient Convolutional Neural Networks", Kang and Kim, NeurIPS 2021,
-https://arxiv.org/abs/2006.05066 (spec shared_basis 1.6). Shared are the four stages of 32, 64, 96 and 160 channels; the
-first block of each is ordinary.
+https://arxiv.org/abs/2006.05066 (docs/papers/shared_bases.md, section 3). Shared are the four stages of 32, 64, 96 and
+160 channels; the first block of each is ordinary.
 
 The net is timm's mobilenetv2_100. The paper's own has 2,400 parameters more (biases in stem and head, one more 1x1
 convolution) and ReLU in place of ReLU6 inside the blocks, so its checkpoints do not fit. Its later form with ECA
-attention is not built (spec 6, item 3).
+attention is not built (docs/papers/shared_bases.md, section 9, B3).
 """
 
 from functools import partial

@@ -1,7 +1,8 @@
 """ResNets whose residual stages share filter bases.
 
 Paper: "Deeply Shared Filter Bases for Parameter-Efficient Convolutional Neural Networks", Kang and Kim, NeurIPS 2021,
-https://arxiv.org/abs/2006.05066 (spec shared_basis 1.3 - 1.5). Parameter counts are those of the paper's code.
+https://arxiv.org/abs/2006.05066 (docs/papers/shared_bases.md, section 3). Parameter counts are those of the paper's
+code.
 
 ResNetXX-S{s}U{u} has s shared filters and u unique ones per convolution at width 64, both growing with the width; an
 asterisk, here the suffix d, means two bases per stage. The first block of each stage is timm's, the stem and the

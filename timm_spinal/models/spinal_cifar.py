@@ -1,7 +1,7 @@
 """The CIFAR CNN and the CIFAR ResNet of the SpinalNet paper, with plain and spinal classifiers.
 
-Paper: "SpinalNet: Deep Neural Network with Gradual Input", https://arxiv.org/abs/2007.03347 (spec spinal_heads 1.2 d
-and f, 1.4).
+Paper: "SpinalNet: Deep Neural Network with Gradual Input", https://arxiv.org/abs/2007.03347 (docs/papers/spinalnet.md,
+section 3.3).
 
 The scripts flatten maps of 32x32 images, 256x4x4; here maps are pooled to the same grids first, which is the identity
 at 32x32 and lets other sizes in. The ResNet differs from He's CIFAR ResNets (and from timm's): widths 32 to 256, a 3x3

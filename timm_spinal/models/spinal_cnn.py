@@ -1,7 +1,7 @@
 """The small MNIST CNN, with the plain classifier, the spinal classifier, and three spinal chains.
 
-Paper: "SpinalNet: Deep Neural Network with Gradual Input", https://arxiv.org/abs/2007.03347 (spec spinal_heads 1.2 a, b
-and 1.3).
+Paper: "SpinalNet: Deep Neural Network with Gradual Input", https://arxiv.org/abs/2007.03347 (docs/papers/spinalnet.md,
+section 3.2).
 
 The scripts flatten the last map, 20x4x4 at 28x28 and at no other size; here it is pooled to 4x4 first, which is the
 identity at 28x28. They end in log_softmax, these models in logits: cross entropy on either is equal.

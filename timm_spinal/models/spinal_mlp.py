@@ -1,14 +1,16 @@
 """Spinal nets without convolutions: progressive layers on flat images, and the two-group regression net.
 
-Papers: "ProgressiveSpinalNet architecture for FC layers", https://arxiv.org/abs/2103.11373 (spec spinal_heads 2) and
-"SpinalNet: Deep Neural Network with Gradual Input", https://arxiv.org/abs/2007.03347 (spec 1.7).
+Papers: "ProgressiveSpinalNet architecture for FC layers", https://arxiv.org/abs/2103.11373
+(docs/papers/progressive_spinalnet.md, section 3) and "SpinalNet: Deep Neural Network with Gradual Input",
+https://arxiv.org/abs/2007.03347 (docs/papers/spinalnet.md, section 3.5).
 
 As timm models: an image becomes one vector of features, that is a map of one position, (N, F, 1, 1), and every hidden
 layer is one level of features. The regression nets take their eight numbers as the channels of a one-pixel image,
 (N, 8, 1, 1), and give ``num_classes`` = 1 output; other numbers of inputs are ``in_chans``.
 
 What differs from the scripts: the regression net has six distinct layers, where the script applies its third and fourth
-twice and never uses the two that it declares last (spec 6, D2). The MNIST script ends in log_softmax, here are logits.
+twice and never uses the two that it declares last (docs/papers/spinalnet.md, section 6, D2). The MNIST script ends in
+log_softmax, here are logits.
 """
 
 from typing import Any, Dict, List, Sequence

@@ -1,7 +1,8 @@
 """VGG-5 for 28-pixel images, with the plain, the spinal and the progressive spinal classifier.
 
 Papers: "SpinalNet: Deep Neural Network with Gradual Input", https://arxiv.org/abs/2007.03347
-and "ProgressiveSpinalNet architecture for FC layers", https://arxiv.org/abs/2103.11373 (spec spinal_heads 1.4 and 2).
+and "ProgressiveSpinalNet architecture for FC layers", https://arxiv.org/abs/2103.11373 (docs/papers/spinalnet.md,
+section 3.3, and docs/papers/progressive_spinalnet.md, section 3).
 
 Four groups of convolutions and a classifier. The scripts flatten the last map, which is 256x1x1 at 28x28 and at no
 other size; here it is pooled globally, which is the same at 28x28 and works from 16 pixels up. They end in

@@ -8,7 +8,7 @@ aim is faster training. Not sourced, and so reconstructions: the distance D, its
 
     D   mse  mean over K of (z_s - z_t)^2, mean over B (default)
         kl   tau^2 KL(softmax(z_t / tau) || softmax(z_s / tau)), mean over B
-    lambda(t) / lambda_0   linear  max(0, 1 - t / (r T)) (default, reading A of the spec)
+    lambda(t) / lambda_0   linear  max(0, 1 - t / (r T)) (default, reading A)
                            step    1 while t < r T, then 0 (reading C)
                            constant  1 (reading B, with a small lambda_0)
 """

@@ -5,7 +5,7 @@ On the CPU in up to 32 bits they run the C code of xnor.c, which is the fastest 
 multiple of 8, torch gives the same results.
 
 They are for inference and have no gradient. Computed in float32 or wider, also under autocast; the answer has the type
-of the weights. Equations: :class:`CapsuleRouting`, spec capsule_xnor_heads 3 and 8.
+of the weights. Equations: :class:`CapsuleRouting`, docs/papers/xnodr_xnidr.md, sections 3 and 5.
 """
 
 from typing import Any
