@@ -1,8 +1,12 @@
 """Faults while publishing: passing ones are overcome, others leave the repository as it was."""
+from types import SimpleNamespace
+
 import pytest
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
+from timm_spinal.errors import UserError
+from timm_spinal.hub import retry
 from timm_spinal.hub.package import FILES
 
 from .conftest import REPO, files, send
@@ -38,6 +42,25 @@ def test_passing_faults_at_every_step(hub, run, fault, way, request):
     assert [(f.method, f.path) for f in faults if f.times] == []
     repo = hub.store.repos[REPO]
     assert len(repo.commits) == 2 and set(files(hub)) == set(FILES) and repo.tags == {'v1': repo.branches['main']}
+
+
+@pytest.mark.parametrize('asked, pauses', [('7', [7.]), ('soon', [0.5]), (None, [0.5])])
+def test_the_hub_is_left_alone_as_long_as_it_asks(hub, monkeypatch, asked, pauses):
+    waited, said = [], []
+    monkeypatch.setattr(retry, 'time', SimpleNamespace(sleep=waited.append))
+    HfApi().create_repo(REPO)
+    headers = {} if asked is None else {'Retry-After': asked}
+    hub.fail('status', 'GET', f'/api/models/{REPO}', status=429, headers=headers)
+    assert retry.with_retries(lambda: HfApi().model_info(REPO), 'info', said.append, waits=(0.5,)).id == REPO
+    assert waited == pauses and said == [f'info: status 429; trying again in {pauses[0]:g} s']
+
+
+def test_a_pause_of_an_hour_is_an_error(hub, monkeypatch):
+    monkeypatch.setattr(retry, 'time', SimpleNamespace(sleep=lambda seconds: pytest.fail('waited')))
+    HfApi().create_repo(REPO)
+    hub.fail('status', 'GET', f'/api/models/{REPO}', status=429, headers={'Retry-After': '3600'})
+    with pytest.raises(UserError, match='info: .*429'):
+        retry.with_retries(lambda: HfApi().model_info(REPO), 'info', print)
 
 
 def test_lost_answer_makes_no_second_pull_request(hub, run):

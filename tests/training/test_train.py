@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from timm_spinal.errors import StopRequested, UserError
@@ -111,6 +112,17 @@ def test_ema_value(tmp_path):
     average = load_file(second / 'ema.safetensors')
     key = 'conv_stem.weight'
     torch.testing.assert_close(average[f'module.{key}'], 0.75 * one[key] + 0.25 * two[key])
+
+
+@pytest.mark.parametrize('skipped', [False, True])
+def test_ema_takes_no_part_in_a_skipped_step(tmp_path, monkeypatch, skipped):
+    """As under fp16, whose scaler leaves a step out after an overflow: then the average does not move."""
+    monkeypatch.setattr(Accelerator, 'optimizer_step_was_skipped', property(lambda self: skipped))
+    averaged = dict(model_ema=True, model_ema_decay=0.5)
+    train(small_config(tmp_path, epochs=1, checkpoint_steps=1, checkpoint_hist=9, **averaged))
+    first, *_, last = (load_file(tmp_path / 'run' / 'last' / f'step-{step:08d}' / 'ema.safetensors') for step in (1, 5))
+    moved = [k for k in first if not torch.equal(first[k], last[k])]
+    assert bool(moved) != skipped
 
 
 def test_mixup_off_epoch(tmp_path):
