@@ -19,9 +19,9 @@ from timm_spinal.hub.card import make_card, resolve_licence
 from timm_spinal.hub.card_check import check_card
 from timm_spinal.hub.options import PublishOptions
 from timm_spinal.hub.papers import CAPSULES, IC, PROGRESSIVE, SHARED_BASIS, SPINAL, XNODR, papers_of
+from timm_spinal.hub.publication import open_run
 from timm_spinal.hub.recipe import base_model, command, dataset_name, hparams_yaml, hub_dataset, shared_options
 from timm_spinal.hub.reference_runs import ModelResults, result_rows, table
-from timm_spinal.hub.source import open_run
 from timm_spinal.training.config import TrainConfig
 from timm_spinal.training.parser import parse_config
 from timm_spinal.version import ADDRESS

@@ -23,8 +23,8 @@ from timm_spinal.hub.golden import golden_tensors
 from timm_spinal.hub.measure import TOLERANCE, evaluation
 from timm_spinal.hub.options import PublishOptions
 from timm_spinal.hub.packaged import install
+from timm_spinal.hub.publication import open_run
 from timm_spinal.hub.scores import stated_accuracy
-from timm_spinal.hub.source import open_run
 from timm_spinal.models._packaged import FOLDER, packaged_names, read_info
 from timm_spinal.training.config import TrainConfig
 from timm_spinal.training.train import train

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 import timm_spinal
 from timm_spinal.hub.options import PublishOptions
 from timm_spinal.hub.package import FILES, build_package, built
+from timm_spinal.hub.publication import open_model
 from timm_spinal.hub.publish import publish
-from timm_spinal.hub.source import open_model
 
 from .conftest import REPO, files, new_cache, send
 

@@ -15,8 +15,8 @@ from timm_spinal.cli import main
 from timm_spinal.compare.runs import Comparison, write_comparison
 from timm_spinal.errors import UserError
 from timm_spinal.hub.package import FILES
+from timm_spinal.hub.publication import open_run
 from timm_spinal.hub.reference_runs import result_rows
-from timm_spinal.hub.source import open_run
 from timm_spinal.training.train import train
 
 from ..training.images import make_mnist

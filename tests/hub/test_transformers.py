@@ -19,7 +19,7 @@ import timm_spinal
 from timm_spinal.cli import main
 from timm_spinal.hub.options import PublishOptions
 from timm_spinal.hub.package import built
-from timm_spinal.hub.source import open_model, open_run
+from timm_spinal.hub.publication import open_model, open_run
 from timm_spinal.models._packaged import packaged_names
 from timm_spinal.training.results import export_model
 

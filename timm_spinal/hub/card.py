@@ -17,20 +17,20 @@ from .card_check import TASK
 from .licences import Licence, choose_licence
 from .options import PublishOptions
 from .papers import TIMM, Paper, papers_of
+from .publication import Publication
 from .recipe import base_model, command, dataset_name, hub_dataset, hub_page, started_from_weights
 from .reference_runs import ModelResults, Table, result_rows, table
 from .scores import Score, title
-from .source import Source
 
 TEMPLATE = Path(__file__).with_name('card_template.md')
 SMALL_NETS = ('spinal', 'vgg5', 'cifarcnn', 'capsnet')  # of our own; other backbones are timm's
 
 
-def make_card(source: Source, options: PublishOptions, cost: Cost, name: str, load_name: str) -> str:
+def make_card(publication: Publication, options: PublishOptions, cost: Cost, name: str, load_name: str) -> str:
     """README.md of a publication.
 
     Args:
-        source: What is published.
+        publication: What is published.
         options: Licence, data set id and the runs beside it.
         cost: Of the model.
         name: Title: the repository's name, or that of packaged weights.
@@ -40,33 +40,34 @@ def make_card(source: Source, options: PublishOptions, cost: Cost, name: str, lo
     Raises:
         UserError: No licence, or one that the Hub does not know; runs beside it that do not fit.
     """
-    papers = papers_of(source.architecture, source.config['pretrained_cfg'].get('paper_ids'))
-    classes = source.config['num_classes']
-    reference_runs = result_rows(source, options.beside)
-    data = options.dataset_name or dataset_name(source.args)
+    papers = papers_of(publication.architecture, publication.config['pretrained_cfg'].get('paper_ids'))
+    classes = publication.config['num_classes']
+    reference_runs = result_rows(publication, options.beside)
+    data = options.dataset_name or dataset_name(publication.args)
     repo, _, revision = load_name.removeprefix('hf-hub:').partition('@')
     card = ModelCard.from_template(
-        _metadata(source, options, papers, name, data),
+        _metadata(publication, options, papers, name, data),
         template_path=str(TEMPLATE),
         name=name,
         load_name=load_name,
-        summary=_summary(source, data),
+        summary=_summary(publication, data),
         awaits=options.card_only,
         install=install_line(ADDRESS),
-        architecture=source.architecture if source.architecture in timm_spinal.list_models() else '',
-        register='' if load_name == name else _register_line(source.architecture),  # packaged names are known
+        architecture=publication.architecture if publication.architecture in timm_spinal.list_models() else '',
+        register='' if load_name == name else _register_line(publication.architecture),  # packaged names are known
         repo=repo if load_name.startswith('hf-hub:') else '',
         revision=revision,
         pull_request=revision.removeprefix('refs/pr/') if revision.startswith('refs/pr/') else '',
         channels=cost.input_size[0],
         mode='L' if cost.input_size[0] == 1 else 'RGB',
         topk=min(5, classes),
-        details=_details(source, cost, papers),
-        results=_results(source, reference_runs, data, options.dtype),
-        recipe=_recipe(source, load_name.startswith('hf-hub:')),
-        limits=_limits(source, options, reference_runs.rows) + _limits_in_transformers(cost.input_size[0], load_name),
+        details=_details(publication, cost, papers),
+        results=_results(publication, reference_runs, data, options.dtype),
+        recipe=_recipe(publication, load_name.startswith('hf-hub:')),
+        limits=(_limits(publication, options, reference_runs.rows)
+                + _limits_in_transformers(cost.input_size[0], load_name)),
         citation='\n'.join(
-            paper.bibtex for paper in (*papers, *_timm_if_used(source.architecture)) if paper.bibtex),
+            paper.bibtex for paper in (*papers, *_timm_if_used(publication.architecture)) if paper.bibtex),
     )
     return str(card).rstrip() + '\n'
 
@@ -76,22 +77,28 @@ def install_line(address: str) -> str:
     return f'with `pip install {address}`' if address else 'from a clone of its source (`pip install .` there)'
 
 
-def resolve_licence(source: Source, options: PublishOptions) -> Licence:
+def resolve_licence(publication: Publication, options: PublishOptions) -> Licence:
     """The licence that was asked for, else that of the weights which training started from.
 
     Raises:
         UserError: Neither is there, or it is one that the Hub does not take.
     """
-    of_start = source.config['pretrained_cfg'].get('license') if started_from_weights(source.args) else None
+    of_start = publication.config['pretrained_cfg'].get('license') if started_from_weights(publication.args) else None
     asked = Licence(options.licence, options.licence_name, options.licence_link)
-    return choose_licence(asked, of_start, hub_page(source.args))
+    return choose_licence(asked, of_start, hub_page(publication.args))
 
 
-def _metadata(source: Source, options: PublishOptions, papers: list[Paper], name: str, data: str) -> ModelCardData:
+def _metadata(
+        publication: Publication,
+        options: PublishOptions,
+        papers: list[Paper],
+        name: str,
+        data: str,
+) -> ModelCardData:
     arxiv = [f'arxiv:{paper.arxiv}' for paper in papers]
-    dataset = options.dataset_id or hub_dataset(source.args)
-    results = [result for score in source.scores for result in _eval_results(score, dataset, data)]
-    licence = resolve_licence(source, options)
+    dataset = options.dataset_id or hub_dataset(publication.args)
+    results = [result for score in publication.scores for result in _eval_results(score, dataset, data)]
+    licence = resolve_licence(publication, options)
     return ModelCardData(
         library_name='timm',
         pipeline_tag=TASK,
@@ -100,7 +107,7 @@ def _metadata(source: Source, options: PublishOptions, papers: list[Paper], name
         license_link=licence.link or None,
         tags=['timm', 'timm-spinal', TASK, *(paper.tag for paper in papers if paper.tag), *arxiv],
         datasets=[dataset] if dataset else None,
-        base_model=base_model(source.args) or None,
+        base_model=base_model(publication.args) or None,
         metrics=['accuracy'] if results else None,
         model_name=name.rpartition('/')[2],
         eval_results=results or None,
@@ -117,13 +124,13 @@ def _eval_results(score: Score, dataset: str, data: str) -> list[EvalResult]:
     ]
 
 
-def _summary(source: Source, data: str) -> str:
-    doc = (model_entrypoint(source.architecture).__doc__ or '').strip().splitlines()
+def _summary(publication: Publication, data: str) -> str:
+    doc = (model_entrypoint(publication.architecture).__doc__ or '').strip().splitlines()
     trained = f'trained on {data} with' if data else 'made with'
-    start = base_model(source.args)
-    origin = f', from the weights of [`{start}`]({hub_page(source.args)})' if start else ''
+    start = base_model(publication.args)
+    origin = f', from the weights of [`{start}`]({hub_page(publication.args)})' if start else ''
     what = doc[0] if doc else 'An image classifier.'
-    return f'`{source.architecture}`, {trained} timm_spinal{origin}. {what}'
+    return f'`{publication.architecture}`, {trained} timm_spinal{origin}. {what}'
 
 
 def _register_line(architecture: str) -> str:
@@ -136,15 +143,15 @@ def _register_line(architecture: str) -> str:
     return f'timm_spinal.{call}  # makes the name known to timm'
 
 
-def _details(source: Source, cost: Cost, papers: list[Paper]) -> dict[str, Any]:
+def _details(publication: Publication, cost: Cost, papers: list[Paper]) -> dict[str, Any]:
     prefixes = ('head_', 'sb_', *(f'{prefix}_' for prefix in timm_spinal.CONVOLUTIONS))
-    kwargs = {k: v for k, v in source.config.get('model_args', {}).items() if k.startswith(prefixes)}
+    kwargs = {k: v for k, v in publication.config.get('model_args', {}).items() if k.startswith(prefixes)}
     details = {
         'Parameters (M)': f'{cost.params / 1e6:.3g}',
         'GMACs': f'{cost.macs / 1e9:.3g} (convolutions and matrix products, torch.utils.flop_counter)',
         'Activations (M)': f'{cost.activations / 1e6:.3g}',
         'Image size': ' x '.join(map(str, cost.input_size)),
-        'Classes': source.config['num_classes'],
+        'Classes': publication.config['num_classes'],
         'Options': ', '.join(f'`{k}={v}`' for k, v in kwargs.items()),
         'Papers': ', '.join(f'[arXiv {p.arxiv}](https://arxiv.org/abs/{p.arxiv})' for p in papers),
     }
@@ -157,11 +164,11 @@ def _score_line(score: Score, data: str) -> str:
     return f'- {data}, {score.split}{images}: {accuracy_text(score.accuracies)}{chosen}'
 
 
-def _results(source: Source, reference_runs: Table, data: str, dtype: str) -> str:
-    lines, rows = [_score_line(score, data) for score in source.scores], reference_runs.rows
+def _results(publication: Publication, reference_runs: Table, data: str, dtype: str) -> str:
+    lines, rows = [_score_line(score, data) for score in publication.scores], reference_runs.rows
     if not lines:
         before = ['', 'The weights before they were rounded to float16 had:', '',
-                  *(_score_line(score, data) for score in source.before)] if source.before else []
+                  *(_score_line(score, data) for score in publication.before)] if publication.before else []
         return '\n'.join(['No accuracy of exactly these weights was measured.', *before])
     if len(rows) > 1 or any(len(row.values) > 1 for row in rows):
         rounded = ', before they were rounded to float16' if dtype == 'fp16' else ''
@@ -170,43 +177,45 @@ def _results(source: Source, reference_runs: Table, data: str, dtype: str) -> st
     if reference_runs.recipe:
         lines += ['', f'The runs differ in their recipes too: {", ".join(reference_runs.recipe)}.']
     if rows and len(rows[0].values) > 1:
-        lines += ['', _which_seed(source, rows[0])]
+        lines += ['', _which_seed(publication, rows[0])]
     if len(rows) == 1:
         lines += ['', 'No other head and no control of equal size was run beside it.']
     return '\n'.join(lines)
 
 
-def _which_seed(source: Source, row: ModelResults) -> str:
+def _which_seed(publication: Publication, row: ModelResults) -> str:
     """Whether the published run was picked out of several."""
-    assert source.args is not None
-    seed, count = source.args.seed, len(row.values)
+    assert publication.args is not None
+    seed, count = publication.args.seed, len(row.values)
     better = sum(value > row.choosing[seed] for value in row.choosing.values())
     rank = 'the best' if not better else f'number {better + 1}'
     return f'The published weights are those of seed {seed}, {rank} of the {count} on the split that chose the epoch.'
 
 
-def _recipe(source: Source, on_hub: bool) -> str:
-    if source.args is None:
+def _recipe(publication: Publication, on_hub: bool) -> str:
+    if publication.args is None:
         return 'Not recorded: the weights were published without the run that made them.'
-    result, lines = source.result, ['```', command(source.args, source.result.get('processes', 1)), '```', '']
+    result = publication.result
+    lines = ['```', command(publication.args, result.get('processes', 1)), '```', '']
     versions = ', '.join(f'{k} {v}' for k, v in result.get('versions', {}).items())
     seconds = f', {result["seconds"]:.0f} s' if result.get('seconds') else ''
-    lines.append(f'Seed {source.args.seed}, {epochs_done(result)} epochs, {result.get("updates")} updates, '
+    lines.append(f'Seed {publication.args.seed}, {epochs_done(result)} epochs, {result.get("updates")} updates, '
                  f'{result.get("train_size"):,} training images, {result.get("hardware")}{seconds}. {versions}.')
     if on_hub:
         lines.append('All options are in `train_hparams.yaml`, the epochs in `summary.csv`.')
     return '\n'.join(lines)
 
 
-def _limits(source: Source, options: PublishOptions, rows: list[ModelResults]) -> list[str]:
-    pairs = any('exact' in score.accuracies for score in source.scores)
+def _limits(publication: Publication, options: PublishOptions, rows: list[ModelResults]) -> list[str]:
+    pairs = any('exact' in score.accuracies for score in publication.scores)
     given = 'two' if pairs else 'one'
-    limits = [f'It knows {source.config["num_classes"]} classes, and gives {given} of them to every image.',
+    limits = [f'It knows {publication.config["num_classes"]} classes, and gives {given} of them to every image.',
               'Measured on no other data than those above, and at no other image size.']
-    if source.args is not None and source.args.loss in CAPSULE_LOSSES:
-        limits.append(f'Trained by the {source.args.loss} loss: its scores are lengths of capsules, and their softmax '
+    if publication.args is not None and publication.args.loss in CAPSULE_LOSSES:
+        limits.append(f'Trained by the {publication.args.loss} loss: its scores are lengths of capsules, and their '
+                      'softmax '
                       'is no probability.')
-    if source.scores and all(score.chosen_on for score in source.scores):
+    if publication.scores and all(score.chosen_on for score in publication.scores):
         limits.append('The split that was measured has chosen the epoch, so its accuracy is too high by an unknown '
                       'amount.')
     if rows and len(rows[0].values) == 1:
@@ -215,7 +224,7 @@ def _limits(source: Source, options: PublishOptions, rows: list[ModelResults]) -
         limits.append(f'These are the {options.weights} weights of the last checkpoint, not those of the best epoch.')
     if options.dtype == 'fp16':
         limits.append('The weights are rounded to float16' + (
-            '; the accuracies are those of the rounded weights.' if source.scores else '.'))
+            '; the accuracies are those of the rounded weights.' if publication.scores else '.'))
     return limits
 
 

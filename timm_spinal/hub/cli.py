@@ -32,24 +32,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     options = _options(args)
     from .package import built, keep
+    from .publication import open_run
     from .publish import check_account, publish
-    from .source import open_run
     if args.local:
         from .packaged import install
         name = install(open_run(args.run, options.weights), options, args.local)
         print(f'{name}: its card is in hub_cards; the weights await publication' if args.card_only else
               f'{name}: in timm_spinal/weights and hub_cards; timm.create_model({name!r}, pretrained=True)')
         return 0
-    source = open_run(args.run, options.weights)
+    publication = open_run(args.run, options.weights)
     if not args.dry_run:
         options = check_account(options)
-    with built(source, options) as package:
+    with built(publication, options) as package:
         if args.dry_run:
             output = args.output or args.run / 'hub'
             keep(package.folder, output)
             print(f'{options.repo}: checked, nothing sent; it is in {output}')
             return 0
-        published = publish(package, options, f'{source.architecture} from timm_spinal')
+        published = publish(package, options, f'{publication.architecture} from timm_spinal')
     print(published.line)
     return 0
 

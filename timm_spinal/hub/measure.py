@@ -9,8 +9,8 @@ from timm_spinal.training.distributed import new_accelerator
 from timm_spinal.training.options import option_names
 from timm_spinal.validate import Candidate, validate_one
 
+from .publication import Publication
 from .scores import Score, split_name, validation_split
-from .source import Source
 
 TOLERANCE = 0.1  # points; on other hardware an image at the border may fall to the other side
 _ROUNDING = 1e-4  # points; a card has six digits of a part of one
@@ -60,22 +60,22 @@ def evaluation(recipe: TrainConfig, folder: Path, where: Any, test: bool | None 
         workers=where.workers), split
 
 
-def measure(source: Source, folder: Path, data_dir: str = '') -> list[Score]:
+def measure(publication: Publication, folder: Path, data_dir: str = '') -> list[Score]:
     """The scores of a source, measured anew with the weights of a package.
 
     Args:
-        source: Whose run says on which splits, and has the data options.
+        publication: Whose run says on which splits, and has the data options.
         folder: The package.
         data_dir: Where the data are now; '' for where they were.
 
     Raises:
         UserError: The data cannot be had, or are not as many images as they were.
     """
-    run = source.args
+    run = publication.args
     assert run is not None
     where = Where(data_dir or run.data_dir, workers=run.workers,
                   batch_size=run.validation_batch_size or run.batch_size)
-    return [_measure_one(score, run, folder, where) for score in source.scores]
+    return [_measure_one(score, run, folder, where) for score in publication.scores]
 
 
 def _measure_one(score: Score, run: TrainConfig, folder: Path, where: Where) -> Score:

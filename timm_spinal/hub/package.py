@@ -25,9 +25,9 @@ from .golden import GOLDEN, compare_golden, golden_tensors
 from .licences import Licence
 from .measure import measure
 from .options import PublishOptions
+from .publication import Publication
 from .recipe import hparams_yaml
 from .retry import Say
-from .source import Source
 from .weights import check_not_tied, published_weights
 
 CARD, HPARAMS = 'README.md', 'train_hparams.yaml'
@@ -51,7 +51,7 @@ class Package(NamedTuple):
 
 
 @contextmanager
-def built(source: Source, options: PublishOptions, say: Say = print) -> Iterator[Package]:
+def built(publication: Publication, options: PublishOptions, say: Say = print) -> Iterator[Package]:
     """A checked package in a temporary folder, which is gone afterwards.
 
     Raises:
@@ -59,7 +59,7 @@ def built(source: Source, options: PublishOptions, say: Say = print) -> Iterator
     """
     with tempfile.TemporaryDirectory(prefix='timm_spinal_hub_') as temp:
         folder = Path(temp) / 'package'
-        yield build_package(source, options, folder, options.repo, hub_name(options.repo, options.branch), say)
+        yield build_package(publication, options, folder, options.repo, hub_name(options.repo, options.branch), say)
 
 
 def hub_name(repo: str, revision: str = '') -> str:
@@ -68,7 +68,7 @@ def hub_name(repo: str, revision: str = '') -> str:
 
 
 def build_package(
-        source: Source,
+        publication: Publication,
         options: PublishOptions,
         folder: Path,
         name: str,
@@ -78,7 +78,7 @@ def build_package(
     """Write a package into a new folder and check that it loads with the weights and answers that it should have.
 
     Args:
-        source: What is published.
+        publication: What is published.
         options: In which form.
         folder: Created; must not exist.
         name: Title of the card.
@@ -88,27 +88,28 @@ def build_package(
     Raises:
         UserError: As in `built`.
     """
-    weights = published_weights(source.state_dict, options.dtype, source.architecture)
-    licence = resolve_licence(source, options)
-    config = _config(source.config, licence, options)
-    if source.model is not None:
-        check_not_tied(source.model, source.architecture)
+    weights = published_weights(publication.state_dict, options.dtype, publication.architecture)
+    licence = resolve_licence(publication, options)
+    config = _config(publication.config, licence, options)
+    if publication.model is not None:
+        check_not_tied(publication.model, publication.architecture)
     try:
         (folder / GOLDEN).parent.mkdir(parents=True)
         save_file(weights, folder / WEIGHTS, metadata={'format': 'pt'})
         _write_config(folder, config)
-        model = load_package(folder, source.architecture)
+        model = load_package(folder, publication.architecture)
         _write_config(folder, own_config(config, model))
-        check_same_weights(model, weights, source.architecture)
-        golden = golden_tensors(model, source.input_size)
+        check_same_weights(model, weights, publication.architecture)
+        golden = golden_tensors(model, publication.input_size)
         save_file(golden, folder / GOLDEN, metadata={'format': 'pt'})
-        source = _with_true_scores(source, options, folder, say)
-        package = Package(folder, partial(make_card, source, options, cost_of(model, source.input_size), name))
+        publication = _with_true_scores(publication, options, folder, say)
+        cost = cost_of(model, publication.input_size)
+        package = Package(folder, partial(make_card, publication, options, cost, name))
         package.address(load_name)
-        _copy_licence(source, licence, folder)
-        if source.args is not None:
-            (folder / HPARAMS).write_text(hparams_yaml(source.args), encoding='utf-8')
-        for file, path in source.files.items():
+        _copy_licence(publication, licence, folder)
+        if publication.args is not None:
+            (folder / HPARAMS).write_text(hparams_yaml(publication.args), encoding='utf-8')
+        for file, path in publication.files.items():
             shutil.copyfile(path, folder / file)
     except Exception as e:
         if isinstance(e, UserError) or (reason := write_error(e)) is None:
@@ -118,24 +119,25 @@ def build_package(
     return package
 
 
-def _with_true_scores(source: Source, options: PublishOptions, folder: Path, say: Say) -> Source:
+def _with_true_scores(publication: Publication, options: PublishOptions, folder: Path, say: Say) -> Publication:
     """The source with accuracies of the weights as they are published, or with none."""
-    if options.dtype == 'fp32' or not source.scores:
-        return source
-    say(f'{source.architecture}: measuring the float16 weights')
+    if options.dtype == 'fp32' or not publication.scores:
+        return publication
+    say(f'{publication.architecture}: measuring the float16 weights')
     try:
-        return replace(source, scores=measure(source, folder, options.data_dir))
+        return replace(publication, scores=measure(publication, folder, options.data_dir))
     except UserError as e:
-        say(f'{source.architecture}: the card names no accuracy of the float16 weights, which could not be measured '
+        say(f'{publication.architecture}: the card names no accuracy of the float16 weights, which could not be '
+            'measured '
             f'({e}); --data-dir says where the data are')
-        return replace(source, scores=[], before=source.scores)
+        return replace(publication, scores=[], before=publication.scores)
 
 
-def _copy_licence(source: Source, licence: Licence, folder: Path) -> None:
+def _copy_licence(publication: Publication, licence: Licence, folder: Path) -> None:
     """Take along the file with the licence's text, where the link names one."""
     if not licence.file:
         return
-    text = (source.folder or Path()) / licence.file
+    text = (publication.folder or Path()) / licence.file
     if not text.is_file():
         raise UserError(f'--license-link {licence.file}: {text} is no file; put the text of the licence there, or give '
                         'its address')

@@ -20,18 +20,18 @@ from timm_spinal.training.results import CONFIG, WEIGHTS
 from .golden import GOLDEN, compare_golden
 from .options import PublishOptions
 from .package import CARD, build_package, check_same_weights
+from .publication import Publication
 from .recipe import shared_options
-from .source import Source
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST_EACH, MOST_TOGETHER = 2_000_000, 8_000_000  # bytes
 
 
-def install(source: Source, options: PublishOptions, tag: str, root: Path = ROOT) -> str:
+def install(publication: Publication, options: PublishOptions, tag: str, root: Path = ROOT) -> str:
     """Write ``timm_spinal/weights/ARCH.TAG.{safetensors,json}`` and ``hub_cards/ARCH.TAG.md``, or the card only.
 
     Args:
-        source: A run.
+        publication: A run.
         options: Licence, the runs beside it, and whether only the card is wanted.
         tag: What was trained on, usually, such as 'fashion_mnist'.
         root: The source tree.
@@ -47,15 +47,15 @@ def install(source: Source, options: PublishOptions, tag: str, root: Path = ROOT
     if not tag.isidentifier() or tag.startswith(TAG_PREFIX):
         raise UserError(f'--local {tag!r}: is no tag; use letters, digits and _, and not {TAG_PREFIX!r} in front, '
                         'which means weights of a backbone alone')
-    if source.args is None:
+    if publication.args is None:
         raise UserError('--local: needs a run folder, whose recipe can be repeated')
-    name = f'{source.architecture}.{tag}'
+    name = f'{publication.architecture}.{tag}'
     folder = root / 'timm_spinal' / 'weights'
     if options.card_only and (folder / f'{name}.safetensors').exists():
         raise UserError(f'--card-only: the weights of {name} are in the package; leave it out, or choose another tag')
     with tempfile.TemporaryDirectory(prefix='timm_spinal_hub_') as temp:
         package = Path(temp) / 'package'
-        build_package(source, options, package, name, 'local-dir:RUN' if options.card_only else name)
+        build_package(publication, options, package, name, 'local-dir:RUN' if options.card_only else name)
         if options.card_only:
             _write_card(package, root, name)
             return name
@@ -63,7 +63,7 @@ def install(source: Source, options: PublishOptions, tag: str, root: Path = ROOT
         config = json.loads((package / CONFIG).read_text(encoding='utf-8'))
         golden = load_file(package / GOLDEN)
         check_loads_by_name(package / WEIGHTS, config, golden, name)
-        info = dict(config=config, recipe=shared_options(source.args), logits=golden['logits'].tolist())
+        info = dict(config=config, recipe=shared_options(publication.args), logits=golden['logits'].tolist())
         folder.mkdir(exist_ok=True)
         _write_card(package, root, name)
         write_text(folder / f'{name}.json', json.dumps(info) + '\n')

@@ -14,9 +14,9 @@ from timm_spinal.training.run import Run
 from .licences import Licence, choose_licence
 from .options import HubOptions, PublishOptions
 from .package import built
+from .publication import open_run
 from .publish import check_account, publish
 from .recipe import started_from_weights
-from .source import open_run
 
 
 class Pusher:

@@ -12,9 +12,9 @@ from timm_spinal.training.config import TrainConfig
 from timm_spinal.training.parser import load_yaml
 from timm_spinal.training.resume_checks import config_diff, diff_label, with_defaults
 
+from .publication import Publication
 from .recipe import shared_options
 from .scores import compared_metric
-from .source import Source
 
 OF_THE_MODEL = ('model', 'model_kwargs')
 
@@ -72,26 +72,26 @@ class _Run(NamedTuple):
     variant: str = ''  # its name in a comparison
 
 
-def result_rows(source: Source, folders: tuple[str, ...]) -> Table:
+def result_rows(publication: Publication, folders: tuple[str, ...]) -> Table:
     """The published run's results and those of others: the variants of a comparison, or what the runs differ in.
 
     Args:
-        source: The published run.
+        publication: The published run.
         folders: Run folders, wildcards of them, or the folder of a comparison that holds the published run.
 
     Raises:
         UserError: A folder that is no finished run, or has other data or lacks the accuracy that is compared.
     """
-    if source.args is None or not source.scores:
+    if publication.args is None or not publication.scores:
         return Table()
-    metric = compared_metric(source.result)
+    metric = compared_metric(publication.result)
     name = metric.removeprefix('test_')
-    variant, others = _other_runs(source, folders)
-    runs = [_Run(shared_options(source.args), source.result, variant), *others]
+    variant, others = _other_runs(publication, folders)
+    runs = [_Run(shared_options(publication.args), publication.result, variant), *others]
     names = config_diff([run.settings for run in runs])
     rows: dict[str, ModelResults] = {}
     for i, (key, (settings, result, _)) in enumerate(zip(_labels(runs, names), runs)):
-        if any(result.get(k) is None for k in (metric, name, 'params')) or _data(result) != _data(source.result):
+        if any(result.get(k) is None for k in (metric, name, 'params')) or _data(result) != _data(publication.result):
             raise UserError(f'--beside: the run of {settings["model"]}, seed {settings["seed"]}, is of other data or '
                             f'has no {metric} as the published one has; leave it out')
         row = rows.setdefault(key, ModelResults(key, result['params']))
@@ -120,7 +120,7 @@ def _data(result: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(result.get(k) for k in ('train_size', 'eval_size', 'test_images', 'num_classes'))
 
 
-def _other_runs(source: Source, patterns: tuple[str, ...]) -> tuple[str, list[_Run]]:
+def _other_runs(publication: Publication, patterns: tuple[str, ...]) -> tuple[str, list[_Run]]:
     """The published run's name in a comparison, '' outside of one, and the runs that it is compared with."""
     variant, runs = '', []
     for folder in _folders(patterns):
@@ -129,7 +129,8 @@ def _other_runs(source: Source, patterns: tuple[str, ...]) -> tuple[str, list[_R
             runs.append(_read_run(folder))
             continue
         rows = [row for row in read_run_results(folder, comparison) if row.status == 'done']
-        mine = [row.variant for row in rows if source.folder and Path(row.folder).resolve() == source.folder.resolve()]
+        own = publication.folder and publication.folder.resolve()
+        mine = [row.variant for row in rows if Path(row.folder).resolve() == own]
         if not mine:
             raise UserError(f'--beside {folder}: the published run is not one of this comparison; give run folders')
         variant = mine[0]

@@ -26,7 +26,7 @@ from .scores import Score, accuracies_in, scores_of, validation_split
 
 
 @dataclass
-class Source:
+class Publication:
     """Weights to publish, and what is known of how they were made.
 
     Attributes:
@@ -59,7 +59,7 @@ class Source:
         return tuple(self.config['pretrained_cfg']['input_size'])  # type: ignore[return-value]
 
 
-def open_model(model: nn.Module, class_names: list[str] | None = None) -> Source:
+def open_model(model: nn.Module, class_names: list[str] | None = None) -> Publication:
     """A model in memory, made by ``timm.create_model`` or ``attach_head``.
 
     Raises:
@@ -76,10 +76,10 @@ def open_model(model: nn.Module, class_names: list[str] | None = None) -> Source
             raise UserError(f'{model.pretrained_cfg["architecture"]}: {e}') from e  # type: ignore[index]
         config = json.loads(path.read_text())
     check_model_name(config['architecture'])
-    return Source(dict(model.state_dict()), config, model=model)
+    return Publication(dict(model.state_dict()), config, model=model)
 
 
-def open_run(folder: Path, weights: str = 'best', result: dict[str, Any] | None = None) -> Source:
+def open_run(folder: Path, weights: str = 'best', result: dict[str, Any] | None = None) -> Publication:
     """A run folder of the trainer, or a folder of weights without their run, as `timm-spinal pack` and timm write it.
 
     Args:
@@ -105,12 +105,13 @@ def open_run(folder: Path, weights: str = 'best', result: dict[str, Any] | None 
             raise UserError(f'{folder / "result.json"}: says nothing of the training; restore it, or train again')
     files = {name: folder / name for name in ('summary.csv', 'curves.png') if (folder / name).is_file()}
     if weights == 'best':
-        return Source(_read_weights(folder / WEIGHTS), config, args, result, scores_of(args, result), files, folder)
+        scores = scores_of(args, result)
+        return Publication(_read_weights(folder / WEIGHTS), config, args, result, scores, files, folder)
     state_dict, scores = _last_checkpoint(folder, args, weights == 'ema', result)
-    return Source(state_dict, config, args, result, scores, files, folder)
+    return Publication(state_dict, config, args, result, scores, files, folder)
 
 
-def _open_weights(folder: Path, weights: str) -> Source:
+def _open_weights(folder: Path, weights: str) -> Publication:
     """Weights without a run: nothing is known of how they were made."""
     of_a_run = any((folder / name).exists() for name in ('result.json', 'summary.csv', 'last'))
     if of_a_run or not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
@@ -118,7 +119,7 @@ def _open_weights(folder: Path, weights: str) -> Source:
     if weights != 'best':
         raise UserError(f'--weights {weights}: {folder} is no run folder (no args.yaml in it) and has one form of its '
                         'weights; leave --weights out')
-    return Source(_read_weights(folder / WEIGHTS), _read_config(folder), folder=folder)
+    return Publication(_read_weights(folder / WEIGHTS), _read_config(folder), folder=folder)
 
 
 def _read_args(folder: Path) -> TrainConfig:
