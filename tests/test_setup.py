@@ -2,16 +2,23 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from importlib.metadata import packages_distributions
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import timm_spinal
+from timm_spinal.cli import VERBS
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,10 +39,65 @@ def test_source_needs_neither_python_nor_torch():
     assert included == {*of_c, '<immintrin.h>', '<arm_neon.h>'}
 
 
+def pyproject() -> dict[str, Any]:
+    tomllib = pytest.importorskip('tomllib', reason='Python 3.11 reads TOML')
+    return tomllib.loads((ROOT / 'pyproject.toml').read_text())
+
+
+def workflow(name: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / '.github' / 'workflows' / f'{name}.yml').read_text())['jobs']
+
+
+def commands(job: dict[str, Any]) -> list[str]:
+    return [step['run'] for step in job['steps'] if 'run' in step]
+
+
+def test_versions_of_python_are_the_same_everywhere():
+    """Of the metadata, the linters, the wheel and CI, which runs every version that is declared."""
+    settings = pyproject()
+    project, tools = settings['project'], settings['tool']
+    python = 'Programming Language :: Python :: 3.'
+    minors = [int(row.removeprefix(python)) for row in project['classifiers'] if row.startswith(python)]
+    lowest = minors[0]
+    assert minors == list(range(lowest, minors[-1] + 1)) and sys.version_info[0] == 3 and sys.version_info[1] >= lowest
+    assert project['requires-python'] == f'>=3.{lowest}'
+    assert tools['ruff']['target-version'] == f'py3{lowest}' and tools['mypy']['python_version'] == f'3.{lowest}'
+    assert tools['cibuildwheel']['build'] == f'cp3{lowest}-*'
+    assert f"'py_limited_api': 'cp3{lowest}'" in (ROOT / 'setup.py').read_text()
+    check = workflow('ci')['check']
+    assert check['strategy']['matrix']['python-version'] == [f'3.{minor}' for minor in minors]
+
+
+def test_workflows_run_the_scripts_of_the_repository():
+    assert commands(workflow('ci')['check']) == ['bash .ci/run']
+    jobs = workflow('wheels')
+    assert commands(jobs['quickstart']) == ['bash .ci/package']
+    assert all((ROOT / '.ci' / name).stat().st_mode & 0o100 for name in ('run', 'package', 'lowest'))
+    install, build = commands(jobs['wheels'])
+    assert re.fullmatch(r'python -m pip install cibuildwheel==\d+\.\d+\.\d+', install)
+    assert build == 'python -m cibuildwheel --output-dir dist' and 'xnor_backend()' in pyproject()['tool'][
+        'cibuildwheel']['test-command']
+    assert jobs['publish']['if'] == "github.event_name == 'push' && github.ref_type == 'tag'"
+    assert set(jobs['publish']['needs']) == set(jobs) - {'publish'}
+    assert 'secrets' not in (ROOT / '.github' / 'workflows' / 'wheels.yml').read_text()
+
+
+def test_changelog_begins_with_the_version():
+    headings = re.findall(r'^## \[(.+?)\] - (?:unreleased|\d{4}-\d\d-\d\d)$', (ROOT / 'CHANGELOG.md').read_text(), re.M)
+    assert headings[0] == timm_spinal.__version__
+
+
+def test_forms_name_commands_that_there_are():
+    """And the one for bugs does not go off without the output of `timm-spinal env`."""
+    forms = {path.stem: path.read_text() for path in (ROOT / '.github' / 'ISSUE_TEMPLATE').glob('*.yml')}
+    assert set(re.findall(r'timm-spinal ([a-z-]+)', ''.join(forms.values()))) <= set(VERBS)
+    fields = {field.get('id'): field for field in yaml.safe_load(forms['bug'])['body']}
+    assert fields['env']['validations']['required'] and '`timm-spinal env`' in fields['env']['attributes']['label']
+
+
 def declared() -> list[Requirement]:
     """What pyproject.toml asks for, tools of the tests left out."""
-    tomllib = pytest.importorskip('tomllib', reason='Python 3.11 reads TOML')
-    project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+    project = pyproject()['project']
     extras = (rows for name, rows in project['optional-dependencies'].items() if name != 'test')
     return [Requirement(row) for row in chain(project['dependencies'], *extras)]
 
@@ -66,6 +128,7 @@ def test_what_is_imported_is_declared():
     assert needed <= {canonicalize_name(row.name) for row in declared()}
 
 
+FILES = ('setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE', 'CHANGELOG.md', 'CITATION.cff')
 READ = '''
 import sys
 sys.path += [{where!r}, *{more!r}]  # and what else is installed, without the files there that add further folders
@@ -83,10 +146,12 @@ def test_configs_are_found_by_name_where_only_the_package_is(tmp_path, kind):
     source = tmp_path / 'source'
     for name in ('timm_spinal', 'configs'):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns('__pycache__', '*.so'))
-    for name in ('setup.py', 'pyproject.toml', 'README.md', 'LICENSE'):
-        shutil.copy(ROOT / name, source)
+    (source / 'tests').mkdir()
+    for name in (*FILES, 'tests/test_setup.py'):
+        shutil.copy(ROOT / name, source / name)
     made = build(source, tmp_path / 'made', kind)
     if kind == 'sdist':
+        check_contents(made, source)
         shutil.unpack_archive(made, tmp_path / 'unpacked')
         made = build(next((tmp_path / 'unpacked').iterdir()), tmp_path / 'made', 'wheel')
     if kind != 'editable':
@@ -99,6 +164,17 @@ def test_configs_are_found_by_name_where_only_the_package_is(tmp_path, kind):
     where, updates = done.stdout.split()
     inside = source if kind == 'editable' else tmp_path / 'site' / 'timm_spinal'
     assert where == str(inside / 'configs' / 'finetune.yaml') and int(updates) > 100
+
+
+def check_contents(sdist, source):
+    """The files of the root, and every file of package and configs; no tests."""
+    with tarfile.open(sdist) as archive:
+        files = {name.partition('/')[2] for name in archive.getnames() if '.egg-info' not in name}
+    of_package = {str(path.relative_to(source)) for name in ('timm_spinal', 'configs')
+                  for path in (source / name).rglob('*') if path.is_file()}
+    assert len(of_package) > 200 and of_package <= files
+    top = {name for name in files - of_package if '.' in name} - {'PKG-INFO', 'setup.cfg'}
+    assert top == {*FILES} - {'LICENSE'} and 'LICENSE' in files and 'tests' not in files
 
 
 def build(source, folder, kind):
