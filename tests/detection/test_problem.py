@@ -154,7 +154,7 @@ def test_images_without_boxes_train_too(tmp_path):
     (['--backbone', 'resnet5'], "error: unknown model 'resnet5'; the nearest are resnet50"),
     (['--model', 'yolo'], "error: --model: 'yolo' is not one of fasterrcnn, retinanet"),
     (['--eval-metric', 'top1'], "error: --eval-metric: 'top1' is not one of ap, ap50, ap75"),
-    (['--mixup', '0.2'], 'error: --mixup: has no effect here (it belongs to image classification)'),
+    (['--mixup', '0.2'], 'error: unknown flag --mixup: it belongs to the training of classifiers'),
     (['--val-split', 'nothing'], "no split 'nothing'"),
     (['--opt', 'sdg'], "error: unknown optimizer 'sdg'"),
 ])
