@@ -46,8 +46,7 @@ SMALL = {
     'compare': '--no-pretrained --epochs 2 --workers 0', 'validate': '--workers 0', 'verify': '--workers 0',
 }
 ADDED = {  # to commands that have this
-    'my/images': '--img-size 32', '--backbone resnet50 ': '--test-split-fraction 0.2',
-    '--ic-warm-start': '--pretrained-path plain.safetensors',
+    'my/images': '--img-size 32', '--ic-warm-start': '--pretrained-path plain.safetensors',
 }
 OWN_SIZE = {'validate', 'verify'}  # take the image size of the run
 MY_YAML = 'model: test_efficientnet\ndata_dir: my/images\nimg_size: 32\nepochs: 2\nbatch_size: 8\nworkers: 0\n'
@@ -243,7 +242,7 @@ def folder(tmp_path):
         assert old in text
         text = text.replace(old, new)
     sweep.write_text(text)
-    make_folder(tmp_path / 'my' / 'images', ('train', 'validation', 'test'), per_class=12, size=32)
+    make_folder(tmp_path / 'my' / 'images', ('train', 'validation', 'test'), per_class=40, size=32)
     shutil.copy(next((tmp_path / 'my' / 'images').rglob('*.png')), tmp_path / 'my' / 'image.jpg')
     write_coco(tmp_path / 'my' / 'coco', train=4, validation=2)
     raw = tmp_path / 'data' / 'FashionMNIST' / 'raw'
