@@ -56,7 +56,7 @@ def test_a_relative_folder_as_people_have_it(tmp_path, capsys, monkeypatch):
         found.append(capsys.readouterr().out.splitlines())
         (root / '.cache').mkdir(exist_ok=True)
         (root / '.cache' / 'x.png').write_bytes(b'no image')
-    assert found[1] == ['images/train: passed over 1 hidden (.cache)', *found[0]]
+    assert found[1] == ['images/train: skipped 1 hidden (.cache)', *found[0]]
 
 
 @pytest.mark.parametrize('argv, text', [

@@ -113,4 +113,4 @@ def test_weights_of_the_other_form_are_refused_in_one_line(run, packed, tmp_path
     message = error([*argv, '--model-kwargs', 'head=xnodr', 'head_packed=True'], capsys)
     assert 'the packed weights are for 5 classes, the model has 4; create it with num_classes=5' in message
     message = error(['train', '--model', f'local-dir:{packed}', '--data-dir', five], capsys)
-    assert 'is packed, for inference only; train the float model and pack it afterwards' in message
+    assert 'is packed and can only be used for inference; train the float model and pack it afterwards' in message

@@ -42,8 +42,8 @@ def test_module_under_accelerate_launch(tmp_path, launch):
     assert lines[start + 1:start + 4] == [
         'train           22        2  ant (11)        bee (11)',
         'validation      22        2  ant (11)        bee (11)',
-        f'{tmp_path / "images" / "train"}: passed over 1 hidden (.DS_Store)']
-    assert out.count('smallest class') == out.count('passed over') == 1
+        f'{tmp_path / "images" / "train"}: skipped 1 hidden (.DS_Store)']
+    assert out.count('smallest class') == out.count('skipped') == 1
     assert timm.create_model(f'local-dir:{tmp_path / "cli"}', pretrained=True).num_classes == 2
 
 
@@ -72,7 +72,7 @@ def test_ctrl_c(tmp_path):
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert 'stopped by SIGINT: go on with --resume' in err and 'Traceback' not in err
+    assert 'stopped by SIGINT: continue with --resume' in err and 'Traceback' not in err
     assert damage(find_checkpoints(tmp_path / 'run' / 'last')[0]) is None
 
 
@@ -87,7 +87,7 @@ def test_sigterm_to_the_launcher_of_one_process(tmp_path):
     while not find_checkpoints(tmp_path / 'run' / 'last') and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    assert 'stopped by SIGTERM: go on with --resume' in process.communicate(timeout=60)[1]
+    assert 'stopped by SIGTERM: continue with --resume' in process.communicate(timeout=60)[1]
     assert damage(find_checkpoints(tmp_path / 'run' / 'last')[0]) is None
 
 

@@ -81,7 +81,7 @@ def test_wildcard_of_models(trained, capsys):
     (Path(config.data_dir) / 'validation' / 'ant' / 'x.txt').touch()
     validate(options(config, model='test_efficientnet_[gl]n', num_classes=2, img_size=32))
     first, *rest = capsys.readouterr().out.splitlines()
-    assert first == f'{config.data_dir}/validation: passed over 1 of other types (.txt)' and len(rest) == 2
+    assert first == f'{config.data_dir}/validation: skipped 1 of other types (.txt)' and len(rest) == 2
 
 
 @pytest.mark.parametrize('kwargs, text', [
@@ -108,7 +108,7 @@ def test_other_classes_are_refused(trained, tmp_path):
     config, _ = trained
     for split in ('train', 'validation'):
         (tmp_path / 'images' / split / 'ant').rename(tmp_path / 'images' / split / 'cat')
-    with pytest.raises(UserError, match="other classes than the data have .'ant' is 'bee' there."):
+    with pytest.raises(UserError, match="other classes than those of the data .its 'ant' is 'bee'."):
         validate(options(config, checkpoint=str(tmp_path / 'run')))
 
 

@@ -33,19 +33,19 @@ VERBS = {
     'train': Verb('timm_spinal.train', 'run', 'train a model'),
     'train-detection': Verb('timm_spinal.detection.train', 'run', 'train an object detector'),
     'validate': Verb('timm_spinal.validate', 'run', 'measure loss and accuracy of models'),
-    'pack': Verb('timm_spinal.pack', 'run', 'an XnODR or XnIDR model in its form for inference'),
-    'active-share': Verb('timm_spinal.active_share', 'run', 'how often each collision of an IC model is active'),
-    'env': Verb('timm_spinal.env', 'run', 'versions, and what computes with bits'),
-    'list': Verb('timm_spinal.cli', 'list_models', 'names of the models that this package adds to timm'),
-    'coverage': Verb('timm_spinal.coverage', 'main', 'which timm models can take a head'),
-    'compare': Verb('timm_spinal.compare.cli', 'main', 'which head, or any other choice, helps on some data'),
-    'plot': Verb('timm_spinal.compare.plot', 'main', 'curves of several runs, and epochs and seconds to an accuracy'),
-    'gradflow': Verb('timm_spinal.compare.gradflow', 'main', 'gradient of shared filters with and without the penalty'),
-    'gram': Verb('timm_spinal.compare.gram', 'main', 'how orthonormal the shared filters of trained models are'),
-    'publish': Verb('timm_spinal.hub.cli', 'main', 'put a run on the Hugging Face Hub'),
-    'export': Verb('timm_spinal.hub.export_cli', 'main', 'models as ONNX or torch.export files, checked'),
+    'pack': Verb('timm_spinal.pack', 'run', 'store the binary head of an XnODR or XnIDR model in bits'),
+    'active-share': Verb('timm_spinal.active_share', 'run', 'print how often each collision of an IC model is active'),
+    'env': Verb('timm_spinal.env', 'run', 'print versions, and what computes with bits'),
+    'list': Verb('timm_spinal.cli', 'list_models', 'list the models that this package adds to timm'),
+    'coverage': Verb('timm_spinal.coverage', 'main', 'list the timm models that can take a head'),
+    'compare': Verb('timm_spinal.compare.cli', 'main', 'compare heads, or any other options, on your data'),
+    'plot': Verb('timm_spinal.compare.plot', 'main', 'plot curves of runs, and find when each reached an accuracy'),
+    'gradflow': Verb('timm_spinal.compare.gradflow', 'main', 'plot how a penalty changes gradients of shared filters'),
+    'gram': Verb('timm_spinal.compare.gram', 'main', 'plot how orthonormal the shared filters of trained models are'),
+    'publish': Verb('timm_spinal.hub.cli', 'main', 'publish a run on the Hugging Face Hub'),
+    'export': Verb('timm_spinal.hub.export_cli', 'main', 'export models to ONNX or torch.export, and check the files'),
     'verify': Verb('timm_spinal.hub.verify', 'main', 'check what is published on the Hub'),
-    'bench': Verb('timm_spinal.bench.cli', 'main', 'time of something over that of something else'),
+    'bench': Verb('timm_spinal.bench.cli', 'main', 'measure how fast models and layers are, compared with others'),
 }
 
 
@@ -97,7 +97,7 @@ def guard(function: Callable[[list[str]], int], argv: list[str]) -> int:
         return 2
     except StopRequested as e:
         if first:
-            print(f'{e}: go on with --resume', file=sys.stderr, flush=True)
+            print(f'{e}: continue with --resume', file=sys.stderr, flush=True)
         return 128 + e.signum
     except KeyboardInterrupt:
         return 130
@@ -134,7 +134,7 @@ def list_models(argv: list[str]) -> int:
     import timm_spinal
     names = timm_spinal.list_models(args.filter, pretrained=args.pretrained)
     if not names:
-        raise UserError(f"no model of this package matches {args.filter!r}; quote wildcards, as in '*spinal*'")
+        raise UserError(f"no model of this package matches {args.filter!r}; put wildcards in quotes, as in '*spinal*'")
     for name in names:
         inside = args.pretrained and timm.get_pretrained_cfg_value(name, 'file')
         print(f'{name}  (in the package, needs no network)' if inside else name)

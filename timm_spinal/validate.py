@@ -205,8 +205,8 @@ def _check_class_names(model: Any, class_names: list[str] | None, name: str) -> 
     known = model.pretrained_cfg.get('label_names')
     if known and class_names and list(known) != list(class_names) and len(known) == len(class_names):
         wrong = next((a, b) for a, b in zip(known, class_names) if a != b)
-        raise UserError(f'classes: {name} was trained for other classes than the data have ({wrong[0]!r} is '
-                        f'{wrong[1]!r} there); use --class-map')
+        raise UserError(f'classes: {name} was trained for other classes than those of the data (its {wrong[0]!r} '
+                        f'is {wrong[1]!r}); use --class-map')
 
 
 def _line(row: dict[str, Any]) -> str:

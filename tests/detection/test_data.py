@@ -80,7 +80,7 @@ def test_small_data_lose_no_image(folder):
 
 def test_batch_that_is_never_full(folder):
     made = config(folder, batch_size=5)
-    with pytest.raises(UserError, match='--batch-size 5: an epoch has 8 images, .* of 2 processes; use .* 4 or less'):
+    with pytest.raises(UserError, match='--batch-size 5 in each of 2 processes: .* than the 8 images .*; use .* 4 or'):
         create_data(made, open_splits(made), num_processes=2)
 
 

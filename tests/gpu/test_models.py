@@ -28,7 +28,7 @@ def test_model_is_that_of_the_cpu(name, device):
     moved = copy.deepcopy(model).to(device)
     y, gradients = outputs_and_gradients(model, x)
     z, found = outputs_and_gradients(moved, x.to(device))
-    # a sign that rounding turns around is no error: binary heads are given more
+    # rounding may flip the sign of a sum near zero: binary heads have a larger tolerance
     binary = any(getattr(m, 'xnor_projector', False) or getattr(m, 'xnor_agreement', False) for m in model.modules())
 
     assert found.keys() == gradients.keys() == {n for n, p in model.named_parameters() if p.requires_grad}

@@ -60,7 +60,7 @@ def test_text_names_cost_and_what_was_measured(card, trained):
     source = open_run(trained)
     for part in ('**Parameters (M):** 0.0138', '**GMACs:** 0.000488', '**Activations (M):** 0.0072',
                  '**Image size:** 1 x 28 x 28', f'top-1 {source.result["top1"]:.2f} %', 'this split chose the epoch',
-                 'no control of equal size was run beside it', 'One seed', 'Seed 5, 2 epochs'):
+                 'no MLP with as many parameters was run for comparison', 'One seed', 'Seed 5, 2 epochs'):
         assert part in card, part
 
 

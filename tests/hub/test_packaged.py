@@ -108,7 +108,7 @@ print(model.attached_head.fc.weight.sum().item(), timm.list_models('*plain_*', p
     assert float(number) == pytest.approx(wanted) and "'spinalcnn_plain_pspinal.digits'" in names
 
 
-def test_card_of_weights_that_await_publication(run, clone, tmp_path, capsys):
+def test_card_of_weights_that_are_not_published(run, clone, tmp_path, capsys):
     """The card alone, which claims no tag; not of what is in the package."""
     options = replace(OPTIONS, card_only=True)
     root = tmp_path / 'clone'
@@ -117,17 +117,17 @@ def test_card_of_weights_that_await_publication(run, clone, tmp_path, capsys):
     assert install(open_run(run), options, 'later', root) == 'spinalcnn_a1.later'
     text = (root / 'hub_cards' / 'spinalcnn_a1.later.md').read_text()
     check_card(text)
-    assert 'The weights await publication' in text and 'spinalcnn_a1.later\', pretrained' not in text
+    assert 'These weights are not published yet' in text and 'spinalcnn_a1.later\', pretrained' not in text
     assert "timm.create_model('local-dir:RUN', pretrained=True)" in text and not (root / 'timm_spinal').exists()
     with pytest.raises(UserError, match='the weights of spinalcnn_a1.digits are in the package'):
         install(open_run(run), options, 'digits', clone)
     assert main(['publish', str(run), '--repo', 'me/x', '--card-only']) == 2
-    assert '--card-only: belongs to --local' in capsys.readouterr().err
+    assert '--card-only: works only with --local' in capsys.readouterr().err
 
 
 def test_what_is_not_installed(run, tmp_path, monkeypatch):
     source = open_run(run)
-    with pytest.raises(UserError, match='is no source tree'):
+    with pytest.raises(UserError, match='is not a clone of the repository'):
         install(source, OPTIONS, 'digits', tmp_path)
     (tmp_path / 'pyproject.toml').write_text('')
     (tmp_path / 'timm_spinal').mkdir()
@@ -191,7 +191,7 @@ def test_every_packaged_weight_has_a_card_and_every_card_its_weights():
     assert set(packaged_names()) <= set(cards)
     for name, text in cards.items():
         check_card(text)
-        assert name in packaged_names() or 'await publication' in text
+        assert name in packaged_names() or 'are not published yet' in text
         assert f'Install `timm_spinal` {install_line(ADDRESS)}.\n' in text
         assert f'`RuntimeError: Unknown model ({name.rpartition(".")[0]})`' in text
 

@@ -110,7 +110,7 @@ def test_dry_run_sends_nothing(hub, run, capsys, tmp_path):
     for folder in (run / 'hub', tmp_path / 'out' / 'x'):
         assert {str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file()} == set(FILES)
     assert send(run, '--dry-run', '--output', str(run)) == 2
-    assert 'exists and is no publication' in capsys.readouterr().err and (run / 'args.yaml').exists()
+    assert 'timm-spinal publish did not write it' in capsys.readouterr().err and (run / 'args.yaml').exists()
 
 
 def test_model_of_an_unregistered_combination(hub, tmp_path, monkeypatch):

@@ -84,7 +84,7 @@ def test_what_does_not_fit(published, capsys, name, function, text):
 def test_damaged_on_the_way(published, hub, capsys):
     hub.fail('corrupt', 'GET', '/(cdn|xorbs)/', times=9)
     assert main(['verify', REPO]) == 2
-    assert 'came damaged (another checksum than on the Hub); try again' in capsys.readouterr().err
+    assert 'was damaged in the download (its checksum is not that of the Hub); try again' in capsys.readouterr().err
 
 
 def test_recipes_of_others_run_no_code_and_download_nothing(published, run):
@@ -103,7 +103,7 @@ def test_recipes_of_others_run_no_code_and_download_nothing(published, run):
 def test_repository_without_a_publication(hub, capsys):
     HfApi().create_repo('me/empty')
     assert main(['verify', 'me/empty']) == 2
-    assert 'has no README.md, so it is no publication of timm-spinal' in capsys.readouterr().err
+    assert 'has no README.md, so timm-spinal publish did not write it' in capsys.readouterr().err
     assert main(['verify', 'a b']) == 2 and 'is no repository name' in capsys.readouterr().err
 
 

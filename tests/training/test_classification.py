@@ -31,7 +31,7 @@ from .runs import last_state, small_config
     (dict(initial_checkpoint='/nowhere.safetensors'), 'initial_checkpoint /nowhere.safetensors: no such file'),
     (dict(pretrained_path='/nowhere.safetensors'), 'pretrained_path /nowhere.safetensors: no such file'),
     (dict(model='test_efficientnet_gn', pretrained=True), 'model test_efficientnet_gn: '),
-    (dict(resume='auto', experiment=''), '--resume auto: which run is not known'),
+    (dict(resume='auto', experiment=''), '--resume auto: does not say which run'),
     (dict(resume='/nowhere'), 'resume /nowhere: no checkpoint there'),
     (dict(experiment='../elsewhere'), "--experiment '../elsewhere': is a path, not a name"),
     (dict(experiment='..', resume='auto'), "--experiment '..': is a path, not a name"),
@@ -68,7 +68,7 @@ def test_existing_run_is_not_overwritten(tmp_path):
     config = small_config(tmp_path, epochs=1)
     train(config)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / 'run').rglob('*')}
-    with pytest.raises(UserError, match='holds a run already; go on with --resume auto'):
+    with pytest.raises(UserError, match='holds a run already; continue with --resume auto'):
         train(config)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / 'run').rglob('*')} == before
 
@@ -229,7 +229,7 @@ def test_sharded_weights_refuse_what_does_not_fit(tmp_path, monkeypatch, options
     monkeypatch.setattr('accelerate.Accelerator.distributed_type', property(lambda self: 'FSDP'))
     from accelerate.utils import DistributedType
     monkeypatch.setattr('accelerate.Accelerator.distributed_type', property(lambda self: DistributedType.FSDP))
-    with pytest.raises(UserError, match=f'{flag} needs whole weights on each device'):
+    with pytest.raises(UserError, match=f'{flag} needs the whole weights on each device'):
         create_accelerator(small_config(tmp_path, **options), [])
 
 
@@ -246,7 +246,7 @@ def test_precision_of_the_launch_is_kept_with_the_run(tmp_path, monkeypatch, cap
     assert train(config)['mixed_precision'] == 'bf16'
     assert load_yaml(tmp_path / 'run' / 'args.yaml')['mixed_precision'] == 'bf16'
     monkeypatch.delenv('ACCELERATE_MIXED_PRECISION')
-    with pytest.raises(UserError, match='^--mixed-precision no: this process has worked in another precision') as error:
+    with pytest.raises(UserError, match='^--mixed-precision no: Accelerate has already set another precision') as error:
         train(replace(config, experiment='second'))
     assert '\n' not in str(error.value) and not (tmp_path / 'second').exists()
     forget_accelerate()

@@ -148,7 +148,7 @@ def test_unreadable_images_are_named_or_skipped_and_counted(tmp_path):
 
 
 @pytest.mark.parametrize('options, kwargs, words', [
-    (dict(batch_size=23), {}, 'has 22 images, not one full batch; use --batch-size 22'),
+    (dict(batch_size=23), {}, 'is more than the 22 images of an epoch; use --batch-size 22'),
     (dict(batch_size=12), dict(num_processes=2), 'use --batch-size 11'),
     (dict(batch_size=3, mixup=0.2), {}, 'even'),
     (dict(batch_size=3, cutmix_minmax=[0.2, 0.8]), {}, 'even'),

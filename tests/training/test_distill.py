@@ -193,18 +193,18 @@ WLD = dict(kd_model_name='test_resnet', kd_distill_type='wld')
     (dict(kd_cache='x'), '--kd-cache: there is no teacher'),
     (dict(WLD, kd_fade_end=0.), r'--kd-fade-end 0: is not in \(0, 1\]'),
     (dict(WLD, kd_fade_end=1.5), r'--kd-fade-end 1.5: is not in \(0, 1\]'),
-    (dict(WLD, kd_two_stage=True, kd_fade='constant'), '--kd-two-stage: a constant weight'),
+    (dict(WLD, kd_two_stage=True, kd_fade='constant'), '--kd-two-stage: with --kd-fade constant the first stage'),
     (dict(WLD, task_loss_weight=0.5), '--task-loss-weight: .*--distill-loss-weight'),
-    (dict(WLD, loss='margin'), '--loss margin: is one of capsule lengths and has no logits'),
-    (dict(WLD, loss='squared_hinge'), '--loss squared_hinge: is one of capsule lengths and has no logits'),
+    (dict(WLD, loss='margin'), '--loss margin: works on the lengths of capsules, but --kd-distill-type wld'),
+    (dict(WLD, loss='squared_hinge'), '--loss squared_hinge: works on the lengths of capsules, but'),
     (dict(WLD, kd_distill_type='logit', loss='margin'), '--loss margin: '),
     (dict(WLD, kd_distill_type='logit', kd_fade='step'), '--kd-fade: has no effect on --kd-distill-type logit'),
     (dict(WLD, kd_distill_type='token', kd_cache='x'), '--kd-cache: has no effect on --kd-distill-type token'),
     (dict(WLD, kd_distill_type='logit', kd_loss_type='mse'), '--kd-loss-type mse: is one of wld'),
     (dict(WLD, kd_distill_type='feature', kd_check=0.), '--kd-check: features have no accuracy'),
-    (dict(WLD, kd_cache='x'), '--kd-cache: augmented images are new in every epoch; add --no-aug'),
-    (dict(WLD, kd_cache='x', no_aug=True, cutmix=1.), '--kd-cache: the teacher must see the mixed images'),
-    (dict(WLD, kd_cache='x', no_aug=True, dataset='hfids/x'), '--kd-cache: images of a streamed source'),
+    (dict(WLD, kd_cache='x'), '--kd-cache: augmented images differ in every epoch, .*; add --no-aug'),
+    (dict(WLD, kd_cache='x', no_aug=True, cutmix=1.), '--kd-cache: mixed images differ in every'),
+    (dict(WLD, kd_cache='x', no_aug=True, dataset='hfids/x'), '--kd-cache: the images of a streamed source'),
 ])
 def test_settings_that_cannot_work(tmp_path, options, text):
     config = small_config(tmp_path, **options)
@@ -230,7 +230,7 @@ def test_teachers_of_other_runs(wld, tmp_path, options, text):
 
 
 def test_a_student_without_logits(wld):
-    with pytest.raises(UserError, match='the student: answers with capsule lengths.*head_logit_scale=True'):
+    with pytest.raises(UserError, match='the student: its scores are lengths of capsules.*head_logit_scale=True'):
         train(replace(wld, model='test_resnet_xnodr'))
 
 

@@ -120,7 +120,7 @@ def test_class_maps_keep_what_they_name_and_the_rest_is_counted(tmp_path):
     assert source.class_names == ['wasp', 'ant'] and source.labels.tolist() == [1, 1, 0, 0]
     assert source.passed_over == '2 of classes that the class map has not (2 bee)'
     said = refusal(folder_split, tmp_path / 'train', {'fly': 0})
-    assert 'in folders named by class of the class map' in said and '2 wasp' in said
+    assert 'in folders of classes that the class map has' in said and '2 wasp' in said
 
 
 # ---- what is passed over ----
@@ -158,7 +158,7 @@ def test_a_split_without_class_folders_says_what_is_there(tmp_path):
     save(tmp_path / 'train' / '1.png')
     write(tmp_path / 'train' / 'a' / '1.HEIC')
     said = refusal(folder_split, tmp_path / 'train')
-    assert 'holds no images' in said and '1 outside the class folders (1.png)' in said and 'pillow-heif' in said
+    assert 'has no images in folders of classes' in said and '1 outside the class folders (1.png)' in said and 'pillow-heif' in said
 
 
 def test_a_split_that_is_a_file_is_named(tmp_path):
@@ -367,7 +367,7 @@ def test_table_of_splits(tmp_path):
         'split       images  classes  smallest class                      largest class',
         'train            7        3  a class with a name that is... (1)  bee (3)',
         'validation       2        1  a class with a name that is... (0)  bee (2)',
-        f'{tmp_path / "train"}: passed over 1 of other types (.txt)',
+        f'{tmp_path / "train"}: skipped 1 of other types (.txt)',
     ]
     config = quick_config(data_dir=str(tmp_path / 'train'), val_split_fraction=0.4)
     (tmp_path / 'train' / 'ant' / 'x.txt').unlink()
@@ -379,7 +379,7 @@ def test_one_class_is_refused_in_training_only(tmp_path):
     for split in ('train', 'validation'):
         make_split(tmp_path / split / 'flowers')
     said = refusal(create_datasets, quick_config(data_dir=str(tmp_path)))
-    assert 'all 12 images are of one class, flowers, and training needs two' in said and '--train-split' in said
+    assert 'all 12 images are of the class flowers, but training needs two classes' in said and '--train-split' in said
     config = quick_config(data_dir=str(tmp_path), train_split='train/flowers', val_split='validation/flowers')
     assert create_datasets(config).class_names == ['ant', 'bee']
     alone = create_datasets(ValidateConfig(data_dir=str(tmp_path)), train=False)

@@ -137,7 +137,7 @@ def spoil_gzip(root):
     (lambda root: write_idx(root / 'train-labels-idx1-ubyte', np.zeros(40)), {}, 'of one class'),
     (lambda root: None, {'data_dir': ''}, 'give one with --data-dir'),
     (lambda root: None, {'val_split': 'extra'}, "no split 'extra'; it has train, validation and test"),
-    (lambda root: None, {'val_split_fraction': 0.1}, 'its split validation has digits of its own'),
+    (lambda root: None, {'val_split_fraction': 0.1}, 'its split validation has other digits'),
     (lambda root: None, {'num_classes': 12}, '--num-classes 12: dataset multimnist has 10'),
     (lambda root: None, {'num_classes': 9}, 'the data have 10 classes'),
 ])
@@ -227,9 +227,9 @@ def test_run_is_chosen_by_exact_pairs_and_validates_the_same(tmp_path):
 
 
 @pytest.mark.parametrize('options, words', [
-    (dict(loss='ce'), '--loss ce: is for images with one class'),
-    (dict(eval_metric='top5'), '--eval-metric top5: is not measured where images have two classes; use loss, exact'),
-    (dict(kd_model_name='spinalcnn_a1'), '--kd-model-name spinalcnn_a1: distillation is for images with one class'),
+    (dict(loss='ce'), '--loss ce: needs images with one class'),
+    (dict(eval_metric='top5'), '--eval-metric top5: is not measured for images with two classes; use loss, exact'),
+    (dict(kd_model_name='spinalcnn_a1'), '--kd-model-name spinalcnn_a1: distillation needs images with one class'),
     (dict(test_split='tset'), "no split 'tset'"),
 ])
 def test_bad_runs_write_nothing(tmp_path, options, words):

@@ -57,7 +57,7 @@ def test_names(name):
     '../elsewhere', '..', '.', '/tmp/x', 'a/b', 'a/', 'a\\b', ' a', 'a ', 'a\n', 'a\tb', ' ', '', 'a\0b',
     'x' * 201, 'ü' * 101])
 def test_names_that_are_none(name):
-    with pytest.raises(UserError, match='^--experiment .*give one name') as error:
+    with pytest.raises(UserError, match='^--experiment .*use a single name') as error:
         check_name(name, '--experiment')
     assert '\n' not in str(error.value)
 

@@ -85,7 +85,7 @@ def test_class_map_orders_the_classes(tmp_path):
     (lambda root: make_split(root), {}, '--val-split-fraction'),
     (lambda root: make_folder(root, splits=('val', 'test')), {'val_split_fraction': 0.1}, 'name one of them'),
     (lambda root: make_folder(root, splits=('train', 'validation'), classes=()), {}, 'does not exist'),
-    (lambda root: [(root / s / 'ant').mkdir(parents=True) for s in ('train', 'val')], {}, 'holds no images'),
+    (lambda root: [(root / s / 'ant').mkdir(parents=True) for s in ('train', 'val')], {}, 'has no images in'),
     (lambda root: make_folder(root), {'class_map': 'no_such.txt'}, 'no_such.txt: does not exist'),
     (lambda root: (make_split(root / 'train'), make_split(root / 'val', classes=('ant', 'wasp'))), {},
      'has 1 that'),
@@ -114,7 +114,7 @@ def test_bad_tars_say_what_to_do(tmp_path):
         info = tarfile.TarInfo('notes.txt')
         info.size = 2
         tar.addfile(info, io.BytesIO(b'hi'))
-    with pytest.raises(UserError, match='holds no images'):
+    with pytest.raises(UserError, match='has no images in folders of classes'):
         create_datasets(quick_config(data_dir=str(tmp_path)))
     with pytest.raises(UserError, match='single tar file'):
         create_datasets(quick_config(data_dir=str(tmp_path / 'train.tar')))

@@ -105,7 +105,7 @@ def test_classes_in_another_order(tmp_path):
     save(tmp_path / 'run', classes=['ant', 'bee', 'cat'])
     student = make()
     open_teacher(str(tmp_path / 'run'), student, data_of(student), class_names=['ant', 'bee', 'cat'])
-    with pytest.raises(UserError, match="other classes than the data have .'bee' is 'cat' there."):
+    with pytest.raises(UserError, match="other classes than those of the data .its 'bee' is 'cat'."):
         open_teacher(str(tmp_path / 'run'), student, data_of(student), class_names=['ant', 'cat', 'bee'])
 
 
@@ -113,7 +113,7 @@ def test_capsule_lengths_are_no_logits():
     import timm_spinal
     timm_spinal.ensure_registered('test_resnet_xnodr')
     student, capsules = make(), make('test_resnet_xnodr')
-    with pytest.raises(UserError, match='answers with capsule lengths, which are no logits; choose another teacher'):
+    with pytest.raises(UserError, match='its scores are lengths of capsules, not logits; choose another teacher'):
         open_teacher(capsules, student, data_of(student))
     open_teacher(make('test_resnet_xnodr', head_logit_scale=True), student, data_of(student))
 

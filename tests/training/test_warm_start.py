@@ -65,7 +65,7 @@ def test_two_processes_start_alike(config, tmp_path, launch):
 
 
 @pytest.mark.parametrize('options, text', [
-    (dict(pretrained_path=None), '--ic-warm-start: there are no weights to keep; add --pretrained, or'),
+    (dict(pretrained_path=None), '--ic-warm-start: the model starts without the weights of a plain'),
     (dict(model='resnet20_cifar'), '--ic-warm-start: SmallResNet has no IC convolution'),
     (dict(model_kwargs=dict(ic_norm='bn')), '--ic-warm-start: .* has BatchNorm inside sigma'),
 ])

@@ -280,7 +280,7 @@ def test_autocast():
     (dict(fade_end=float('nan')), '--kd-fade-end nan'),
     (dict(fade='cosine'), '--kd-fade cosine: unknown; use linear or step or constant'),
     (dict(loss_type='l1'), '--kd-loss-type l1: unknown; use mse or kl'),
-    (dict(two_stage=True, fade='constant'), '--kd-two-stage: a constant weight never ends the first stage'),
+    (dict(two_stage=True, fade='constant'), '--kd-two-stage: with --kd-fade constant the first stage never ends'),
 ])
 def test_bad_options(kwargs, text):
     with pytest.raises(UserError, match=text) as error:

@@ -62,7 +62,7 @@ def test_killed_worker_is_one_line(tmp_path, monkeypatch, capfd, kind):
     assert 'most likely the machine is out of memory; use fewer --workers or a smaller --batch-size, then ' in lines[0]
     if kind.startswith('train'):
         experiment = 'run' if kind == 'train' else 'detector'
-        assert lines[0].endswith(f'then go on with --resume auto --experiment {experiment}')
+        assert lines[0].endswith(f'then continue with --resume auto --experiment {experiment}')
 
 
 def test_run_goes_on_after_a_worker_was_killed(tmp_path, monkeypatch, capfd):

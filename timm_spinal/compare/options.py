@@ -25,7 +25,7 @@ class CompareOptions(Options, applies_to=('frozen',)):
     backbone: str = option('', 'model of timm or timm_spinal that makes the features; its classifier is left out')
     heads: str = option(
         'linear,mlp,spinal,pspinal', 'heads, separated by commas, with options after colons (spinal:width=256); mlp '
-        'stands for one control of equal size to each other head, mlp=spinal for that of spinal')
+        'stands for one MLP for each other head, with as many parameters; mlp=spinal is only that of spinal')
     seeds: str = option('5', 'number of seeds, or the seeds themselves separated by commas')
     control: str = option('linear', 'head that the others are compared with')
     epochs: int = option(30, 'epochs of each head', low=1)
@@ -48,7 +48,7 @@ class CompareOptions(Options, applies_to=('frozen',)):
         'highest', "torch's precision of float32 products while heads train; 'medium' is faster on some devices",
         choices=('highest', 'high', 'medium'))
     features: str = option('', 'folder of the features; not given: features/ in the output folder')
-    rebuild: bool = option(False, 'make the features anew')
+    rebuild: bool = option(False, 'compute the features again')
     per_class: bool = option(False, 'write per_class.csv, the test accuracy of each class')
     calibration: bool = option(False, 'draw calibration.png and give the calibration error')
     output: str = option('', 'folder of the comparison; not given: output/compare/MODEL')

@@ -69,7 +69,7 @@ class Comparison:
     folders: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def pairs(self) -> list[tuple[str, str]]:
-        """Comparisons of the report: each variant with the control, and with its own control of equal size."""
+        """Comparisons of the report: each variant with the control, and with the MLP that has as many parameters."""
         pairs = [(v, self.control) for v in self.variants if v != self.control]
         return pairs + [(v, sized) for sized, v in self.sized_as.items() if sized != self.control]
 

@@ -129,8 +129,8 @@ def _train(source: Split | None) -> Split:
 
 def _labels(source: Split) -> np.ndarray:
     if source.labels is None:
-        raise UserError(f'{source.name}: its labels are not known beforehand, so it cannot be split by class; use a '
-                        f'folder, hfds/ or torch/')
+        raise UserError(f'{source.name}: its labels are known only after reading it, so it cannot be split by class; '
+                        f'use a folder, hfds/ or torch/')
     return source.labels
 
 

@@ -75,7 +75,7 @@ def check_batch(size: int, batch: int) -> None:
         UserError: Fewer training features than one batch.
     """
     if size < batch:
-        raise UserError(f'--head-batch-size {batch}: there are {size} training images, not one full batch; '
+        raise UserError(f'--head-batch-size {batch}: is larger than the {size} training images; '
                         f'use --head-batch-size {size} or less')
 
 

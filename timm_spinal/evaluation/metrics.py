@@ -122,7 +122,7 @@ def choosing_metric(name: str, multi_label: bool) -> str:
     name = 'exact' if multi_label and name == 'top1' else name
     if name not in known:
         kind = 'two classes' if multi_label else 'one class'
-        raise UserError(f'--eval-metric {name}: is not measured where images have {kind}; use {", ".join(known)}')
+        raise UserError(f'--eval-metric {name}: is not measured for images with {kind}; use {", ".join(known)}')
     return name
 
 

@@ -179,7 +179,7 @@ def _results(publication: Publication, reference_runs: Table, data: str, dtype: 
     if rows and len(rows[0].values) > 1:
         lines += ['', _which_seed(publication, rows[0])]
     if len(rows) == 1:
-        lines += ['', 'No other head and no control of equal size was run beside it.']
+        lines += ['', 'No other head and no MLP with as many parameters was run for comparison.']
     return '\n'.join(lines)
 
 

@@ -38,26 +38,26 @@ def check_card(text: str) -> ModelCardData:
     data = _check_results(metadata)
     missing = [part for part in PARTS if f'\n{part}\n' not in text]
     if missing:
-        raise UserError(f'card: has no part {missing[0]!r}; make it anew with timm-spinal publish')
+        raise UserError(f'card: has no part {missing[0]!r}; write it again with timm-spinal publish')
     block = re.search(r'```python\n(.*?)```', text, re.DOTALL)
     if not block or not block[1].startswith('import timm_spinal'):
         raise UserError('card: its first code block does not begin with "import timm_spinal", without which timm does '
                         'not know the model')
     if '```bibtex' not in text:
-        raise UserError('card: has no citation; make it anew with timm-spinal publish')
+        raise UserError('card: has no citation; write it again with timm-spinal publish')
     return data
 
 
 def _read_metadata(text: str) -> dict[str, Any]:
     found = re.match(r'---\n(.*?)\n---\n', text, re.DOTALL)
     if not found:
-        raise UserError('card: has no metadata between --- lines at its start; make it anew with timm-spinal publish')
+        raise UserError('card: has no metadata between --- lines at its start; write it again with timm-spinal publish')
     try:
         metadata = yaml.safe_load(found[1])
     except yaml.YAMLError as e:
         raise UserError(f'card: its metadata are no YAML ({" ".join(str(e).split())[:150]})') from e
     if not isinstance(metadata, dict):
-        raise UserError('card: its metadata are no mapping; make it anew with timm-spinal publish')
+        raise UserError('card: its metadata are no mapping; write it again with timm-spinal publish')
     return metadata
 
 
@@ -71,7 +71,7 @@ def _check_results(metadata: dict[str, Any]) -> ModelCardData:
     if index is None:
         return data
     if eval_results_to_model_index(data.model_name or '', data.eval_results or []) != index:
-        raise UserError('card: model-index does not survive the Hub\'s format; make it anew with timm-spinal publish')
+        raise UserError('card: model-index does not survive the Hub\'s format; write it again with timm-spinal publish')
     for result in data.eval_results or []:
         value = result.metric_value
         if not isinstance(value, (int, float)) or not math.isfinite(value) or not 0 <= value <= 1:

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.local:
         from .packaged import install
         name = install(open_run(args.run, options.weights), options, args.local)
-        print(f'{name}: its card is in hub_cards; the weights await publication' if args.card_only else
+        print(f'{name}: its card is in hub_cards; the weights are not published yet' if args.card_only else
               f'{name}: in timm_spinal/weights and hub_cards; timm.create_model({name!r}, pretrained=True)')
         return 0
     publication = open_run(args.run, options.weights)
@@ -64,7 +64,7 @@ def _parser() -> Parser:
     where.add_argument('--local', default='', metavar='TAG',
                        help='make it ARCH.TAG inside the source tree of this package')
     parser.add_argument('--card-only', action='store_true',
-                        help='with --local: the card, which says that the weights await publication')
+                        help='with --local: only the card, which says that the weights are not published yet')
     parser.add_argument('--dry-run', action='store_true', help='make and check the folder, send nothing')
     parser.add_argument('--output', type=Path, metavar='DIR', help='folder of a dry run; not given: RUN/hub')
     parser.add_argument('--license', default='', metavar='ID', dest='licence',
@@ -99,7 +99,8 @@ def _options(args: argparse.Namespace) -> PublishOptions:
     if args.dataset_id:
         check_repo_name(args.dataset_id, '--dataset-id')
     if args.card_only and not args.local:
-        raise UserError('--card-only: belongs to --local; add it, or use --dry-run for a card on the disk')
+        raise UserError('--card-only: works only with --local; add --local, or use --dry-run, which writes a card '
+                        'to the disk')
     if args.output and not args.dry_run:
         raise UserError(f'--output {args.output}: belongs to --dry-run; add it, or leave --output out')
     if args.data_dir and args.dtype != 'fp16':

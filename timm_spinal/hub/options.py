@@ -31,7 +31,7 @@ class PublishOptions:
         dataset_id: The data set's name on the Hub, where it is not known from the run.
         dataset_name: What the card calls the data set; '' for its source or folder.
         beside: Run folders whose results stand in the card's table: other seeds, controls.
-        card_only: The card says that the weights await publication.
+        card_only: The card says that the weights are not published yet.
     """
     repo: str
     private: bool = False

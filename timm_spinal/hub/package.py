@@ -208,7 +208,7 @@ def keep(folder: Path, output: Path) -> None:
         UserError: There is something else, or the disk refuses.
     """
     if output.exists() and not (output.is_dir() and (not any(output.iterdir()) or (output / CARD).is_file())):
-        raise UserError(f'--output {output}: exists and is no publication; choose another folder')
+        raise UserError(f'--output {output}: exists, and timm-spinal publish did not write it; choose another folder')
     temp = output.with_name(f'.{output.name}.tmp')
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ def install(publication: Publication, options: PublishOptions, tag: str, root: P
         UserError: No source tree, files that are too large, weights that the name alone would not load.
     """
     if not (root / 'pyproject.toml').is_file():
-        raise UserError(f'--local: {root} is no source tree; work in a clone, installed with pip install -e .')
+        raise UserError(f'--local: {root} is not a clone of the repository; install one with pip install -e .')
     if not tag.isidentifier() or tag.startswith(TAG_PREFIX):
         raise UserError(f'--local {tag!r}: is no tag; use letters, digits and _, and not {TAG_PREFIX!r} in front, '
                         'which means weights of a backbone alone')

@@ -95,12 +95,12 @@ def open_run(folder: Path, weights: str = 'best', result: dict[str, Any] | None 
     args = _read_args(folder)
     if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
         raise UserError(f'{folder}: holds no best checkpoint ({WEIGHTS} with {CONFIG}); the run has had no finite '
-                        'evaluation yet: go on with --resume')
+                        'evaluation yet: continue with --resume')
     config = _read_config(folder)
     if result is None:
         result = read_result(folder)
         if result is None:
-            raise UserError(f'{folder}: the run has not ended (no result.json); go on with --resume')
+            raise UserError(f'{folder}: the run has not ended (no result.json); continue with --resume')
         if result.get('train_size') is None or result.get('params') is None:
             raise UserError(f'{folder / "result.json"}: says nothing of the training; restore it, or train again')
     files = {name: folder / name for name in ('summary.csv', 'curves.png') if (folder / name).is_file()}

@@ -72,11 +72,12 @@ def fetch(name: str, cache: Path, say: Say) -> Path:
     info = with_retries(lambda: api.model_info(repo, revision=revision or None), name, say)
     names = [s.rfilename for s in info.siblings or [] if s.rfilename in FILES]
     if CARD not in names:
-        raise UserError(f'{name}: has no {CARD}, so it is no publication of timm-spinal')
+        raise UserError(f'{name}: has no {CARD}, so timm-spinal publish did not write it')
     folder = download(repo, str(info.sha), names, cache, say)
     for file in names:
         if is_damaged(folder / file):
-            raise UserError(f'{name}: {file} came damaged (another checksum than on the Hub); try again')
+            raise UserError(f'{name}: {file} was damaged in the download (its checksum is not that of the '
+                            f'Hub); try again')
     return folder
 
 

@@ -50,7 +50,7 @@ class MlpLayers(nn.Sequential):
 class MlpHead(ClassifierHead):
     """Multi-layer perceptron: (N, F) -> (N, C); the pre-logits are the last hidden layer.
 
-    The control of equal size beside the other heads: :func:`equal_size_mlp_width` gives its width.
+    The control for the other heads: :func:`equal_size_mlp_width` gives the width with which it has as many parameters.
     The defaults are the plain VGG head of the SpinalNet paper (docs/papers/spinalnet.md, section 3.3).
 
     Args:

@@ -131,7 +131,7 @@ def _on_all(accelerator: Accelerator, action: Callable[[], Any] | None, final: P
     reasons = [r for r in gather_object([reason]) if r]
     if reasons:
         raise UserError(f'cannot write checkpoint {final}: {reasons[0]}; the checkpoint before it is kept: '
-                        'make room, then go on with --resume')
+                        'make room, then continue with --resume')
 
 
 def _write_manifest(temp: Path) -> None:
@@ -202,7 +202,7 @@ def newest_whole(checkpoints: list[Path], say: Say) -> Path | None:
         say(f'checkpoint {checkpoint} is damaged ({reason}): {before}')
     if checkpoints:
         raise UserError(f'no usable checkpoint in {checkpoints[0].parent}: all {len(checkpoints)} are damaged; '
-                        'move the folder away to start afresh')
+                        'move this folder away to start a new run')
     return None
 
 

@@ -184,5 +184,5 @@ def check_warm_start(config: TrainConfig) -> None:
         UserError: Names the way out.
     """
     if config.ic_warm_start is not None and not (config.pretrained or config.pretrained_path):
-        raise UserError('--ic-warm-start: there are no weights to keep; add --pretrained, or --pretrained-path with '
-                        'the model.safetensors of a plain model')
+        raise UserError('--ic-warm-start: the model starts without the weights of a plain model; add '
+                        '--pretrained, or --pretrained-path with the model.safetensors of a plain model')

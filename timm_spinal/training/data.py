@@ -189,8 +189,8 @@ def create_sampler(
 
 def _check_batch(config: LoopConfig, images: int, num_processes: int) -> None:
     if images < config.batch_size * num_processes:
-        share = f' for each of {num_processes} processes' if num_processes > 1 else ''
-        raise UserError(f'--batch-size {config.batch_size}: an epoch has {images} images, not one full batch{share}; '
+        share = f' in each of {num_processes} processes' if num_processes > 1 else ''
+        raise UserError(f'--batch-size {config.batch_size}{share}: is more than the {images} images of an epoch; '
                         f'use --batch-size {max(1, images // num_processes)} or less')
 
 

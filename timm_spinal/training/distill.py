@@ -62,13 +62,13 @@ def check_distillation(config: TrainConfig) -> None:
                             '--kd-model-name')
         return
     if kind in NEED_LOGITS and config.loss in CAPSULE_LOSSES:
-        raise UserError(f'--loss {config.loss}: is one of capsule lengths and has no logits, which --kd-distill-type '
-                        f'{kind} needs; use --loss ce with --model-kwargs head_logit_scale=True')
+        raise UserError(f'--loss {config.loss}: works on the lengths of capsules, but --kd-distill-type {kind} needs '
+                        f'logits; use --loss ce with --model-kwargs head_logit_scale=True')
     if kind == 'wld':
         check_options(config.kd_loss_type or 'mse', config.kd_fade, config.kd_fade_end, config.kd_two_stage)
         if config.task_loss_weight is not None:
-            raise UserError('--task-loss-weight: wld adds the distillation loss to the whole loss; set its weight with '
-                            '--distill-loss-weight')
+            raise UserError('--task-loss-weight: has no effect on wld, which adds the distillation loss to the loss; '
+                            'set its weight with --distill-loss-weight')
         if config.kd_cache is not None:
             check_cache(config)
         return
@@ -178,12 +178,13 @@ def check_cache(config: TrainConfig) -> None:
         UserError: Augmentation, mixing or a streamed data set.
     """
     if config.dataset.partition('/')[0].lower() in STREAMED:
-        raise UserError('--kd-cache: images of a streamed source have no numbers; leave it out')
+        raise UserError('--kd-cache: the images of a streamed source have no index to store logits by; leave it out')
     if config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None:
-        raise UserError('--kd-cache: the teacher must see the mixed images, which are new in every epoch; leave out '
+        raise UserError('--kd-cache: mixed images differ in every epoch, so their logits cannot be stored; leave out '
                         '--mixup and --cutmix, or --kd-cache')
     if not config.no_aug:
-        raise UserError('--kd-cache: augmented images are new in every epoch; add --no-aug, or leave out --kd-cache')
+        raise UserError('--kd-cache: augmented images differ in every epoch, so their logits cannot be stored; add '
+                        '--no-aug, or leave out --kd-cache')
 
 
 def open_logits(

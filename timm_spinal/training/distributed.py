@@ -48,8 +48,8 @@ def new_accelerator(
         accelerator = Accelerator(mixed_precision=mixed_precision, dynamo_plugin=dynamo_plugin, **kwargs)
     except (ValueError, ImportError) as e:
         if 'already been initialized' in str(e):
-            raise UserError(f'--mixed-precision {mixed_precision}: this process has worked in another precision, which '
-                            'Accelerate keeps to its end; start a new process') from e
+            raise UserError(f'--mixed-precision {mixed_precision}: Accelerate has already set another precision in '
+                            'this process; start a new process') from e
         raise UserError(f'accelerate: {" ".join(str(e).split())}') from e
     accelerator.state.dynamo_plugin = dynamo_plugin  # Accelerate keeps that of the first one too
     return accelerator
@@ -80,8 +80,8 @@ def create_accelerator(config: LoopConfig, need_whole_weights: list[tuple[bool, 
         *need_whole_weights,
     ):
         if asked and accelerator.distributed_type in SHARDED:
-            raise UserError(f'{flag} needs whole weights on each device and does not go with '
-                            f'{accelerator.distributed_type.value}; leave it out, or launch with --multi_gpu')
+            raise UserError(f'{flag} needs the whole weights on each device, which '
+                            f'{accelerator.distributed_type.value} splits; leave it out, or launch with --multi_gpu')
     if config.sync_bn and accelerator.device.type != 'cuda':
         raise UserError(f'--sync-bn: torch has it on CUDA only, not on {accelerator.device.type}; leave it out')
     return accelerator

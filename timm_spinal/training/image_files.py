@@ -144,9 +144,10 @@ class ClassReader(Reader):
             if name not in self.class_to_idx:
                 passed_over.add(NOT_MAPPED, name)
         if not self.samples:
-            account = f'; passed over: {passed_over}' if passed_over.kinds else ''
-            raise UserError(f'data {root}: holds no images in folders named by class'
-                            f'{" of the class map" if class_map else ""}; check --data-dir and the split{account}')
+            account = f'; skipped: {passed_over}' if passed_over.kinds else ''
+            mapped = ' that the class map has' if class_map else ''
+            raise UserError(f'data {root}: has no images in folders of classes{mapped}; check --data-dir and the split'
+                            f'{account}')
 
     def __len__(self) -> int:
         return len(self.samples)

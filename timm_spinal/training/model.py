@@ -70,8 +70,8 @@ def create_model(config: TrainConfig | ValidateConfig, num_classes: int | None) 
         cfg: Any = dict(file=config.pretrained_path) if config.pretrained_path else model.pretrained_cfg
         check_download(label, cfg, cache_dir)
     if isinstance(config, TrainConfig) and any(getattr(module, 'packed', False) for module in model.modules()):
-        raise UserError(f'model {config.model}: its capsule head is packed, for inference only; train the float model '
-                        'and pack it afterwards')
+        raise UserError(f'model {config.model}: its capsule head is packed and can only be used for inference; train '
+                        'the float model and pack it afterwards')
     return model
 
 

@@ -260,8 +260,8 @@ def open_multimnist(config: TrainConfig | ValidateConfig, split: str, training: 
         chosen = stratified_split(labels, _MNIST_VALIDATION, seed=0)[piece]
         images, labels = images[chosen], labels[chosen]
     if len(np.unique(labels)) < 2:
-        raise UserError(f'dataset multimnist: the digits of split {name} are of one class, and pairs need two; check '
-                        f'the files under {config.data_dir}')
+        raise UserError(f'dataset multimnist: the digits of split {name} are all of one class, but a pair needs two '
+                        f'classes; check the files under {config.data_dir}')
     size = config.train_num_samples if training else config.val_num_samples
     pairs = MultiMnist(images, labels, size or len(labels), config.seed if training else 0)
     return Split(f'multimnist, split {name}', pairs, class_names=[str(i) for i in range(CLASSES)], multi_label=True)

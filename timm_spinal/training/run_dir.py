@@ -43,7 +43,7 @@ def check_name(name: str, where: str) -> None:
     elif len(os.fsencode(name)) > 200:
         wrong = 'is too long; use at most 200 bytes'
     if wrong:
-        raise UserError(f'{where} {name!r}: {wrong}; give one name, such as first-run')
+        raise UserError(f'{where} {name!r}: {wrong}; use a single name, for instance first-run')
 
 
 def claim_run_folder(
@@ -115,7 +115,8 @@ def run_folder(config: RunOptions, name: str) -> Path:
         check_name(config.experiment, '--experiment')
     parent = Path(config.output or 'output/train').absolute()
     if config.resume == 'auto' and not config.experiment:
-        raise UserError('--resume auto: which run is not known; add --experiment NAME, or give the run folder')
+        raise UserError('--resume auto: does not say which run; add --experiment NAME, or give the run folder in '
+                        'place of auto')
     if config.resume and not config.experiment:
         return resumed_folder(config.resume)
     if not config.experiment:
@@ -139,7 +140,7 @@ def check_free(config: RunOptions, folder: Path) -> None:
     if config.resume and os.path.realpath(resumed) == os.path.realpath(folder):
         return
     if find_checkpoints(folder / 'last') or (folder / 'result.json').exists():
-        advice = f'to go on in {resumed} leave out --experiment' if config.resume else 'go on with --resume auto'
+        advice = f'to go on in {resumed} leave out --experiment' if config.resume else 'continue with --resume auto'
         raise Occupied(f'run folder {folder}: holds a run already; {advice}, or choose another --experiment')
 
 

@@ -66,8 +66,8 @@ def create_datasets(config: TrainConfig | ValidateConfig, train: bool = True) ->
     if config.val_split_fraction:
         whole = open_split(config, config.train_split, whole=True)
         if whole.multi_label:
-            raise UserError(f'--val-split-fraction: the pairs of {config.dataset} share digits, so that a part of them '
-                            f'is not apart from the rest; leave it out: its split validation has digits of its own')
+            raise UserError(f'--val-split-fraction: the pairs of {config.dataset} share digits, so both parts '
+                            f'would have the same digits; leave it out: its split validation has other digits')
         if whole.labels is None:
             raise UserError(f'--val-split-fraction: the classes of {whole.name} are not known beforehand; '
                             f'name a split with --val-split')
@@ -99,8 +99,8 @@ def _with_training_classes(config: TrainConfig | ValidateConfig, name: str, trai
     check_names({*train.class_names, *unknown}, split.name)
     if unknown:
         names = ', '.join(map(shown, unknown[:5])) + (', ...' if len(unknown) > 5 else '')
-        raise UserError(f'classes: {split.name} has {len(unknown)} that {train.name} has not ({names}); use the same '
-                        f'class names in both')
+        raise UserError(f'classes: {split.name} has {len(unknown)} that {train.name} does not have ({names}); use the '
+                        f'same class names in both')
     return open_split(config, name, class_map={class_name: i for i, class_name in enumerate(train.class_names)})
 
 
@@ -198,8 +198,8 @@ def _open_torch(config: TrainConfig | ValidateConfig, name: str, split: str) -> 
                         f'under {config.data_dir}') from e
     except (RuntimeError, ValueError, OSError, AssertionError) as e:
         if config.dataset_download:
-            raise UserError(f'dataset {label}: neither found nor downloaded ({_line(e)}); check the network, or put '
-                            f'its files under {config.data_dir}') from e
+            raise UserError(f'dataset {label}: was not found, and not downloaded ({_line(e)}); check the network, or '
+                            f'put its files under {config.data_dir}') from e
         raise UserError(f'dataset {label}: split {split} not found under {config.data_dir} ({_line(e)}); check '
                         f'--data-dir or add --dataset-download') from e
     except ImportError as e:
@@ -286,7 +286,7 @@ def split_table(splits: Mapping[str, Split | None]) -> str:
 
 def passed_over_lines(splits: Mapping[str, Split | None]) -> str:
     """A line for each folder or tar file of which something was not taken; '' where nothing was."""
-    lines = {f'{split.name}: passed over {split.passed_over}' for split in splits.values()
+    lines = {f'{split.name}: skipped {split.passed_over}' for split in splits.values()
              if split is not None and split.passed_over}
     return '\n'.join(sorted(lines))
 
@@ -308,8 +308,8 @@ def check_classes(split: Split) -> None:
     if isinstance(getattr(split.dataset, 'reader', None), ClassReader):
         advice = 'the classes are the folders directly below the split: if they lie deeper, name the folder above ' \
                  'them with --train-split or --data-dir'
-    raise UserError(f'{split.name}: all {len(split):,} images are of one class, {_name(split, int(classes[0]))}, and '
-                    f'training needs two; {advice}')
+    raise UserError(f'{split.name}: all {len(split):,} images are of the class {_name(split, int(classes[0]))}, but '
+                    f'training needs two classes; {advice}')
 
 
 def _classes(split: Split) -> tuple[str, str, str]:

@@ -193,8 +193,8 @@ def criterion_options(
     if config.loss not in CAPSULE_LOSSES:
         return dict(criterion_kwargs=criterion_kwargs(config, mixup_active, multi_label))
     if any(getattr(module, 'logit_scale', None) is True for module in model.modules()):
-        raise UserError(f'--loss {config.loss}: it is defined on capsule lengths, and this model makes logits of them; '
-                        'leave out head_logit_scale, or use --loss ce')
+        raise UserError(f'--loss {config.loss}: is defined on the lengths of capsules, but head_logit_scale turns them '
+                        'into logits; leave out head_logit_scale, or use --loss ce')
     return dict(criterion=CAPSULE_LOSSES[config.loss](0. if mixup_active else config.smoothing))
 
 
@@ -297,10 +297,10 @@ def build_task(
     """
     name = config.kd_distill_type if config.kd_model_name else 'multi_label' if multi_label else 'classification'
     if multi_label and config.kd_model_name:
-        raise UserError(f'--kd-model-name {config.kd_model_name}: distillation is for images with one class, and those '
+        raise UserError(f'--kd-model-name {config.kd_model_name}: distillation needs images with one class, but those '
                         f'of dataset {config.dataset} have two; leave it out')
     if multi_label and config.loss == 'ce':
-        raise UserError(f'--loss ce: is for images with one class, and those of dataset {config.dataset} have two; use '
+        raise UserError(f'--loss ce: needs images with one class, but those of dataset {config.dataset} have two; use '
                         f'bce, asl, poly, margin or squared_hinge')
     common = dict(criterion_options(config, model, mixup_active, multi_label), device=device, verbose=False)
     if name in NEED_LOGITS:

@@ -163,8 +163,8 @@ def check_classes(label: str, model: Any, student: Any, class_names: list[str] |
     known = getattr(model, 'pretrained_cfg', {}).get('label_names')
     if known and class_names and len(known) == len(class_names) and list(known) != list(class_names):
         wrong, right = next((a, b) for a, b in zip(known, class_names) if a != b)
-        raise UserError(f'teacher {label}: was trained for other classes than the data have ({wrong!r} is {right!r} '
-                        'there); use --class-map')
+        raise UserError(f'teacher {label}: was trained for other classes than those of the data (its {wrong!r} is '
+                        f'{right!r}); use --class-map')
 
 
 def check_logits(model: nn.Module, what: str, advice: str) -> None:
@@ -174,7 +174,7 @@ def check_logits(model: nn.Module, what: str, advice: str) -> None:
         UserError: Says what and gives the advice.
     """
     if any(getattr(module, 'logit_scale', None) is False for module in model.modules()):
-        raise UserError(f'{what}: answers with capsule lengths, which are no logits; {advice}')
+        raise UserError(f'{what}: its scores are lengths of capsules, not logits; {advice}')
 
 
 def _check_images(label: str, teacher: Teacher, input_size: Sequence[int]) -> None:

@@ -73,7 +73,7 @@ def open_run(config: ConfigT, problem: type[Problem] = Classification) -> Iterat
         try:
             with dead_workers_named(lambda: 'run it again'):
                 run = prepare_run(config, problem, accelerator, held)
-            with dead_workers_named(lambda: f'go on with --resume auto --experiment {run.folder.name}'):
+            with dead_workers_named(lambda: f'continue with --resume auto --experiment {run.folder.name}'):
                 yield run
         finally:
             for tracker in accelerator.trackers:

@@ -282,7 +282,8 @@ def try_out(transform: Any, mode: str, size: tuple[int, ...]) -> None:
             image = _run(step, type(step).__name__, image, mode)
     if not isinstance(image, torch.Tensor) or image.shape != size:
         got = tuple(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
-        raise UserError(f'augmentation: gives {got} for images of mode {mode}, the model takes {size}; leave some out')
+        raise UserError(f'augmentation: makes {got} of images of mode {mode}, but the model takes {size}; leave '
+                        f'some of it out')
 
 
 def _run(step: Any, name: str, image: Any, mode: str) -> Any:

@@ -238,4 +238,4 @@ def check_options(loss_type: str, fade: str, fade_end: float, two_stage: bool) -
         raise UserError(f'--kd-fade-end {fade_end:g}: is not in (0, 1]; give the part of the run after which the '
                         'teacher is gone, or use --kd-fade constant')
     if two_stage and fade == 'constant':
-        raise UserError('--kd-two-stage: a constant weight never ends the first stage; use --kd-fade step')
+        raise UserError('--kd-two-stage: with --kd-fade constant the first stage never ends; use --kd-fade step')
