@@ -17,10 +17,10 @@ from torch import nn
 
 import timm_spinal
 from timm_spinal import CONVOLUTIONS, HEADS, Convolution
+from timm_spinal.cost import cost_of
 from timm_spinal.hub.card import make_card
-from timm_spinal.hub.cost import cost_of
 from timm_spinal.hub.options import PublishOptions
-from timm_spinal.hub.source import open_model
+from timm_spinal.hub.publication import open_model
 from timm_spinal.layers import ClassifierHead
 from timm_spinal.models import convolution_variants, head_variants
 
