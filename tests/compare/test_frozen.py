@@ -141,7 +141,7 @@ def test_products_have_the_precision_that_the_report_names(tmp_path, monkeypatch
     seen = []
 
     class Spy(nn.Linear):
-        takes_map = False
+        needs_feature_map = False
 
         def forward(self, x):
             if self.training and len(x) == 50:

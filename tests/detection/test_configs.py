@@ -28,7 +28,7 @@ def test_config_is_sound(path):
     with torch.device('meta'):
         assert create_body(config.backbone, False, {}).feature_info.reduction() == [2, 4, 8, 16, 32]
     header = path.read_text().split('\n', 12)
-    assert all(any(line.startswith(f'# {word}:') for line in header) for word in ('Split', 'Reported', 'Differs'))
+    assert all(any(line.startswith(f'# {word}:') for line in header) for word in ('Source', 'Reported', 'Differs'))
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
