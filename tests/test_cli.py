@@ -112,6 +112,7 @@ def test_other_errors_are_not_hidden():
         guard(lambda argv: 1 // 0, [])
 
 
+@pytest.mark.slow
 def test_closed_pipe():
     command = f'{sys.executable} -m timm_spinal.cli list | true; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(['bash', '-c', command], capture_output=True, text=True, env=dict(os.environ))

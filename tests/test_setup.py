@@ -140,6 +140,7 @@ print(parse_config(['--config', 'finetune', '--data-dir', 'images']).min_updates
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['wheel', 'sdist', 'editable'])
 def test_configs_are_found_by_name_where_only_the_package_is(tmp_path, kind):
     pytest.importorskip('setuptools', minversion='77')

@@ -31,6 +31,7 @@ def test_command_line_is_the_function(tmp_path, capsys):
     assert_same_state(replace(config, experiment='cli'), config)
 
 
+@pytest.mark.slow
 def test_module_under_accelerate_launch(tmp_path, launch):
     """Two processes print every line once, and the model loads."""
     config = small_config(tmp_path)
@@ -47,6 +48,7 @@ def test_module_under_accelerate_launch(tmp_path, launch):
     assert timm.create_model(f'local-dir:{tmp_path / "cli"}', pretrained=True).num_classes == 2
 
 
+@pytest.mark.slow
 def test_error_under_two_processes_is_printed_once(tmp_path, launch):
     config = small_config(tmp_path)
     done = launch(2, '-m', 'timm_spinal.train', *flags(config), '--opt', 'nonsense', check=False)
@@ -55,6 +57,7 @@ def test_error_under_two_processes_is_printed_once(tmp_path, launch):
     assert [p.name for p in tmp_path.iterdir()] == ['images']
 
 
+@pytest.mark.slow
 def test_unreadable_image_in_one_of_two_processes(tmp_path, launch):
     config = small_config(tmp_path)
     bad = tmp_path / 'images' / 'train' / 'ant' / '3.png'
@@ -63,6 +66,7 @@ def test_unreadable_image_in_one_of_two_processes(tmp_path, launch):
     assert done.returncode != 0 and done.stderr.count(f'error: image {bad}') == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c(tmp_path):
     config = small_config(tmp_path, epochs=200, checkpoint_steps=1)
     process = subprocess.Popen(command(config), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -76,6 +80,7 @@ def test_ctrl_c(tmp_path):
     assert damage(find_checkpoints(tmp_path / 'run' / 'last')[0]) is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir('/proc'), reason='needs /proc')
 def test_sigterm_to_the_launcher_of_one_process(tmp_path):
     """accelerate dies of it and tells its child nothing; the run must not go on alone."""
@@ -91,6 +96,7 @@ def test_sigterm_to_the_launcher_of_one_process(tmp_path):
     assert damage(find_checkpoints(tmp_path / 'run' / 'last')[0]) is None
 
 
+@pytest.mark.slow
 def test_full_disk_ends_with_code_2_and_the_checkpoint_before(tmp_path):
     """The limit on the size of a file lets the first small run through and stops the second one."""
     config = small_config(tmp_path, epochs=1)

@@ -128,6 +128,7 @@ def ten_crop_by_hand(model, root, size):
     return top1, -mean.gather(1, targets[:, None]).log().mean().item()
 
 
+@pytest.mark.slow
 def test_ten_crops(tmp_path, launch):
     config = small_config(tmp_path, epochs=2, model='test_vit', opt='adamw', lr=0.003, train_split='validation')
     train(config)

@@ -60,6 +60,7 @@ def test_any_two_models_in_any_form(capsys):
     assert [line.split(': ')[0] for line in lines] == [f'test_resnet_xnodr / test_efficientnet, {f}' for f in forms]
 
 
+@pytest.mark.slow
 def test_onnxruntime_and_int8(capsys):
     pytest.importorskip('onnxruntime')
     assert main(['bench', 'test_resnet_mlp', *SMALL, '--forms', 'onnxruntime', 'int8']) == 0

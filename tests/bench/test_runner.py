@@ -57,6 +57,7 @@ def test_ratio_is_what_over_against(capsys):
     assert float(line.split(': ')[1].split()[0]) > 3.
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_one_call():
     """Whole routing keeps predictions of 50 MiB, lean routing does not."""
     setting = Setting(batch_size=64)

@@ -104,6 +104,7 @@ def train_counter(monkeypatch):
     return trained
 
 
+@pytest.mark.slow
 def test_finished_runs_are_kept_until_a_setting_changes(tmp_path, monkeypatch):
     trained = train_counter(monkeypatch)
     torch.manual_seed(0)
@@ -213,6 +214,7 @@ class BatchNormHead(BrokenHead):
         return self.fc(self.norm(x))
 
 
+@pytest.mark.slow
 def test_features_may_lie_in_a_new_folder_elsewhere_or_in_the_output(tmp_path):
     for features, output in (('f/g', 'o/p'), ('same', 'same')):
         own = config(tmp_path / output, heads='linear', seeds='1', epochs=1, features=str(tmp_path / features))

@@ -56,6 +56,7 @@ def test_gradient_is_that_of_the_loss_alone(tmp_path, monkeypatch):
     assert 'greater with the penalty in' in text and 'Validation top-1 with penalty' in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('options', [dict(), dict(grad_accum_steps=2, clip_grad=0.1, model_ema=True)])
 def test_watching_changes_nothing(tmp_path, options):
     config = small(tmp_path, sb_ortho=10., **options)
@@ -67,6 +68,7 @@ def test_watching_changes_nothing(tmp_path, options):
     assert_same_state(replace(plain, output=str(tmp_path / 'flow'), experiment='with_penalty'), plain)
 
 
+@pytest.mark.slow
 def test_resumed(tmp_path, monkeypatch):
     """Stopped in the second epoch of the first arm: it goes on and ends with the same records."""
     whole = gradflow(small(tmp_path))
@@ -102,6 +104,7 @@ def test_refusals_write_nothing(tmp_path, capsys, flags, message):
     assert sorted(tmp_path.rglob('*')) == before
 
 
+@pytest.mark.slow
 def test_an_earlier_run_is_kept(tmp_path):
     config = small(tmp_path)
     output = gradflow(config)

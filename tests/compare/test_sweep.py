@@ -149,6 +149,7 @@ def run_and_read(file, *flags):
     return code, results, (out / 'report.md').read_text()
 
 
+@pytest.mark.slow
 def test_finished_runs_are_kept_and_a_failed_one_does_not_stop_the_others(tmp_path, capfd):
     variants = dict(
         broken=dict(model='test_resnet_spinal', model_kwargs=dict(head_width=8), initial_checkpoint='/nowhere.pth'),
@@ -179,6 +180,7 @@ def test_finished_runs_are_kept_and_a_failed_one_does_not_stop_the_others(tmp_pa
     assert [v.partition(',')[0] for v in comparison['variants']] == ['test_resnet_spinal', 'test_resnet_linear']
 
 
+@pytest.mark.slow
 def test_pairs_of_digits_and_binary_weights_are_reported(tmp_path):
     from tests.training.images import make_mnist
     shared = dict(

@@ -88,6 +88,7 @@ def test_run_folder(tmp_path, capsys):
     assert '(train): 16 images, ' in out and f'load_detector({str(folder)!r})' in out.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('options', [
     dict(model_ema=True, model_ema_decay=0.8, grad_accum_steps=2, batch_size=2, min_size=[48, 64]),
     dict(RETINA, backbone='resnet20_cifar', model='fasterrcnn', anchor_scale=4., opt='sgd', frozen_bn=True,
@@ -139,6 +140,7 @@ def test_voc_retinanet_in_bfloat16_from_the_command_line(tmp_path):
     assert math.isfinite(float(rows(config)[0]['train_bbox_regression']))
 
 
+@pytest.mark.slow
 def test_images_without_boxes_train_too(tmp_path):
     from .shapes import read_json, write_json
     config = small_config(tmp_path, epochs=1, keep_empty=True)
@@ -174,6 +176,7 @@ def test_keys_of_the_image_trainer_are_not_passed_over(tmp_path, capsys):
     assert "unknown key 'mixup'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path, launch):
     """Both share the work: half the updates, and five images evaluated exactly once."""
     config = small_config(tmp_path, epochs=2, batch_size=2, backbone='resnet20_cifar')
@@ -200,6 +203,7 @@ def test_overfits_the_shapes(tmp_path, options):
     assert result['ap50'] > 90. and result['ap'] > 40.
 
 
+@pytest.mark.slow
 def test_weights_of_the_backbone_are_told_and_needed_once(tmp_path, capsys):
     torch.manual_seed(1)
     file = tmp_path / 'start.safetensors'

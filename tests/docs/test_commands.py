@@ -224,6 +224,7 @@ def python_of(block: Block) -> str:
     return re.sub(r"(create_model\('\w+', )pretrained=True", r'\1pretrained=False', block.text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('block', PYTHON, ids=lambda block: block.place)
 def test_python_runs(block, tmp_path):
     fork(tmp_path, 'python', python_of(block), block.place)

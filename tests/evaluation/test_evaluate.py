@@ -113,6 +113,7 @@ accelerator.end_training()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_count_every_image_once(tmp_path, launch):
     (tmp_path / 'check.py').write_text(TWO_PROCESSES)
     assert 'exact' in launch(2, str(tmp_path / 'check.py')).stdout

@@ -107,6 +107,7 @@ def test_install_line_is_one_constant(card, trained, monkeypatch):
     assert 'Install `timm_spinal` with `pip install a-name`.' in card_of(open_run(trained))
 
 
+@pytest.mark.slow
 def test_what_timm_answers_without_the_import(card, trained):
     """In another process, which never imports this package; `tests/hub/test_transformers.py` does it for the Hub."""
     code = f"import timm; timm.create_model('local-dir:{trained}', pretrained=True)"

@@ -60,6 +60,7 @@ def test_trained_run_as_onnx(trained, tmp_path, capsys):
         np.testing.assert_allclose(logits, model(x).detach().numpy(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_trained_run_as_torch_export(trained, tmp_path):
     """Loaded where timm_spinal was never imported."""
     assert main(['export', f'local-dir:{trained}', '--format', 'torch-export', '--output', str(tmp_path)]) == 0

@@ -55,6 +55,7 @@ def test_ids_of_the_hub(hub, run, licence):
     assert json.loads(files(hub)['config.json'])['pretrained_cfg']['license'] == licence.lower()
 
 
+@pytest.mark.slow
 def test_another_licence_by_name_and_link(hub, run, tmp_path, monkeypatch):
     assert send(run, *NAMED, licence='other') == 0
     data = card(hub)

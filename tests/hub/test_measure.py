@@ -55,6 +55,7 @@ def test_card_of_float16_weights_has_their_accuracy(hub, run, tmp_path, capsys):
     assert f'as the card says ({row["top1"]:.2f} %)' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_both_splits_and_data_that_have_moved(hub, tmp_path, capsys):
     make_folder(tmp_path / 'images', per_class=11, size=36)
     train(digits_config(tmp_path, dataset='', data_dir=str(tmp_path / 'images'), test_split='validation', epochs=1,

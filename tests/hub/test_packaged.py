@@ -58,6 +58,7 @@ def in_clone(root: Path, code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_installed_weights_load_by_name_without_a_network(clone, trained):
     out = in_clone(clone, '''
 model = timm.create_model('spinalcnn_a1.digits', pretrained=True).eval()
@@ -84,6 +85,7 @@ def test_card_of_installed_weights(clone):
     assert info['recipe']['dataset'] == 'digits' and info['config']['pretrained_cfg']['license'] == 'mit'
 
 
+@pytest.mark.slow
 def test_default_tag_has_the_preprocessing_of_the_architecture(clone, tmp_path):
     """Of two tags the one with the architecture's own mean and std, though its name comes later; else none."""
     train(digits_config(tmp_path, epochs=1, mean=[0.5], std=[0.5]))
@@ -98,6 +100,7 @@ def test_default_tag_has_the_preprocessing_of_the_architecture(clone, tmp_path):
     (tmp_path / 'aside').rename(clone / 'timm_spinal' / 'weights' / 'spinalcnn_a1.digits.json')
 
 
+@pytest.mark.slow
 def test_head_of_a_combination_that_is_not_in_the_table(clone, tmp_path):
     train(digits_config(tmp_path, epochs=1, model='spinalcnn_plain_pspinal', model_kwargs={}))
     assert install(open_run(tmp_path / 'run'), OPTIONS, 'digits', clone) == 'spinalcnn_plain_pspinal.digits'

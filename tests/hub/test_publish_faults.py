@@ -70,6 +70,7 @@ def test_lost_answer_makes_no_second_pull_request(hub, run):
     assert len(hub.store.repos[REPO].pulls) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method, path', [
     ('POST', 'preupload'), ('PUT', 'lfs-put'), ('POST', '/cas/v1/xorbs'), ('POST', '/commit/')])
 def test_failure_leaves_the_repository_as_it_was(hub, run, method, path, capsys, request):

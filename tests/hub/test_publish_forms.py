@@ -69,6 +69,7 @@ def test_packed_model(hub, pairs, tmp_path, monkeypatch, capsys):
         torch.testing.assert_close(packed(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('form, architecture', [
     (timm_spinal.merge_bases, 'resnet18'), (timm_spinal.fold_bases, 'resnet18_sb_s32u1')])
 def test_merged_and_folded_models(hub, tmp_path, monkeypatch, form, architecture):

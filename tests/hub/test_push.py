@@ -39,6 +39,7 @@ def test_best_weights_at_the_end(hub, tmp_path, capsys):
     assert send(tmp_path / 'run') == 0 and len(hub.store.repos[REPO].commits) == 2, 'publish makes the same files'
 
 
+@pytest.mark.slow
 def test_every_n_epochs_and_training_does_not_notice(hub, tmp_path, capsys):
     plain, pushed = tmp_path / 'plain', tmp_path / 'pushed'
     assert train_with(plain, epochs=3, drop=0.1) == 0

@@ -75,6 +75,7 @@ def test_line_and_card_load_what_was_published(hub, run, tmp_path, monkeypatch, 
         'other weights have another accuracy'
 
 
+@pytest.mark.slow
 def test_fine_tuning_from_a_pull_request(hub, run, tmp_path, monkeypatch):
     assert send(run) == 0
     other_weights(run)

@@ -142,6 +142,7 @@ def blocks_of(card: str) -> str:
     return '\n'.join(re.findall(r'```python\n(.*?)```', card, re.DOTALL))
 
 
+@pytest.mark.slow
 def test_card_of_one_channel(hub, quick, run, tmp_path):
     """Its blocks run; without the import timm answers what it says; and pipeline does what it says."""
     assert send(run, '--branch', 'next') == 0
@@ -162,6 +163,7 @@ except RuntimeError as e:
     assert answer == 'RuntimeError: Unknown model (spinalcnn_a1)' and f'`{answer}`' in card
 
 
+@pytest.mark.slow
 def test_card_of_three_channels(hub, quick, tmp_path, monkeypatch):
     timm_spinal.register_head_variant('test_resnet', 'spinal')
     folder = tmp_path / 'saved'

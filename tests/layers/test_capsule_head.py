@@ -162,6 +162,7 @@ def test_training_step_compiles(name):
         torch.testing.assert_close(q.grad, p.grad, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_onnx_runtime_agrees(tmp_path):
     pytest.importorskip('onnxscript')
     onnxruntime = pytest.importorskip('onnxruntime')

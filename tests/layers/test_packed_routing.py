@@ -156,6 +156,7 @@ def test_copies_types_and_meta(name):
     assert meta(torch.zeros(2, 16, 4, 4, device='meta')).shape == (2, 3)
 
 
+@pytest.mark.slow
 def test_unpickled_in_a_fresh_process(tmp_path):
     """Where nothing packed was made before."""
     head, x = packed(live(make())), image_map()

@@ -213,6 +213,7 @@ def run_python(code: str, **environment: str) -> str:
         env={**os.environ, **environment}).stdout
 
 
+@pytest.mark.slow
 def test_no_name_clashes_with_timm():
     out = run_python(
         'import timm; names = set(timm.list_models()); modules = set(timm.list_modules())\n'
@@ -225,6 +226,7 @@ def test_no_name_clashes_with_timm():
     assert int(count) >= 42 and clashes.strip() == '[]'
 
 
+@pytest.mark.slow
 def test_import_adds_at_most_100_ms():
     """CPU time, so that other work on the machine does not count; median of fresh processes.
 

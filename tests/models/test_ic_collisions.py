@@ -121,6 +121,7 @@ def batches(digits):
     return [(images, 0) for images in digits[0].split(100)]
 
 
+@pytest.mark.slow
 def test_nearly_the_teacher_at_step_0(teacher, digits):
     """As loaded, with statistics anew, and by the quantile rule (the rows of docs/papers/ic_networks.md, section 7)."""
     loaded = convert(teacher)

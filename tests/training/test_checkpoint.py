@@ -181,6 +181,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_bit_identical(tmp_path, monkeypatch):
     """Dropout, mixing, erasing, accumulation with a short last window, moving average; three kills, mid-epoch."""
     whole = small_config(tmp_path, experiment='whole', **RANDOM)
@@ -211,6 +212,7 @@ def test_seed_matters(tmp_path):
         assert_same_state(one, two)
 
 
+@pytest.mark.slow
 def test_resume_falls_back_on_a_damaged_checkpoint(tmp_path, monkeypatch, capsys):
     whole = small_config(tmp_path, experiment='whole', epochs=2, **RANDOM)
     broken = replace(whole, experiment='broken')
@@ -308,6 +310,7 @@ def without_progress(last):
     return json.dumps(dict(state, progress=dict(state['progress'], something_new=1))).encode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('content', [b'nonsense', b''])
 def test_random_states_that_cannot_be_read_are_told(tmp_path, capsys, content):
     config = small_config(tmp_path, epochs=1)
@@ -331,6 +334,7 @@ def test_resume_allows_more_epochs_and_tells_of_the_rest(tmp_path, capsys):
     assert 'another epochs' not in out and 'another log_interval' not in out
 
 
+@pytest.mark.slow
 def test_sigkill(tmp_path):
     """The real thing: a process that dies without a word."""
     whole = small_config(tmp_path, experiment='whole', epochs=4, **RANDOM)

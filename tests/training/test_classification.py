@@ -159,6 +159,7 @@ def test_settings_reach_the_model(tmp_path):
     assert model.drop_rate == 0.3 and model.conv_stem.in_channels == 1 and model.num_classes == 5
 
 
+@pytest.mark.slow
 def test_channels_last_and_checkpointing_train_to_the_same_weights(tmp_path):
     plain = small_config(tmp_path, experiment='plain', epochs=1, drop=0., model='test_resnet')
     train(plain)
@@ -169,6 +170,7 @@ def test_channels_last_and_checkpointing_train_to_the_same_weights(tmp_path):
         torch.testing.assert_close(one['fc.weight'], two['fc.weight'], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('options', [
     dict(model='test_efficientnet', drop=0.2),  # timm's own; its blocks, batch norm and activation in one layer
     dict(model='resnet20_cifar', drop=0.),
@@ -254,6 +256,7 @@ def test_precision_of_the_launch_is_kept_with_the_run(tmp_path, monkeypatch, cap
     assert "resuming with another mixed_precision: 'bf16' -> None" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_distillation_run(tmp_path):
     """A teacher that was trained here; its losses have their columns."""
     teacher = small_config(tmp_path, experiment='teacher', epochs=1, model='test_resnet')
@@ -269,6 +272,7 @@ def test_distillation_run(tmp_path):
         timm.create_model(f'local-dir:{tmp_path / kind}', pretrained=True)
 
 
+@pytest.mark.slow
 def test_compiled_run_saves_plain_names(tmp_path):
     config = small_config(tmp_path, epochs=1, torchcompile='eager', model='test_vit')
     train(config)

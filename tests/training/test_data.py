@@ -74,6 +74,7 @@ def test_two_processes_share_the_batches_of_one(root):
     assert same([share[i] for i in range(3) for share in shares], alone)
 
 
+@pytest.mark.slow
 def test_another_process_sees_the_same_batches(root):
     code = f'''
 import torch

@@ -68,6 +68,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_bit_identical(wld, tmp_path, monkeypatch):
     """Mixing, accumulation and an average; killed while the teacher pulls, and again after it has gone."""
     whole = replace(wld, experiment='whole', kd_fade_end=0.6, **RANDOM)
@@ -86,6 +87,7 @@ def test_killed_and_resumed_is_bit_identical(wld, tmp_path, monkeypatch):
     assert any(not torch.equal(v, last_state(whole)[k]) for k, v in last_state(plain).items())
 
 
+@pytest.mark.slow
 def test_weight_of_zero_is_a_plain_run(wld, tmp_path):
     """To the bit, and the teacher need not be there."""
     plain = replace(wld, experiment='plain', kd_model_name=None, kd_distill_type='logit', **RANDOM)
@@ -107,6 +109,7 @@ def test_accumulation_equals_a_large_batch(wld, tmp_path):
         torch.testing.assert_close(one[key], two[key], atol=5e-6, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(wld, tmp_path, launch):
     """Also: the check counts every image once."""
     options = dict(EXACT, epochs=2, kd_fade_end=1., checkpoint_steps=1, checkpoint_hist=9, kd_check=0.)
@@ -123,6 +126,7 @@ def test_two_processes_equal_one(wld, tmp_path, launch):
         torch.testing.assert_close(first[key], second[key], atol=5e-6, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_check_changes_nothing_but_the_report(wld, tmp_path, capsys):
     plain = replace(wld, experiment='plain', epochs=1)
     checked = replace(plain, experiment='checked', kd_check=0.)
@@ -214,6 +218,7 @@ def test_settings_that_cannot_work(tmp_path, options, text):
     assert [p.name for p in tmp_path.iterdir()] == ['images']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('options, text', [
     (dict(num_classes=3), 'has 3 classes, the student 2'),
     (dict(in_chans=1), 'takes images of 1 channels, the student 3'),

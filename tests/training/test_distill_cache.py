@@ -51,6 +51,7 @@ def test_logits_are_those_of_the_teacher(config, tmp_path, capsys):
     assert seen == 20
 
 
+@pytest.mark.slow
 def test_a_run_with_a_cache_is_the_run_without(config, tmp_path, monkeypatch):
     """Up to rounding: the teacher answers other batches. The second run with it never asks the teacher."""
     plain = replace(config, experiment='plain', kd_cache=None)
@@ -68,6 +69,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_bit_identical(config, monkeypatch):
     whole = replace(config, experiment='whole', checkpoint_steps=1, drop_path=0.2, kd_fade='constant')
     broken = replace(whole, experiment='broken')
@@ -78,6 +80,7 @@ def test_killed_and_resumed_is_bit_identical(config, monkeypatch):
     assert_same_state(whole, broken)
 
 
+@pytest.mark.slow
 def test_seeds_that_cut_other_images_share_the_cache(config, tmp_path):
     """The cache is of the whole split; the images of another cut get their own rows."""
     cut = replace(config, val_split_fraction=0.25, epochs=1)
@@ -161,6 +164,7 @@ def test_unreadable_images(config, tmp_path):
     assert torch.equal(logits, rows[14]) and not torch.equal(rows[13], rows[14])  # of the image that took its place
 
 
+@pytest.mark.slow
 def test_two_processes_make_and_share_it(config, tmp_path, launch):
     """Without the smaller shards, which are of this process only."""
     one = replace(config, epochs=1, kd_cache=str(tmp_path / 'cache'), batch_size=2, experiment='two')

@@ -161,6 +161,7 @@ def task_with_gradients():
     return task
 
 
+@pytest.mark.slow
 def test_clip_norm():
     task = task_with_gradients()
     clip_gradients(Accelerator(), task, 0.5, 'norm')

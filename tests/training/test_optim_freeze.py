@@ -149,6 +149,7 @@ def test_head_trains_alone_at_first(tmp_path, options):
     assert head and backbone >= trained and any('running_var' in k for k in backbone)
 
 
+@pytest.mark.slow
 def test_head_first_goes_on_to_the_bit(tmp_path, monkeypatch):
     whole = small_config(tmp_path, experiment='whole', **{**RANDOM, **HEAD_FIRST})
     train(whole)
@@ -159,6 +160,7 @@ def test_head_first_goes_on_to_the_bit(tmp_path, monkeypatch):
         assert_same_state(whole, broken)
 
 
+@pytest.mark.slow
 def test_head_first_in_two_processes(tmp_path, launch):
     """Its second process takes the other half of the images; the backbone waits there too."""
     config = small_config(tmp_path, batch_size=2, checkpoint_steps=1, checkpoint_hist=99, epochs=2, **HEAD_FIRST)

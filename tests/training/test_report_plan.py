@@ -43,6 +43,7 @@ def test_plan_of_accumulated_steps_and_a_part_of_the_images(tmp_path, capsys):
     assert '15 images left out of each epoch' in lines[0]  # 20 places for 7 different images
 
 
+@pytest.mark.slow
 def test_warmup_that_is_most_of_the_run(tmp_path, capsys):
     config = small_config(tmp_path, epochs=3, warmup_epochs=2)
     warning = 'warning: 2 of 3 epochs are warm-up, in which the learning rate is still low; lower --warmup-epochs or ' \
@@ -79,6 +80,7 @@ def test_momentum_that_was_asked_for_or_is_high_enough_stays():
     assert [m.momentum for m in model] == [0.1, 0.1, None]
 
 
+@pytest.mark.slow
 def test_capsules_learn_in_a_short_run(tmp_path, capsys):
     """A momentum of 0.01 leaves 26 % of the first statistics after 135 updates, and 9.8 % of the answers right."""
     pytest.importorskip('sklearn')

@@ -49,6 +49,7 @@ def test_names_that_are_no_places_are_compared_as_they_are():
         'model': "'a' -> 'b'", 'lr': '1 -> 2'}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_another_folder_by_another_name(tmp_path, monkeypatch):
     """Bit for bit; a folder of the same name that holds other data is refused."""
     whole = small_config(tmp_path, experiment='whole', epochs=2)

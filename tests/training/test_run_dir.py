@@ -62,6 +62,7 @@ def test_names_that_are_none(name):
     assert '\n' not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_folder_has_one_holder_until_it_lets_go_or_dies(tmp_path, holder):
     """A kill frees the folder at once, though a forked child of the process lives on."""
     folder = tmp_path / 'a' / 'b'
@@ -99,6 +100,7 @@ def test_file_in_the_way(tmp_path):
         FolderLock(tmp_path / 'a' / 'b').acquire()
 
 
+@pytest.mark.slow
 def test_a_run_refuses_others_in_its_folder_from_its_first_instant(tmp_path):
     """Before the first checkpoint; nothing is written then. After a kill the run goes on."""
     config = small_config(tmp_path, epochs=1)
@@ -121,6 +123,7 @@ def test_a_run_refuses_others_in_its_folder_from_its_first_instant(tmp_path):
     assert LOCK not in os.listdir(tmp_path / 'run')
 
 
+@pytest.mark.slow
 def test_every_kind_of_run_refuses_a_folder_that_is_held(tmp_path, holder):
     from ..compare.test_sweep import write
     for name in ('detector', 'frozen', 'sweep', 'features'):
@@ -140,6 +143,7 @@ def test_every_kind_of_run_refuses_a_folder_that_is_held(tmp_path, holder):
     assert not (tmp_path / 'free').exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_a_sweep_that_is_held_is_no_failure_of_that_run(tmp_path, holder):
     from timm_spinal.compare.jobs import Task, run_tasks
     config = small_config(tmp_path, resume='auto', experiment='seed-0')
@@ -148,6 +152,7 @@ def test_a_run_of_a_sweep_that_is_held_is_no_failure_of_that_run(tmp_path, holde
     assert os.listdir(tmp_path / 'seed-0') == [LOCK]
 
 
+@pytest.mark.slow
 def test_runs_without_a_name_that_start_together_have_a_folder_each(tmp_path, holder, monkeypatch):
     monkeypatch.setattr(time, 'strftime', lambda form: 'now')
     config = small_config(tmp_path, epochs=1, experiment='')
@@ -167,6 +172,7 @@ def test_runs_without_a_name_that_start_together_have_a_folder_each(tmp_path, ho
     assert (tmp_path / f'{taken.name}-2' / 'result.json').is_file() and os.listdir(taken) == [LOCK]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_does_not_go_into_the_folder_of_another_run(tmp_path):
     config = small_config(tmp_path, epochs=1)
     train(config)

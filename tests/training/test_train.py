@@ -35,6 +35,7 @@ def difference(one, two):
     return max((a - b).abs().max().item() for a, b in zip(weights(one).values(), weights(two).values()))
 
 
+@pytest.mark.slow
 def test_accumulation_equals_a_large_batch(tmp_path):
     """5 batches of 4 of 22 images, or all of them: 11 of 2 in 5 windows and a last one of a single batch."""
     large = small_config(tmp_path, experiment='large', batch_size=4, checkpoint_steps=1, checkpoint_hist=9, **EXACT)
@@ -125,6 +126,7 @@ def test_ema_takes_no_part_in_a_skipped_step(tmp_path, monkeypatch, skipped):
     assert bool(moved) != skipped
 
 
+@pytest.mark.slow
 def test_mixup_off_epoch(tmp_path):
     config = small_config(tmp_path, mixup=1., mixup_off_epoch=1, **{**EXACT, 'epochs': 2, 'lr': 1e-12})
     train(config)
@@ -153,6 +155,7 @@ def test_clipping_limits_the_step(tmp_path, mode):
     assert difference(free, clipped) > 1e-3
 
 
+@pytest.mark.slow
 def test_early_stop(tmp_path):
     config = small_config(tmp_path, **{**EXACT, 'lr': 1e-12, 'epochs': 20}, early_stop_patience=3)
     result = train(config)
@@ -161,6 +164,7 @@ def test_early_stop(tmp_path):
     assert train(resumed(config, early_stop_patience=5))['epochs'] == 6
 
 
+@pytest.mark.slow
 def test_stop_epoch_keeps_the_schedule(tmp_path):
     whole = small_config(tmp_path, experiment='whole', epochs=3)
     parts = replace(whole, experiment='parts', stop_epoch=1)
@@ -208,6 +212,7 @@ def test_loss_that_becomes_nan_later_is_noticed_before_a_checkpoint(tmp_path, mo
     assert [c.name for c in find_checkpoints(tmp_path / 'run' / 'last')] == [f'step-0000000{i}' for i in (3, 2, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize('update', [2, 3])
 def test_signal_writes_a_checkpoint_and_stops(tmp_path, monkeypatch, signum, update):
@@ -291,6 +296,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_resume_bit_identical(tmp_path, launch):
     """The signal reaches the second process only; both checkpoint after the same update."""
     options = {**RANDOM, 'checkpoint_steps': 0, 'batch_size': 2}

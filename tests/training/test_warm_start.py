@@ -41,6 +41,7 @@ def test_the_run_starts_from_it(config, tmp_path, capsys):
     assert all(0. < share < 0.25 for share in shares.values())
 
 
+@pytest.mark.slow
 def test_resuming_does_not_start_anew(config, monkeypatch, capsys):
     whole = replace(config, experiment='whole', epochs=2)
     broken = replace(config, experiment='broken', epochs=2)
@@ -52,6 +53,7 @@ def test_resuming_does_not_start_anew(config, monkeypatch, capsys):
     assert_same_state(whole, broken)
 
 
+@pytest.mark.slow
 def test_two_processes_start_alike(config, tmp_path, launch):
     one = replace(config, experiment='one', lr=1e-12, batch_size=2)
     two = replace(one, experiment='two')

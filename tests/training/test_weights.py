@@ -93,6 +93,7 @@ def test_an_initial_checkpoint_is_exact(finished):
         create_model(replace(config, initial_checkpoint=file), 3)
 
 
+@pytest.mark.slow
 def test_the_main_process_alone_tells(finished, tmp_path, launch):
     config, _, file = finished
     config = replace(config, experiment='second', model='test_resnet_spinal', pretrained_path=file)
@@ -100,6 +101,7 @@ def test_the_main_process_alone_tells(finished, tmp_path, launch):
     assert done.stdout.count('weights ') == 1 and (done.stdout + done.stderr).count('head is new') == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('gone', [True, False])
 def test_a_resumed_run_needs_its_file_no_more(gone, tmp_path, capsys):
     """Which older versions took whatever was in it; the run ends with the same bits. One that starts does need it."""

@@ -65,6 +65,7 @@ def test_killed_worker_is_one_line(tmp_path, monkeypatch, capfd, kind):
         assert lines[0].endswith(f'then continue with --resume auto --experiment {experiment}')
 
 
+@pytest.mark.slow
 def test_run_goes_on_after_a_worker_was_killed(tmp_path, monkeypatch, capfd):
     config = small_config(tmp_path, epochs=2, workers=1, checkpoint_steps=1)
     read, reads = Split.read, []

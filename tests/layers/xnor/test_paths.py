@@ -25,6 +25,7 @@ def run(folder: Path, name: str, include: Path) -> subprocess.CompletedProcess:
     return subprocess.run([*runner, str(program)], capture_output=True, text=True, timeout=100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', COMPILERS)
 def test_every_path_computes_what_portable_c_does(name, tmp_path):
     done = run(tmp_path, name, SOURCE)
@@ -33,6 +34,7 @@ def test_every_path_computes_what_portable_c_does(name, tmp_path):
     assert done.stdout.split() == expected or library.xnor_paths() == ['torch']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, right, wrong', [
     ('arm', 'vaddq_s8(count, count)', 'count'),
     ('arm', '{1, 2, 4, 8, 16, 32, 64, 128}', '{1, 2, 4, 8, 16, 32, 128, 64}'),
