@@ -1,8 +1,11 @@
 """The command line of the comparisons, and what their sides are."""
+import inspect
+
 import pytest
 import torch
 
 from timm_spinal.bench.cli import COMPARISONS
+from timm_spinal.bench.layers import head_call
 from timm_spinal.bench.models import plain_model
 from timm_spinal.bench.runner import Setting
 from timm_spinal.cli import main
@@ -41,6 +44,14 @@ def test_both_sides_of_a_layer_give_the_same(name):
     assert len(pairs) == 4
     for pair in pairs:
         torch.testing.assert_close(pair.what.call(setting)(), pair.against.call(setting)(), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('layer', ('xnodr', 'xnidr'))
+@pytest.mark.parametrize('packed', (True, False))
+def test_the_packed_side_is_packed(layer, packed):
+    call = head_call(Setting(batch_size=1), layer, 3, packed)
+    head = inspect.getclosurevars(inspect.unwrap(call)).nonlocals['head']
+    assert any(getattr(module, 'packed', False) for module in head.modules()) == packed
 
 
 def test_a_larger_head_takes_longer(capsys):
