@@ -8,17 +8,14 @@ kept backbone keys, the classifier last, resets, pooling changes, train mode, dt
 """
 
 import csv
-import logging
 import multiprocessing
 import os
 import sys
-import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from functools import partial
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, List, Optional
 
 import timm
 import torch
@@ -28,7 +25,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from timm_spinal.arguments import Parser, number
-from timm_spinal.errors import UserError
+from timm_spinal.errors import UserError, quiet
 from timm_spinal.layers import HEADS
 from timm_spinal.models import attach_head, list_models
 from timm_spinal.models.attach_head import CLASSIFIER_NAME, HEAD_NAME
@@ -160,7 +157,7 @@ def _check_timm_refuses(model: TimmModel, pool: str) -> None:
 
 def cover_model(name: str, head: str) -> Coverage:
     """Check one name of timm's."""
-    with _quiet():
+    with quiet():
         family = model_entrypoint(name).__module__.rpartition('.')[2]
         model = timm.create_model(name, device='meta')
         kind = classifier_kind(model)
@@ -185,17 +182,6 @@ def _one_line(error: BaseException) -> str:
     return f'{type(error).__name__}: {lines[0] if lines else ""}'[:300]
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without timm's warnings of deprecated layers and of models that have no weights."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def timm_names(filter: str = '') -> List[str]:

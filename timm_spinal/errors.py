@@ -1,7 +1,9 @@
 """What the command line shows in one line, without a traceback."""
 import contextlib
+import logging
 import re
 import signal
+import warnings
 from typing import Callable, Iterator
 
 
@@ -46,3 +48,16 @@ def dead_workers_named(advice: Callable[[], str]) -> Iterator[None]:
                           f'--workers or a smaller --batch-size, then {advice()}')
         error.local = True  # type: ignore[attr-defined]
         raise error from e
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without warnings and log messages: of deprecated layers, of models without weights, of exporters."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logging.disable(disabled)

@@ -2,13 +2,13 @@ import pytest
 import torch
 
 from timm_spinal.compare.controls import (
-    count_params,
     new_head,
     new_heads,
     parse_variants,
     size_controls,
     slug,
 )
+from timm_spinal.cost import count_params
 from timm_spinal.errors import UserError
 
 

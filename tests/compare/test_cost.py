@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 import timm_spinal
-from timm_spinal.compare.cost import file_mb, head_cost, latency_ms, macs, network_cost
+from timm_spinal.compare.cost import file_mb, head_cost, latency_ms, network_cost
+from timm_spinal.cost import count_macs as macs
 from timm_spinal.layers import create_head
 
 

@@ -1,11 +1,9 @@
 """Models of timm as sides of a comparison, in the forms in which models are used."""
-import logging
 import re
 import tempfile
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Sequence
 
 import timm
 import torch
@@ -14,7 +12,7 @@ from timm.models import is_model
 from torch import nn
 
 from timm_spinal.cost import count_macs, count_params
-from timm_spinal.errors import UserError
+from timm_spinal.errors import UserError, quiet
 from timm_spinal.layers import HEADS
 from timm_spinal.models import ensure_registered, fold_bases, fold_batchnorm, merge_bases, pack_xnodr
 
@@ -155,7 +153,7 @@ def onnxruntime_call(model: nn.Module, images: torch.Tensor, int8: bool = False)
         def get_next(self) -> Any:
             return next(self.batches, None)
 
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet():
         file = Path(folder) / 'model.onnx'
         _export(model.eval(), images, file)
         if int8:
@@ -168,15 +166,6 @@ def onnxruntime_call(model: nn.Module, images: torch.Tensor, int8: bool = False)
     return lambda: session.run(None, dict(image=batch))[0]
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the advice of exporter and quantizer."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(disabled)
 
 
 def _export(model: nn.Module, images: torch.Tensor, file: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from timm_spinal.cost import count_params
 from timm_spinal.errors import UserError
 from timm_spinal.layers import HEADS, create_head, equal_size_mlp_width, head_needs_feature_map, head_options
 
@@ -107,11 +108,6 @@ def new_head(variant: Variant, in_features: int, num_classes: int, device: Any =
 def needs_feature_map(variant: Variant) -> bool:
     """Whether a variant reads the feature map and not the pooled vector."""
     return head_needs_feature_map(variant.head, **variant.options)
-
-
-def count_params(module: nn.Module) -> int:
-    """Parameters, each counted once."""
-    return sum(p.numel() for p in module.parameters())
 
 
 def slug(name: str) -> str:

@@ -5,9 +5,8 @@ import torch
 from safetensors.torch import save
 from torch import nn
 from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
 
-from .controls import count_params
+from timm_spinal.cost import count_macs, count_params
 
 
 @dataclass(frozen=True)
@@ -26,14 +25,6 @@ class Cost:
     head_ms: float | None
     network_ms: float
     file_mb: float
-
-
-@torch.inference_mode()
-def macs(model: nn.Module, x: torch.Tensor) -> int:
-    """Multiply-accumulates of one forward: half the FLOPs of convolutions and matrix products."""
-    with FlopCounterMode(display=False) as counter:
-        model.eval()(x)
-    return counter.get_total_flops() // 2
 
 
 @torch.inference_mode()
@@ -65,7 +56,7 @@ def head_cost(head: nn.Module, backbone_ms: float, x: torch.Tensor) -> Cost:
         x: Features of one image, (1, ...).
     """
     head_ms = latency_ms(head, x)
-    return Cost(count_params(head), macs(head, x), head_ms, backbone_ms + head_ms, file_mb(head))
+    return Cost(count_params(head), count_macs(head.eval(), x), head_ms, backbone_ms + head_ms, file_mb(head))
 
 
 @torch.inference_mode()
@@ -78,4 +69,4 @@ def network_cost(model: nn.Module, x: torch.Tensor) -> Cost:
         model.eval()(x)
         hook.remove()
         head_ms = latency_ms(head, seen[0])
-    return Cost(count_params(model), macs(model, x), head_ms, latency_ms(model, x), file_mb(model))
+    return Cost(count_params(model), count_macs(model.eval(), x), head_ms, latency_ms(model, x), file_mb(model))

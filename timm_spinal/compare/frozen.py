@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from timm.models import safe_model_name
 
+from timm_spinal.cost import count_macs, count_params
 from timm_spinal.errors import UserError
 from timm_spinal.training.distributed import new_accelerator, on_main_process
 from timm_spinal.training.model import create_model
@@ -14,8 +15,8 @@ from timm_spinal.training.report import hardware
 from timm_spinal.training.run_dir import FolderLock
 from timm_spinal.training.splits import describe_splits
 
-from .controls import Variant, count_params, needs_feature_map, new_head, new_heads, parse_variants, size_controls, slug
-from .cost import head_cost, latency_ms, macs
+from .controls import Variant, needs_feature_map, new_head, new_heads, parse_variants, size_controls, slug
+from .cost import head_cost, latency_ms
 from .features import Extracted, extract, feature_shapes
 from .findings import count_text
 from .head_experiment import HeadExperiment, recipe_grid, run_experiments
@@ -171,7 +172,7 @@ def _describe(
     precision = 'float32' if mixed == 'no' else f'mixed precision, {mixed}'
     return {
         'Backbone': f'{config.backbone} (weights: {weights}), frozen, {count_text(count_params(model))} parameters, '
-                    f'{count_text(macs(model, image))} MACs, {backbone_ms:.1f} ms for one image',
+                    f'{count_text(count_macs(model.eval(), image))} MACs, {backbone_ms:.1f} ms for one image',
         **({'Weights': str(model.loaded_weights)} if model.loaded_weights is not None else {}),
         'Features': f'{extracted.features["train"].x.shape[2]} numbers from images of '
                     f'{"x".join(map(str, extracted.input_size))}{passes}, in {precision}{speed}',

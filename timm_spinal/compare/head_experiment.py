@@ -9,12 +9,13 @@ from typing import Any, Callable, Sequence
 import torch.nn.functional as F
 from torch import nn
 
+from timm_spinal.cost import count_params
 from timm_spinal.errors import UserError
 from timm_spinal.evaluation.predictions import PREDICTIONS, Predictions
 from timm_spinal.training.model import fit_momentum
 from timm_spinal.training.report import hardware, versions, write_table, write_text
 
-from .controls import Variant, count_params, new_head, new_heads, slug
+from .controls import Variant, new_head, new_heads, slug
 from .options import FrozenConfig
 from .runs import ERROR, RESULT, SUMMARY, read_json, read_result, run_folder, write_json
 from .train_head import Features, Recipe, Trained

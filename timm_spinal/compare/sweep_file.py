@@ -28,6 +28,7 @@ import torch
 import yaml
 
 import timm_spinal
+from timm_spinal.cost import count_params
 from timm_spinal.errors import UserError
 from timm_spinal.files import read_yaml
 from timm_spinal.layers import HEADS, equal_size_mlp_width
@@ -37,7 +38,7 @@ from timm_spinal.training.parser import load_yaml, unknown_keys
 from timm_spinal.training.report import write_text
 from timm_spinal.training.run_dir import check_name
 
-from .controls import CONTROL, count_params, slug
+from .controls import CONTROL, slug
 from .options import parse_seeds
 
 _KEYS = ('output', 'seeds', 'control', 'shared', 'variants', 'tune')

@@ -1,19 +1,16 @@
 """Models as files for other runtimes: ONNX and torch.export, with a free batch, checked against eager mode."""
 import importlib.util
 import json
-import logging
 import tempfile
-import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from timm_spinal.errors import UserError
+from timm_spinal.errors import UserError, quiet
 from timm_spinal.files import write_error
 from timm_spinal.models.hub_errors import one_line
 
@@ -70,7 +67,7 @@ def export_model(model: nn.Module, kind: str, file: Path, name: str) -> Exported
     size = facts['input_size']
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix='.export_') as temp, _quiet(), torch.no_grad():
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix='.export_') as temp, quiet(), torch.no_grad():
             draft = Path(temp) / file.name
             try:
                 exporter.write(model, _images(2, size), draft, facts)
@@ -150,16 +147,3 @@ FORMATS = {
     'onnx': Format('.onnx', ('onnx', 'onnxscript', 'onnxruntime'), _write_onnx, _open_onnx),
     'torch-export': Format('.pt2', (), _write_torch_export, _open_torch_export),
 }
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the exporters say of themselves."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            yield
-    finally:
-        logging.disable(disabled)
