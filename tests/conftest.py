@@ -1,4 +1,5 @@
 """What every test needs: no network, one thread, a way to start several processes, and the test Hub's address."""
+import gc
 import os
 import subprocess
 import sys
@@ -16,6 +17,12 @@ THE_HUB = TestHub()
 os.environ['HF_ENDPOINT'] = THE_HUB.url
 os.environ['HF_HOME'] = os.environ['HF_HUB_CACHE'] = os.path.join(tempfile.gettempdir(), 'timm_spinal_no_such_cache')
 os.environ['HF_HUB_DISABLE_PROGRESS_BARS'] = '1'
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave what the imports made out of garbage collections; every run asks for some as it ends."""
+    gc.collect()
+    gc.freeze()
 
 
 def forget_accelerate() -> None:

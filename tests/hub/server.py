@@ -88,6 +88,7 @@ class Handler(BaseHTTPRequestHandler):
     """One connection; the routes are in `routes.py`."""
     hub: TestHub
     protocol_version = 'HTTP/1.1'
+    disable_nagle_algorithm = True  # a reply is several writes, and each would wait 40 ms for the client's ACK
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

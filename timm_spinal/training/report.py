@@ -48,11 +48,17 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     write_atomically(path, write)
 
 
-def new_figure(width: float, height: float) -> Any:
-    """A matplotlib figure of so many inches that needs no display."""
+def new_figure(width: float, height: float, layout: str = 'constrained') -> Any:
+    """A matplotlib figure of so many inches that needs no display.
+
+    Args:
+        width: In inches.
+        height: In inches.
+        layout: matplotlib's layout engine; with 'none' the caller places the axes, which halves the time of drawing.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(width, height), layout='constrained')
+    figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
@@ -72,13 +78,16 @@ def write_curves(path: Path, history: list[dict[str, Any]]) -> None:
     )
     if any('train_ortho' in row for row in history):
         panels += (('orthogonality penalty', ('train_ortho',)),)
-    figure = new_figure(4 * len(panels), 3.5)
+    width, height = 4. * len(panels), 3.5
+    figure = new_figure(width, height, layout='none')
+    figure.subplots_adjust(0.6 / width, 0.5 / height, 1 - 0.2 / width, 1 - 0.35 / height, wspace=0.25)
     for axes, (title, columns) in zip(figure.subplots(1, len(panels)), panels):
         for column in columns:
             points = [(row['epoch'], row[column]) for row in history if row.get(column) is not None]
             if points:
                 axes.plot(*zip(*points), marker='.', label=column)
         axes.set(title=title, xlabel='epoch')
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
