@@ -43,9 +43,9 @@ class CapsuleScores(nn.Module):
             self,
             dim: int,
             num_classes: int,
-            logit_scale: bool = False,
-            momentum: float = BN_MOMENTUM,
-            eps: float = BN_EPS,
+            logit_scale: bool,
+            momentum: float,
+            eps: float,
             device=None,
             dtype=None,
     ):
