@@ -86,7 +86,7 @@ def test_wildcard_of_models(trained, capsys):
 
 @pytest.mark.parametrize('kwargs, text', [
     (dict(checkpoint='/nowhere'), 'checkpoint /nowhere: no such file or folder'),
-    (dict(checkpoint='/nowhere/*'), r'checkpoint /nowhere/\*: nothing there matches'),
+    (dict(checkpoint='/nowhere/*'), r'checkpoint /nowhere/\*: no file or folder matches it'),
     (dict(model='nothing_*'), r"model 'nothing_\*': no model matches"),
     (dict(results_file='out.xls'), 'results_file out.xls: unknown format'),
     (dict(model='test_vit', img_size=32), 'classes: .* has 2, the model 1000'),

@@ -80,9 +80,9 @@ def test_onnxruntime_and_int8(capsys):
 
 
 @pytest.mark.parametrize('argv, text', [
-    (['nosuch'], 'nosuch: is neither a comparison nor a model; '),
+    (['nosuch'], 'nosuch: neither a comparison nor a model has this name; '),
     (['resnet18'], 'resnet18: has no plain model beside it; name the other one'),
-    (['routing', 'resnet18'], 'bench routing: measures layers; leave out resnet18'),
+    (['routing', 'resnet18'], 'bench routing: it measures layers and takes no models; leave out resnet18'),
     (['ic', '--forms', 'int8'], '--forms int8: bench ic has none of these'),
     (['heads', '--device', 'cud'], '--device cud: torch has no such device'),
     (['heads', '--rounds', '0'], '--rounds: must be at least 1, got 0'),

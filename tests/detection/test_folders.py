@@ -118,7 +118,7 @@ def change(**changes):
     (change(annotations=[annotation(5, 99, [1, 2, 9, 9])]), 'annotation 5: is of image id 99, which the file does not'),
     (change(annotations=[annotation(5, 10, [1, 2, 9])]), 'annotation 5: its box is [1, 2, 9], not four numbers'),
     (change(annotations=[annotation(5, 10, [1, 2, 'a', 9])]), 'not four numbers'),
-    (change(annotations=[annotation(5, 10, [1, 2, float('nan'), 9])]), 'is not finite; mend it'),
+    (change(annotations=[annotation(5, 10, [1, 2, float('nan'), 9])]), 'is not finite; correct it'),
     (change(annotations=[]), 'no image has a box'),
     (change(annotations=[dict(id=1)]), "is not in the format of COCO (an entry has no 'image_id')"),
     (change(categories={}), 'unknown category id'),

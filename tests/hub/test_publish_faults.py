@@ -120,7 +120,7 @@ def test_somebody_else_commits_meanwhile(hub, run, capsys):
     ('xet-write-token', 503, 'the Hub has a fault (status 503)'),
     ('/cas/v1/xorbs', 401, 'the storage of large files refuses it (status 401)'),
     ('/cas/v1/xorbs', 403, 'the storage of large files refuses it (status 403)'),
-    ('/cas/v1/xorbs', 404, 'the storage of large files does not hold it (status 404)'),
+    ('/cas/v1/xorbs', 404, 'the storage of large files does not have it (status 404)'),
     ('/cas/v1/xorbs', 429, 'the storage of large files has had too many requests from you (status 429)'),
     ('/cas/v1/xorbs', 503, 'the storage of large files has a fault (status 503)'),
     ('/cas/v[12]/shards', 400, 'the storage of large files refuses it (status 400)'),

@@ -199,5 +199,5 @@ def test_what_cannot_be_converted_stays_as_it_was(name, options, message):
 
 
 def test_what_is_no_model_of_timm():
-    with pytest.raises(ValueError, match='Sequential is no model of timm; pass what timm.create_model returns'):
+    with pytest.raises(ValueError, match='Sequential is not a model of timm; pass what timm.create_model returns'):
         convert_to_ic(nn.Sequential(nn.Conv2d(3, 4, 3)))

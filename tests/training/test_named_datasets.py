@@ -130,7 +130,7 @@ def spoil_gzip(root):
     (lambda root: (root / 't10k-images-idx3-ubyte').unlink(), {'test_split': 'test'}, 'add --dataset-download'),
     (truncate, {}, 'train-images-idx3-ubyte cannot be read'),
     (spoil_gzip, {}, 'ubyte.gz cannot be read'),
-    (lambda root: (root / 'train-images-idx3-ubyte').write_text('hello'), {}, 'no idx file of bytes'),
+    (lambda root: (root / 'train-images-idx3-ubyte').write_text('hello'), {}, 'not an idx file of bytes'),
     (lambda root: write_idx(root / 'train-images-idx3-ubyte', np.zeros((40, 27, 28))), {}, 'put MNIST there'),
     (lambda root: write_idx(root / 'train-labels-idx1-ubyte', np.arange(39)), {}, 'put MNIST there'),
     (lambda root: write_idx(root / 'train-labels-idx1-ubyte', np.arange(40)), {}, 'put MNIST there'),

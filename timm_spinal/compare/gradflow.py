@@ -114,10 +114,11 @@ def gradflow(config: GradflowConfig) -> Path:
     """
     for flag, reason in (
         ('torchcompile', 'a compiled model gives its gradient once'),
-        ('grad_checkpointing', 'each gradient would compute the activations anew and count them in BatchNorms again'),
+        ('grad_checkpointing', 'each gradient would compute the activations again and count them in BatchNorms once '
+                               'more'),
     ):
         if getattr(config, flag):
-            raise UserError(f'{to_flag(flag)}: {reason}, and this takes the gradient twice; leave it out')
+            raise UserError(f'{to_flag(flag)}: {reason}, but gradflow computes it twice; leave this option out')
     if config.experiment:
         check_name(config.experiment, '--experiment')
     config = replace(config, sb_ortho=config.sb_ortho or 10.)

@@ -46,7 +46,7 @@ def shared_bases(model: Any) -> dict[str, nn.Parameter]:
     bases = {f'{name}.{basis}': getattr(stage, basis) for name, stage in stages.items() for basis in
              stage.basis_names()}
     if not bases:
-        raise UserError(f'{type(model).__name__}: has no shared filters; take a model such as resnet34_sb_s48u1d')
+        raise UserError(f'{type(model).__name__}: it has no shared filters; give a model such as resnet34_sb_s48u1d')
     return bases
 
 

@@ -139,8 +139,8 @@ def _copy_licence(publication: Publication, licence: Licence, folder: Path) -> N
         return
     text = (publication.folder or Path()) / licence.file
     if not text.is_file():
-        raise UserError(f'--license-link {licence.file}: {text} is no file; put the text of the licence there, or give '
-                        'its address')
+        raise UserError(f'--license-link {licence.file}: {text} is not a file; put the text of the licence there, or '
+                        'give its address')
     shutil.copyfile(text, folder / licence.file)
 
 
@@ -208,7 +208,8 @@ def keep(folder: Path, output: Path) -> None:
         UserError: There is something else, or the disk refuses.
     """
     if output.exists() and not (output.is_dir() and (not any(output.iterdir()) or (output / CARD).is_file())):
-        raise UserError(f'--output {output}: exists, and timm-spinal publish did not write it; choose another folder')
+        raise UserError(f'--output {output}: it exists, and timm-spinal publish did not write it; choose another '
+                        'folder')
     temp = output.with_name(f'.{output.name}.tmp')
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

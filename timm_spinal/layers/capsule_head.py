@@ -213,7 +213,7 @@ class CapsuleHead(ClassifierHead):
         Args:
             num_classes: Number of classes, 0 for none.
             reset_other: Drop the capsules too, leaving a linear classifier on the averaged map.
-            in_features: New channels. The primary block is made anew where they differ.
+            in_features: New channels. If they differ, the primary block is created again.
         """
         self.check_classes(num_classes, reset_other)
         self.plain = self.plain or reset_other

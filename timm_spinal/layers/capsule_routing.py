@@ -52,7 +52,7 @@ def route_lean(
         xnor_agreement: bool,
         chunk: int,
 ) -> torch.Tensor:
-    """Routing that makes the predictions of ``chunk`` classes at a time, in every iteration anew, and keeps none.
+    """Routing that makes the predictions of ``chunk`` classes at a time, again in every iteration, and stores none.
 
     Given the coupling coefficients, the classes do not depend on one another. What is kept is logits and coupling,
     (B, N, J) each; the backward pass makes each chunk's predictions once more.

@@ -142,7 +142,7 @@ class ClassifierHead(nn.Module):
 
     @torch.jit.ignore
     def postpone_hidden(self) -> None:
-        """Take the hidden layers out, until a reset to one class or more makes them anew."""
+        """Take the hidden layers out, until a reset to one class or more creates them again."""
         self.hidden = nn.Identity()
         self.hidden_size = self.in_features
 
@@ -160,7 +160,7 @@ class ClassifierHead(nn.Module):
         Args:
             num_classes: Number of classes of the new linear, 0 for none.
             reset_other: Drop the hidden layers too, leaving a plain linear classifier.
-            in_features: New input width. The hidden layers are made anew where it differs.
+            in_features: New input width. If it differs, the hidden layers are created again.
         """
         dd = get_device_dtype(self, device=device, dtype=dtype)
         if reset_other:

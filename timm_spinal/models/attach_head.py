@@ -153,8 +153,8 @@ def attach_head(model: TimmModel, head: str, num_classes: Optional[int] = None, 
     for name in _NEEDED:
         if not hasattr(model, name):
             raise ValueError(
-                f'{type(model).__name__} cannot take a head: it has no {name}, so it is no timm classifier; '
-                'pass what timm.create_model returns, without features_only.')
+                f'{type(model).__name__} cannot take a head: it has no {name}, so it is not a classifier of timm; pass '
+                'what timm.create_model returns, without features_only.')
     if num_classes is None:
         num_classes = model.num_classes
     old_head = getattr(model, HEAD_NAME, None)

@@ -95,7 +95,7 @@ def find_convs(model: TimmModel, row: Convolution, scope: str, depthwise: bool) 
         raise ValueError(f'{row.prefix}_scope {scope!r} is unknown; it is one of {", ".join(map(repr, SCOPES))}.')
     cfg = getattr(model, 'pretrained_cfg', None)
     if cfg is None:
-        raise ValueError(f'{type(model).__name__} is no model of timm; pass what timm.create_model returns.')
+        raise ValueError(f'{type(model).__name__} is not a model of timm; pass what timm.create_model returns.')
     architecture = cfg['architecture']
     _check_plain(model, row, architecture)
     sizes = _output_sizes(model)
@@ -128,7 +128,8 @@ def _check_plain(model: TimmModel, row: Convolution, architecture: str) -> None:
             if isinstance(module, other.layer):
                 raise ValueError(f'{architecture} has {other.label} convolutions already; convert a plain model.')
         if isinstance(module, SharedStage):
-            raise ValueError(f'{architecture} shares its filters; {row.label} and shared bases are not mixed.')
+            raise ValueError(f'{architecture} shares its filters, and {row.label} cannot be combined with shared '
+                             'bases; convert a plain model.')
 
 
 def _in_scope(name: str, conv: Any, scope: str, stems: List[str]) -> bool:

@@ -85,7 +85,7 @@ def ic_warm_start(
         count: int = 8,
         bn_count: Optional[int] = 200,
 ) -> Dict[str, float]:
-    """Choose each w' so that few positions collide, then estimate BatchNorm statistics anew, in place.
+    """Choose each w' so that few positions collide, then re-estimate the BatchNorm statistics, in place.
 
     Other parameters stay. The quantiles are those of the plain model, without collisions, in eval mode: weights and
     BatchNorm statistics must be those of a trained plain model, as after ``pretrained=True`` or
@@ -113,7 +113,8 @@ def ic_warm_start(
         raise ValueError(f'active {active!r} is not in (0, 1); it is the share of positions that collide.')
     for name, conv in convs.items():
         if conv.ic_bn is not None:
-            raise ValueError(f"'{name}' has BatchNorm inside sigma, which no w' keeps quiet; use ic_norm='' or 'bias'.")
+            raise ValueError(f"'{name}' has BatchNorm inside sigma, so its collisions are active for any w'; use "
+                             "ic_norm='' or 'bias'.")
     training = model.training
     quantiles: Dict[str, List[torch.Tensor]] = {name: [] for name in convs}
     hooks = [conv.register_forward_hook(_measure(quantiles[name], active)) for name, conv in convs.items()]

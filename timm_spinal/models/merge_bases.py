@@ -85,7 +85,7 @@ def _decomposed(model: nn.Module) -> List[Tuple[str, SharedBasisConv2d]]:
 def _check(model: nn.Module, function: str) -> None:
     convs = _decomposed(model)
     if not isinstance(model, SharedBasisModel):
-        raise ValueError(f'{function}: {type(model).__name__} is no model with shared filter bases of this package; '
+        raise ValueError(f'{function}: {type(model).__name__} is not a model with shared filter bases of this package; '
                          'pass one from timm.create_model, without features_only.')
     if not convs:
         raise ValueError(

@@ -32,7 +32,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 @torch.no_grad()
 def recalibrate_bn(model: nn.Module, batches: Batches, count: Optional[int] = 200) -> nn.Module:
-    """Estimate the running statistics of all BatchNorm layers anew, as the mean over batches, in place.
+    """Re-estimate the running statistics of all BatchNorm layers, as the mean over batches, in place.
 
     Weights stay, and everything else is in eval mode meanwhile. Each batch counts alike, so let them be of one size.
 
