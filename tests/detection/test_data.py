@@ -221,7 +221,7 @@ def of_another_size(root):
 
 @pytest.mark.parametrize('change, message', [
     (missing, r'images are missing, for instance .*new\\nline.png; check'),
-    (twice, r'its image is .*new\\nline.png, and so is that of'),
+    (twice, r'its image .*new\\nline.png is also that of'),
     (ambiguous, r'new\\nline.bmp and new\\nline.gif in .* could both be meant'),
     (damaged, r'new\\nline.png cannot be read'),
     (damaged_without_size, r'new\\nline.png cannot be read'),

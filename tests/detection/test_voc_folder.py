@@ -201,7 +201,7 @@ NAMED = {
     'no box': (each_box(lambda a, b, c, d: ''), 'object 1: its box is [null, null, null, null], not four'),
     'empty polygon': (each_box(lambda a, b, c, d: '<polygon/>'), 'object 1: its outline has 0 numbers'),
     'damaged polygon': (
-        each_box(lambda a, b, c, d: '<polygon><x1>1</x1><y1>z</y1></polygon>'), 'object 1: its outline holds'),
+        each_box(lambda a, b, c, d: '<polygon><x1>1</x1><y1>z</y1></polygon>'), 'object 1: its outline contains'),
     'difficult': (
         change('<difficult>0<', '<difficult>perhaps<'),
         'object 1: its difficult is "perhaps", neither 0 nor 1'),
@@ -220,7 +220,7 @@ NAMED = {
         lambda root: Image.new('RGB', (96, 80)).save(root / 'JPEGImages' / 'train_1.bmp'),
         'train_1.xml: train_1.bmp and train_1.png in'),
     'one image of two': (
-        rename('{}.xml', 'photo_{}.png', '{}', 'photo_1.png'), 'photo_1.png, and so is that of'),
+        rename('{}.xml', 'photo_{}.png', '{}', 'photo_1.png'), 'photo_1.png is also that of'),
     'no image': (
         lambda root: (root / 'JPEGImages' / 'train_1.png').unlink(), '1 of 3 images are missing, for instance'),
     'list of no text': (

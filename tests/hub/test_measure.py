@@ -84,7 +84,7 @@ def test_both_splits_and_data_that_have_moved(hub, tmp_path, capsys):
 
 def test_float32_weights_are_not_measured_again(hub, run, capsys):
     assert send(run, '--data-dir', 'x') == 2
-    assert '--data-dir x: is read to measure --dtype fp16; add it' in capsys.readouterr().err
+    assert '--data-dir x: it is used only to measure --dtype fp16 weights; add' in capsys.readouterr().err
     assert send(run) == 0
     assert 'measuring' not in capsys.readouterr().out and stated(hub)
 

@@ -175,7 +175,7 @@ def test_bad_runs_are_one_line_and_nothing_is_sent(hub, run, what, capsys):
     (dict(repo='me/-x'), "'me/-x': it is not a repository name"),
     (dict(repo='other/x'), "the token may not do this (You don't have the rights to write to the namespace"),
     (dict(licence='apache'), "licence 'apache' is not a licence id of the Hub; did you mean apache-2.0?"),
-    (dict(licence=''), 'no licence, and the weights it started from name none; choose one with --license'),
+    (dict(licence=''), 'no licence is given, and the weights that training started from have none; choose'),
     (dict(licence='other'), "licence 'other' needs a name; add --license-name"),
 ])
 def test_bad_options(hub, run, flags, text, capsys):

@@ -147,8 +147,8 @@ PAGE = b'<html><head><title>Log in to the network</title></head><body>Please log
 def test_page_in_place_of_an_answer(hub, run, method, path, capsys):
     hub.fail('status', method, path, status=200, times=1000, body=PAGE, headers={'Content-Type': 'text/html'})
     assert one_line(run, capsys) == (
-        f"error: {REPO}: the page 'Log in to the network' came in place of an answer of the Hub; a proxy or a login "
-        'page may stand between\n')
+        f"error: {REPO}: the page 'Log in to the network' came instead of an answer of the Hub; a proxy or a login "
+        'page may be in between\n')
 
 
 @pytest.mark.parametrize('path', ['xet-write-token', '/cas/v1/xorbs', '/cas/v2/shards'])

@@ -56,7 +56,7 @@ def test_folder_of_a_dry_run(run, capsys, tmp_path):
     assert main(['publish', str(run), '--repo', REPO, '--license', 'mit', '--dry-run', '--output', folder]) == 0
     assert main(['verify', folder, '--dataset', 'digits', '--workers', '0']) == 0
     (tmp_path / 'package' / 'README.md').write_text('mine')
-    assert main(['verify', folder]) == 2 and 'card: has no metadata' in capsys.readouterr().err
+    assert main(['verify', folder]) == 2 and 'card: it has no metadata' in capsys.readouterr().err
 
 
 def other_weights(data):

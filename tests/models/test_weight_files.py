@@ -80,7 +80,7 @@ def test_a_file_that_was_cut_is_told_in_one_line(save, part, tmp_path):
     save({name: value.repeat(64) if value.ndim == 1 else value for name, value in STATE.items()}, tmp_path / 'x.pth')
     whole = (tmp_path / 'x.pth').read_bytes()
     (tmp_path / 'x.pth').write_bytes(whole[:int(part * len(whole))])
-    with pytest.raises(WeightsError, match=r'x.pth: is damaged.* cut') as error:
+    with pytest.raises(WeightsError, match=r'x.pth: is damaged.* incomplete') as error:
         read_weights(tmp_path / 'x.pth')
     assert '\n' not in str(error.value)
 
@@ -101,7 +101,7 @@ def test_no_weights(content, message, tmp_path):
 @pytest.mark.parametrize('checkpoint, message', [
     (torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1).state_dict(), 'its keys are state, param_groups'),
     (dict(epoch=3, best=0.5, lr=0.1, seed=1, host='a'), 'its keys are epoch, best, lr and 2 more'),
-    ({}, 'it holds dict'), ([STATE], 'it holds list'), (torch.ones(3), 'it holds Tensor'),
+    ({}, 'it is a dict'), ([STATE], 'it is a list'), (torch.ones(3), 'it is a Tensor'),
 ])
 def test_no_weights_in_a_pickle(checkpoint, message, tmp_path):
     torch.save(checkpoint, tmp_path / 'x.pth')

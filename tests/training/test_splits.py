@@ -80,7 +80,7 @@ def test_class_map_orders_the_classes(tmp_path):
     (lambda root: None, {}, 'does not exist; check --data-dir'),
     (lambda root: root.mkdir(), {}, 'is empty'),
     (lambda root: root.write_text('x'), {}, 'neither a folder nor a .tar'),
-    (lambda root: make_folder(root, splits=('train', 'test')), {}, 'it holds test, train'),
+    (lambda root: make_folder(root, splits=('train', 'test')), {}, 'it contains test, train'),
     (lambda root: make_split(root), {}, "no split 'train' in it (it contains ant, bee)"),
     (lambda root: make_split(root), {}, '--val-split-fraction'),
     (lambda root: make_folder(root, splits=('val', 'test')), {'val_split_fraction': 0.1}, 'name one of them'),
