@@ -61,7 +61,7 @@ def test_validate_says_what_computed_the_bits(run, packed, tmp_path, capsys, mon
         assert main(['validate', '--model', f'local-dir:{folder}', '--data-dir', data, '--workers', '0',
                      '--results-file', str(file)]) == 0
         row, = json.loads(file.read_text())
-        assert row['xnor'] == expected and f'images/s, xnorized layers by {expected}' in capsys.readouterr().out
+        assert row['xnor'] == expected and f'images/s, binary layers by {expected}' in capsys.readouterr().out
 
 
 def test_one_answer_for_all_images_is_said(run, tmp_path, capsys):

@@ -212,7 +212,7 @@ def _check_class_names(model: Any, class_names: list[str] | None, name: str) -> 
 def _line(row: dict[str, Any]) -> str:
     skipped = f', {row["skipped"]} unreadable' if row['skipped'] else ''
     bad = f', NaN or infinite logits for {row["nonfinite"]}' if row['nonfinite'] else ''
-    xnor = f', xnorized layers by {row["xnor"]}' if 'xnor' in row else ''
+    xnor = f', binary layers by {row["xnor"]}' if 'xnor' in row else ''
     line = (f'{row["model"]}: {report.accuracy_text(row, 3)}, loss {row["loss"]:.4f}, '
             f'{row["images"]} images{skipped}{bad}, {row["images_per_second"]:.0f} images/s{xnor}')
     return '\n'.join([line, *same_answer_warning(row['model'], row['same_answer'], None)])

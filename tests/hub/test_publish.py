@@ -106,7 +106,7 @@ def test_half_precision(hub, run, tmp_path, monkeypatch):
 
 def test_dry_run_sends_nothing(hub, run, capsys, tmp_path):
     assert send(run, '--dry-run') == 0 and send(run, '--dry-run', '--output', str(tmp_path / 'out' / 'x')) == 0
-    assert hub.log == [] and 'nothing sent' in capsys.readouterr().out
+    assert hub.log == [] and 'nothing was sent' in capsys.readouterr().out
     for folder in (run / 'hub', tmp_path / 'out' / 'x'):
         assert {str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file()} == set(FILES)
     assert send(run, '--dry-run', '--output', str(run)) == 2

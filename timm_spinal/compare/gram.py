@@ -2,9 +2,9 @@
 
     timm-spinal gram output/train/with_penalty output/train/without --output gram.png
 
-A row for each run, a column for each stage: M M^T of the stage's shared filters, each flattened to a row of M; of two
-bases one matrix, as the penalty counts them. Orthonormal filters give the identity. Prints the norm of the filters and
-the size of the cosines between them.
+The picture has a row for each run and a column for each stage. It shows M M^T, where each shared filter of the stage is
+a row of M; two bases are one matrix, as in the penalty. Orthonormal filters give the identity. The command also prints
+the norm of the filters and the size of the cosines between them.
 """
 from pathlib import Path
 from typing import Any, NamedTuple, Sequence

@@ -1,10 +1,10 @@
-"""Curves of several runs in one picture, and how long each took to an accuracy.
+"""Plot the curves of several runs in one picture, and print how long each took to reach an accuracy.
 
     timm-spinal plot output/train/plain output/train/wld --to-accuracy 85
     timm-spinal plot output/compare/cifar10_ic_wld --output wld.png
 
-A RUN is the folder of a run, one curve; a folder of seed-* runs, one curve with a band from the lowest to the highest;
-or the folder of a comparison of whole trainings, a curve for each variant. Accuracy is top-1 on the validation data in
+A RUN is the folder of a run (one curve), a folder of seed-* runs (one curve, with a band from the lowest to the
+highest) or the folder of a sweep (a curve for each variant). Accuracy is top-1 on the validation data in
 percent (exact pairs where images have two classes), of the better one of model and moving average; time is that of
 training and evaluation.
 """

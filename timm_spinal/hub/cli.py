@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.dry_run:
             output = args.output or args.run / 'hub'
             keep(package.folder, output)
-            print(f'{options.repo}: checked, nothing sent; it is in {output}')
+            print(f'{options.repo}: checked; nothing was sent, and the files are in {output}')
             return 0
         published = publish(package, options, f'{publication.architecture} from timm_spinal')
     print(published.line)

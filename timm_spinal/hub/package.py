@@ -127,9 +127,8 @@ def _with_true_scores(publication: Publication, options: PublishOptions, folder:
     try:
         return replace(publication, scores=measure(publication, folder, options.data_dir))
     except UserError as e:
-        say(f'{publication.architecture}: the card names no accuracy of the float16 weights, which could not be '
-            'measured '
-            f'({e}); --data-dir says where the data are')
+        say(f'{publication.architecture}: the card has no accuracy of the float16 weights, because they could not be '
+            f'measured ({e}); give the data with --data-dir')
         return replace(publication, scores=[], before=publication.scores)
 
 

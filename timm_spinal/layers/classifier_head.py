@@ -90,8 +90,8 @@ class ClassifierHead(nn.Module):
         **options: Options of the hidden layers.
 
     Attributes:
-        hidden_layers: Makes the hidden layers from (in_features, device=, dtype=, **options). The module tells its
-            ``out_features`` and, if it has one, the ``dropout`` rate in front of the linear behind it.
+        hidden_layers: Makes the hidden layers from (in_features, device=, dtype=, **options). The module has
+            ``out_features`` and, if needed, ``dropout``, the rate in front of the linear behind it.
         needs_feature_map: Whether the input is the feature map and not the pooled vector.
         per_class_modules: Submodules whose shape depends on the number of classes.
         paper: arXiv number of the paper, '' for none.

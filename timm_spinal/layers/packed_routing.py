@@ -69,7 +69,7 @@ def pack_routing(routing: CapsuleRouting) -> PackedRouting:
     """The packed form of an XnODR or XnIDR layer.
 
     Raises:
-        ValueError: A layer without xnorized product, or with two.
+        ValueError: A layer without binary product, or with two.
     """
     if routing.xnor_projector == routing.xnor_agreement:
         raise ValueError("Only a layer with one binarised product can be packed; use the head 'xnodr' or 'xnidr'.")
@@ -77,7 +77,7 @@ def pack_routing(routing: CapsuleRouting) -> PackedRouting:
 
 
 def xnor_implementation(model: nn.Module) -> Dict[str, str]:
-    """What computes the xnorized products of a model where it is now.
+    """What computes the binary products of a model on its present device.
 
     Returns:
         ``{'xnor': name}``, the name 'c-avx2', 'c-neon', 'c-portable' or 'torch', which float layers always use; empty
