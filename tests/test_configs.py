@@ -114,5 +114,5 @@ def test_a_config_is_found_by_its_name(tmp_path, monkeypatch):
 def test_a_config_that_is_nowhere(name, near, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f'config {name}: .*; give an existing YAML file to --config, or the name of a '
-                                        f'config of ours, such as {near}'):
+                                        f'file in configs/, such as {near}'):
         parse_config(['--config', name])

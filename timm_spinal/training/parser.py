@@ -53,7 +53,7 @@ def parse_config(
 
 
 def find_config(name: str | Path) -> Path:
-    """The file that ``--config`` means: a path, or the name of a config of ours, such as ``finetune``."""
+    """The file that ``--config`` means: a path, or the name of a file in ``configs``, such as ``finetune``."""
     if Path(name).is_file() or Path(name).is_absolute():
         return Path(name)
     return next((path for path in _configs() if path == _configs_folder() / f'{name}.yaml'), Path(name))
