@@ -20,7 +20,7 @@ def test_a_new_model(capsys):
     assert main(['active-share', 'icresnet20_cifar', '--count', '8']) == 0
     out = capsys.readouterr().out
     assert len(shares(out)) == 18 and all(0 < share < 100 for share in shares(out))
-    assert out.splitlines()[0].startswith('stages.1.0.conv1 ') and out.rstrip().endswith('none dead')
+    assert out.splitlines()[0].startswith('stages.1.0.conv1 ') and out.rstrip().endswith('active at some positions')
 
 
 def test_dead_layers_are_said(capsys):
@@ -28,7 +28,7 @@ def test_dead_layers_are_said(capsys):
             'ic_init=4608']
     assert main(argv) == 1
     out = capsys.readouterr().out
-    assert '16 dead or linear' in out and set(shares(out)) == {0.}
+    assert '16 of them never or always active' in out and set(shares(out)) == {0.}
 
 
 def test_a_folder_with_images(tmp_path, capsys):
@@ -41,7 +41,7 @@ def test_a_folder_with_images(tmp_path, capsys):
     for images in ([], ['--images', str(tmp_path / 'images' / 'train')]):
         assert main(['active-share', str(tmp_path / 'run'), '--count', '5', *images]) == 1
         out = capsys.readouterr().out
-        assert '1 dead or linear' in out and shares(out)[0] == 0.
+        assert '1 of them never or always active' in out and shares(out)[0] == 0.
         found.append(shares(out))
     assert found[0] != found[1]
 

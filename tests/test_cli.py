@@ -68,7 +68,7 @@ def test_list(capsys):
 @pytest.mark.parametrize('argv, text', [
     (['lsit'], "error: unknown command 'lsit'; did you mean list?"),
     (['x'], "error: unknown command 'x'; known are train, "),
-    (['bench', 'haeds'], 'error: haeds: is neither a comparison nor a model; did you mean heads?'),
+    (['bench', 'haeds'], 'error: haeds: neither a comparison nor a model has this name; did you mean heads?'),
     (['list', 'nothing*'], "error: no model of this package matches 'nothing*'"),
     (['train', '--modle', 'x'], 'error: unknown flag --modle; did you mean --model: name of the model'),
     (['train', 'x'], "error: unexpected argument 'x'"),

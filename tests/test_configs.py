@@ -1,4 +1,5 @@
 """Every file in configs/: it parses, it names a model that exists, and it says where it comes from."""
+import re
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,15 @@ def test_every_data_set_has_a_config():
     assert not [data for data in COVERED if not any(name.startswith(data) for name in names)]
     assert {'fashion_mnist_vgg5_pspinal', 'fashion_mnist_vgg5_spinal', 'fashion_mnist_spinalcnn_a1',
             'fashion_mnist_spinalcnn_plain'} <= set(names)
+
+
+def test_every_config_is_in_the_table_of_the_documentation():
+    page = (Path(__file__).parents[1] / 'docs' / 'training.md').read_text(encoding='utf-8')
+    table = page.partition('| `DATA` | `MODEL` |\n|---|---|\n')[2].partition('\n\n')[0]
+    rows = [line.split('|') for line in table.splitlines()]
+    listed = [f'{data}_{model}' for _, sets, models, _ in rows
+              for data in re.findall('`(.+?)`', sets) for model in re.findall('`(.+?)`', models)]
+    assert sorted([*listed, *GENERAL]) == [path.stem for path in CONFIGS]
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
@@ -104,5 +114,5 @@ def test_a_config_is_found_by_its_name(tmp_path, monkeypatch):
 def test_a_config_that_is_nowhere(name, near, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f'config {name}: .*; give an existing YAML file to --config, or the name of a '
-                                        f'config of ours, such as {near}'):
+                                        f'file in configs/, such as {near}'):
         parse_config(['--config', name])

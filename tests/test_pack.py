@@ -61,7 +61,7 @@ def test_validate_says_what_computed_the_bits(run, packed, tmp_path, capsys, mon
         assert main(['validate', '--model', f'local-dir:{folder}', '--data-dir', data, '--workers', '0',
                      '--results-file', str(file)]) == 0
         row, = json.loads(file.read_text())
-        assert row['xnor'] == expected and f'images/s, xnorized layers by {expected}' in capsys.readouterr().out
+        assert row['xnor'] == expected and f'images/s, binary layers by {expected}' in capsys.readouterr().out
 
 
 def test_one_answer_for_all_images_is_said(run, tmp_path, capsys):
@@ -94,7 +94,7 @@ def test_bad_input(run, packed, tmp_path, capsys):
     assert f'--output {run} exists already; name a new folder' in error(['pack', str(run), '-o', str(run)], capsys)
     assert 'is packed already' in error(['pack', str(packed), '-o', new], capsys)
     assert 'has no capsule head' in error(['pack', 'test_resnet', '-o', new], capsys)
-    assert 'Only a layer with one xnorized' in error(['pack', 'test_resnet_caps', '-o', new], capsys)
+    assert 'Only a layer with one binarised' in error(['pack', 'test_resnet_caps', '-o', new], capsys)
     assert 'unknown model' in error(['pack', 'nonsense', '-o', new], capsys)
     assert 'has no config.json' in error(['pack', str(tmp_path), '-o', new], capsys)
     assert not (tmp_path / 'new').exists()

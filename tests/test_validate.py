@@ -86,10 +86,10 @@ def test_wildcard_of_models(trained, capsys):
 
 @pytest.mark.parametrize('kwargs, text', [
     (dict(checkpoint='/nowhere'), 'checkpoint /nowhere: no such file or folder'),
-    (dict(checkpoint='/nowhere/*'), r'checkpoint /nowhere/\*: nothing there matches'),
+    (dict(checkpoint='/nowhere/*'), r'checkpoint /nowhere/\*: no file or folder matches it'),
     (dict(model='nothing_*'), r"model 'nothing_\*': no model matches"),
     (dict(results_file='out.xls'), 'results_file out.xls: unknown format'),
-    (dict(model='test_vit', img_size=32), 'classes: .* has 2, the model 1000'),
+    (dict(model='test_vit', img_size=32), 'classes: .* has 2 classes, the model has 1000'),
 ])
 def test_errors(tmp_path, kwargs, text):
     with pytest.raises(UserError, match=text):
@@ -165,5 +165,5 @@ def test_a_detector_is_no_classifier(trained, tmp_path):
     config, _ = trained
     (tmp_path / 'detector').mkdir()
     (tmp_path / 'detector' / 'config.json').write_text(json.dumps(dict(detector={}, class_names=[])))
-    with pytest.raises(UserError, match="no 'architecture', .* a detector opens with timm_spinal.detection.load_det"):
+    with pytest.raises(UserError, match="no 'architecture', .* to open a detector, use timm_spinal.detection.load_det"):
         validate(options(config, model=f'local-dir:{tmp_path / "detector"}'))

@@ -62,7 +62,7 @@ def _tell(name: str, shares: dict[str, float]) -> int:
         print(f'{layer:{width}}  {100 * share:6.2f} %')
     dead = [layer for layer, share in shares.items() if not 0. < share < 1.]
     print(f'{name}: {len(shares)} layers, {100 * min(shares.values()):.2f} to {100 * max(shares.values()):.2f} %, '
-          + (f'{len(dead)} dead or linear' if dead else 'none dead'))
+          + (f'{len(dead)} of them never or always active' if dead else 'each one active at some positions'))
     return int(bool(dead))
 
 

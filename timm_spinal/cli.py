@@ -35,7 +35,7 @@ VERBS = {
     'validate': Verb('timm_spinal.validate', 'run', 'measure loss and accuracy of models'),
     'pack': Verb('timm_spinal.pack', 'run', 'store the binary head of an XnODR or XnIDR model in bits'),
     'active-share': Verb('timm_spinal.active_share', 'run', 'print how often each collision of an IC model is active'),
-    'env': Verb('timm_spinal.env', 'run', 'print versions, and what computes with bits'),
+    'env': Verb('timm_spinal.env', 'run', 'print versions, and what computes packed heads'),
     'list': Verb('timm_spinal.cli', 'list_models', 'list the models that this package adds to timm'),
     'coverage': Verb('timm_spinal.coverage', 'main', 'list the timm models that can take a head'),
     'compare': Verb('timm_spinal.compare.cli', 'main', 'compare heads, or any other options, on your data'),

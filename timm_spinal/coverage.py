@@ -1,4 +1,4 @@
-"""Which of timm's models can take a head: every name of ``timm.list_models()`` on the meta device.
+"""Check which of timm's models can take a head: every name of ``timm.list_models()``, on the meta device.
 
     timm-spinal coverage ['resnet*'] [--head pspinal] [--csv coverage.csv] [--jobs 2]
 

@@ -70,7 +70,7 @@ def read_json(path: Path, kinds: Mapping[str, Any] | None = None, fix: str = 're
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f'{path}: cannot be read ({" ".join(str(e).split())}); {fix}') from e
     if not isinstance(value, dict):
-        raise UserError(f'{path}: holds {value!r:.20} and no keys; {fix}')
+        raise UserError(f'{path}: it contains {value!r:.20} instead of keys; {fix}')
     if wrong := wrong_type(value, kinds or {}):
         raise UserError(f'{path}: {wrong}; {fix}')
     return value
@@ -186,11 +186,11 @@ def read_yaml(path: str | Path, what: str, fix: str, place: Path | None = None) 
         reason = getattr(e, 'strerror', None) or ' '.join(str(e).split())
         raise UserError(f'{what} {path}: {reason}; {fix}') from e
     except yaml.YAMLError as e:
-        raise UserError(f'{what} {path}: not valid YAML ({" ".join(str(e).split())}); mend the file') from e
+        raise UserError(f'{what} {path}: not valid YAML ({" ".join(str(e).split())}); correct the file') from e
     except RecursionError as e:
-        raise UserError(f'{what} {path}: is nested too deeply; write plain lines like "epochs: 3"') from e
+        raise UserError(f'{what} {path}: it is nested too deeply; write plain lines like "epochs: 3"') from e
     if raw is not None and not isinstance(raw, dict):
-        raise UserError(f'{what} {path}: holds a {type(raw).__name__}, no keys; {fix}')
+        raise UserError(f'{what} {path}: it contains a {type(raw).__name__} instead of keys; {fix}')
     return raw or {}
 
 

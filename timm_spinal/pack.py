@@ -42,8 +42,8 @@ def run(argv: list[str]) -> int:
         print(f'{name}: {before:,} bytes float, {after:,} packed: {before / after:.2f} times smaller')
     print(f'{same} of {IMAGES} predictions on noise are the same, scores differ by {difference:.1e} at most')
     if constant:
-        print(f'warning: {args.model} gives the same answer for all {IMAGES} noise images, so equal ones say little; '
-              f'timm-spinal validate --checkpoint {output} says whether it does so for real images too')
+        print(f'warning: {args.model} gives the same answer for all {IMAGES} noise images, so equal predictions say '
+              f'little; timm-spinal validate --checkpoint {output} says whether it does so for real images too')
     print(f'written to {output}; load it with timm.create_model("local-dir:{output}", pretrained=True)')
     return int(same != IMAGES)
 

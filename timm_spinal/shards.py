@@ -158,7 +158,7 @@ def read_shards(
     for index in range(shard_count(images)):
         path = shard_path(folder, split, number, index)
         if not has_shard(path, mark):
-            raise UserError(f'{words.name} {path}: missing, damaged or of another run; {words.damaged}')
+            raise UserError(f'{words.name} {path}: it is missing, damaged or from another run; {words.damaged}')
         with safe_open(path, framework='pt') as f:
             for name in f.keys():  # noqa: SIM118 (not a dict)
                 parts.setdefault(name, []).append(f.get_tensor(name))

@@ -6,9 +6,9 @@
     accelerate launch -m timm_spinal.train --config my.yaml --experiment first --resume auto
     accelerate launch -m timm_spinal.train --config my.yaml --push-to-hub me/my_model --hub-license apache-2.0
 
-Options are timm's (`--help` shows all), devices and processes are `accelerate`'s. A run leaves in its folder
-``args.yaml``, ``summary.csv``, ``curves.png``, ``result.json``, ``last/`` (to go on exactly from where it was) and the
-best weights as timm reads them; the last line that is printed loads them. Epochs count from 0 everywhere, as in timm.
+The options are those of timm; devices and processes are set with `accelerate`. A run writes into its folder
+``args.yaml``, ``summary.csv``, ``curves.png``, ``result.json``, ``last/`` (from which --resume continues exactly) and
+the best weights in timm's format. The last line of the output shows how to load them. Epochs count from 0, as in timm.
 """
 import sys
 

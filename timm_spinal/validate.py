@@ -91,7 +91,7 @@ def find_models(config: ValidateConfig) -> list[str]:
     if config.checkpoint:
         paths = sorted(glob.glob(config.checkpoint)) if glob.has_magic(config.checkpoint) else [config.checkpoint]
         if not paths:
-            raise UserError(f'checkpoint {config.checkpoint}: nothing there matches')
+            raise UserError(f'checkpoint {config.checkpoint}: no file or folder matches it; check the path')
         return paths
     if not glob.has_magic(config.model):
         return [config.model]
@@ -108,7 +108,7 @@ def open_candidate(config: ValidateConfig, name: str) -> Candidate:
         UserError: A path that is none of the kinds that can be evaluated, or a damaged checkpoint.
     """
     if not config.checkpoint:
-        # who names a published model means its weights, without which timm would make it anew
+        # who names a published model means its weights, without which timm would start with new ones
         published = name.startswith(('hf-hub:', 'local-dir:'))
         return Candidate(name, replace(config, model=name, pretrained=config.pretrained or published))
     path = Path(name)
@@ -212,7 +212,7 @@ def _check_class_names(model: Any, class_names: list[str] | None, name: str) -> 
 def _line(row: dict[str, Any]) -> str:
     skipped = f', {row["skipped"]} unreadable' if row['skipped'] else ''
     bad = f', NaN or infinite logits for {row["nonfinite"]}' if row['nonfinite'] else ''
-    xnor = f', xnorized layers by {row["xnor"]}' if 'xnor' in row else ''
+    xnor = f', binary layers by {row["xnor"]}' if 'xnor' in row else ''
     line = (f'{row["model"]}: {report.accuracy_text(row, 3)}, loss {row["loss"]:.4f}, '
             f'{row["images"]} images{skipped}{bad}, {row["images_per_second"]:.0f} images/s{xnor}')
     return '\n'.join([line, *same_answer_warning(row['model'], row['same_answer'], None)])

@@ -80,11 +80,11 @@ def test_onnxruntime_and_int8(capsys):
 
 
 @pytest.mark.parametrize('argv, text', [
-    (['nosuch'], 'nosuch: is neither a comparison nor a model; '),
-    (['resnet18'], 'resnet18: has no plain model beside it; name the other one'),
-    (['routing', 'resnet18'], 'bench routing: measures layers; leave out resnet18'),
-    (['ic', '--forms', 'int8'], '--forms int8: bench ic has none of these'),
-    (['heads', '--device', 'cud'], '--device cud: torch has no such device'),
+    (['nosuch'], 'nosuch: neither a comparison nor a model has this name; '),
+    (['resnet18'], 'resnet18: there is no plain model to compare it with; name a second model'),
+    (['routing', 'resnet18'], 'bench routing: it measures layers and takes no models; leave out resnet18'),
+    (['ic', '--forms', 'int8'], '--forms int8: the comparison ic has none of these'),
+    (['heads', '--device', 'cud'], '--device cud: torch finds no such device'),
     (['heads', '--rounds', '0'], '--rounds: must be at least 1, got 0'),
 ])
 def test_errors_are_one_line(argv, text, capsys):

@@ -50,8 +50,8 @@ def test_initial_weights_depend_on_the_seed_alone():
     ('spinall', "unknown head 'spinall'; did you mean spinal"),
     ('spinal:widht=3', "has no option 'widht'; did you mean width"),
     ('spinal:width', "'width' is not of the form option=value"),
-    ('linear,linear', 'linear comes twice'),
-    ('linear,mlp=spinal', 'takes its size from spinal, which is not compared'),
+    ('linear,linear', 'linear is given twice'),
+    ('linear,mlp=spinal', 'takes its size from spinal, which is not in the list'),
     (' , ', 'no heads'),
 ])
 def test_bad_heads(text, message):

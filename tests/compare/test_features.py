@@ -174,7 +174,7 @@ def test_maps_come_channels_first(root, tmp_path):
 
 
 def test_tokens_are_no_map(root, tmp_path):
-    with pytest.raises(UserError, match='has none, but tokens'):
+    with pytest.raises(UserError, match='has tokens instead'):
         run(make_config(root, backbone='test_vit', img_size=32), tmp_path / 'f', maps=True)
 
 
@@ -212,7 +212,7 @@ def test_manifest_names_what_features_are_of(root, tmp_path):
 
 
 def test_run_backbone_without_pooling_is_refused(root, tmp_path):
-    with pytest.raises(UserError, match='answers with a map'):
+    with pytest.raises(UserError, match='returns a map'):
         run(make_config(root, model_kwargs=dict(global_pool='')), tmp_path / 'f')
     model = make_model(make_config(root)).eval()
     assert run_backbone(model, torch.zeros(2, 3, 16, 16))['pooled'].shape == (2, model.num_features)

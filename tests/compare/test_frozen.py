@@ -165,7 +165,7 @@ def test_a_diverging_head_is_reported(tmp_path):
 
 
 @pytest.mark.parametrize('changes, message', [
-    (dict(control='spinal'), '--control spinal: is not compared'),
+    (dict(control='spinal'), '--control spinal: it is not one of the compared heads'),
     (dict(heads='linear,spinal:splits=9'), 'head spinal:splits=9'),
     (dict(backbone='resnet999'), 'unknown model'),
     (dict(seeds='0'), 'empty list of seeds'),
@@ -181,7 +181,7 @@ def test_a_diverging_head_is_reported(tmp_path):
     (dict(heads='linear,xnodr:primary=nosuch', img_size=64), 'head xnodr:primary=nosuch: '),
     (dict(heads='linear,broken'), r'head broken: cannot be trained on features of \(96,\) in batches of 50 '),
     (dict(heads='linear,batchnorm', head_batch_size=1), 'head batchnorm: cannot be trained .*in batches of 1 '),
-    (dict(backbone='test_vit', heads='linear,caps'), '--heads: a head that takes feature maps'),
+    (dict(backbone='test_vit', heads='linear,caps'), '--heads: one of the heads needs a feature map'),
 ])
 def test_bad_input_is_refused_before_features_are_made(tmp_path, monkeypatch, changes, message):
     monkeypatch.setitem(HEADS, 'broken', BrokenHead)

@@ -109,7 +109,7 @@ def test_an_earlier_run_is_kept(tmp_path):
     config = small(tmp_path)
     output = gradflow(config)
     before = (output / 'gradients.csv').read_bytes()
-    with pytest.raises(UserError, match='holds a run already; continue with --resume auto'):
+    with pytest.raises(UserError, match='contains a run already; continue with --resume auto'):
         gradflow(config)
     assert (output / 'gradients.csv').read_bytes() == before
 

@@ -57,7 +57,7 @@ def test_refusals(tmp_path, capsys):
     assert 'has no config.json; give the folder of a finished run' in capsys.readouterr().err
     assert cli(['gram', str(tmp_path), '--output', 'a.jpg']) == 2
     assert 'name a .png file' in capsys.readouterr().err
-    with pytest.raises(UserError, match='SmallResNet: has no shared filters'):
+    with pytest.raises(UserError, match='SmallResNet: it has no shared filters'):
         shared_bases(timm.create_model('resnet32_cifar', device='meta'))
     with pytest.raises(UserError, match='has no shared filters'):
         shared_bases(make(sb_rank=0, sb_unique=4))

@@ -14,7 +14,7 @@ def test_seeds():
 
 @pytest.mark.parametrize('text, message', [
     ('0', 'an empty list of seeds'), ('', 'an empty list of seeds'), ([], 'an empty list of seeds'),
-    ('-1,2', 'negative'), ('1,1', 'comes twice'), ('many', 'not a number of seeds'),
+    ('-1,2', 'negative'), ('1,1', 'given twice'), ('many', 'not a number of seeds'),
     ('4294967296', 'too large; give at most 1000 seeds'), ('1,4294967296', 'each below 4294967296'),
 ])
 def test_bad_seeds(text, message):
@@ -42,7 +42,7 @@ def test_a_backbone_is_needed():
 
 
 @pytest.mark.parametrize('changes, message', [
-    (dict(dataset='multimnist'), 'two classes, .* use --sweep'),
+    (dict(dataset='multimnist'), 'two classes each; .* use --sweep'),
     (dict(mixup=0.2), '--mixup: has no effect'), (dict(freeze='bn'), '--freeze: has no effect'),
     (dict(model='resnet18'), '--model: .*the model is the --backbone'), (dict(drop=0.1), '--drop'),
 ])

@@ -78,7 +78,7 @@ def test_images_with_two_classes_count_as_exact_pairs(tmp_path, capsys):
     head, _, row = cells(capsys.readouterr().out)
     assert head[2:4] == ['best exact pairs', 'test exact pairs'] and row[2:] == ['80.00', '79.00', '2.0', '18.0']
     single = write_run(tmp_path / 'single', [50.])
-    with pytest.raises(UserError, match='pairs has exact pairs and single has top-1; plot them apart'):
+    with pytest.raises(UserError, match='pairs has exact pairs and single has top-1; plot them separately'):
         read_curves([pairs, single])
 
 
@@ -91,12 +91,12 @@ def test_runs_of_older_versions_have_no_seconds(tmp_path, capsys):
 def test_runs_of_the_same_name_are_told_apart(tmp_path):
     runs = [write_run(tmp_path / name / 'run', [50.]) for name in ('x', 'y')]
     assert list(read_curves(runs)) == ['run', 'y/run']
-    with pytest.raises(UserError, match='is given twice; leave it out'):
+    with pytest.raises(UserError, match='it is given twice; remove one'):
         read_curves([runs[0], runs[0]])
 
 
 @pytest.mark.parametrize('argv, text', [
-    (['nowhere'], 'nowhere: holds no run'),
+    (['nowhere'], 'nowhere: it contains no run'),
     (['empty'], 'empty: no epoch was evaluated yet'),
     (['good', '--to-accuracy', '0.9'], '--to-accuracy 0.9: give percent, above 1 and up to 100'),
     (['good', '--to-accuracy', '101'], '--to-accuracy 101: give percent'),

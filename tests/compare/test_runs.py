@@ -71,15 +71,16 @@ def test_comparisons_stay_on_their_own(tmp_path):
         write_comparison(tmp_path / name, Comparison('frozen', name, ['linear', 'spinal'], 'linear', [0]))
     found = comparisons_in([tmp_path / 'a', tmp_path / 'b'], tmp_path / 'out', control='spinal')
     assert [(output.name, c.command, c.control) for output, c in found] == [('a', 'a', 'spinal'), ('b', 'b', 'spinal')]
-    with pytest.raises(UserError, match='--control caps: is not compared; choose one of linear, spinal'):
+    with pytest.raises(UserError, match='--control caps: it is not one of the compared variants; choose one of linear, '
+                                        'spinal'):
         comparisons_in([tmp_path / 'a'], tmp_path / 'out', control='caps')
     run = make_run(tmp_path / 'run', 90)
-    with pytest.raises(UserError, match='run is no comparison while others are'):
+    with pytest.raises(UserError, match='run is not a comparison, but another one is'):
         comparisons_in([tmp_path / 'a', run], tmp_path / 'out')
 
 
 def test_other_folders_are_refused(tmp_path):
-    with pytest.raises(UserError, match='holds neither a comparison'):
+    with pytest.raises(UserError, match='contains neither a comparison'):
         comparisons_in([tmp_path], tmp_path / 'out')
     (tmp_path / 'compare.json').write_text('{')
     with pytest.raises(UserError, match='compare.json: cannot be read'):

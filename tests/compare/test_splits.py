@@ -70,14 +70,14 @@ def test_train_size_takes_a_stratified_part(tmp_path):
 def test_a_class_too_small_to_split_is_named(tmp_path):
     make_folder(tmp_path, ('train', 'test'))
     make_split(tmp_path / 'train', classes=('cow',), per_class=1)
-    with pytest.raises(UserError, match='class cow: has 1 image, and the splits that are cut need 2'):
+    with pytest.raises(UserError, match='class cow: has 1 image, but cutting the splits needs 2'):
         open_splits(config(tmp_path))
 
 
 def test_a_class_too_small_for_three_is_named(tmp_path):
     make_split(tmp_path / 'all', per_class=20)
     make_split(tmp_path / 'all', classes=('cow',), per_class=2)
-    with pytest.raises(UserError, match='class cow: has 2 images, and the splits that are cut need 3'):
+    with pytest.raises(UserError, match='class cow: has 2 images, but cutting the splits needs 3'):
         open_splits(config(tmp_path / 'all'))
 
 

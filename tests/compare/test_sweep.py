@@ -60,7 +60,7 @@ def test_controls_of_equal_size(tmp_path):
     (dict(variants={'a b': dict(model='test_resnet'), 'a-b': dict(model='test_resnet')}), 'would share a folder'),
     (dict(variants={'..': dict(model='test_resnet')}), "variant '..': is a path, not a name"),
     (dict(seeds=[]), 'empty list of seeds'),
-    (dict(seeds=[1, 1]), 'comes twice'),
+    (dict(seeds=[1, 1]), 'given twice'),
     (dict(control='spinall'), "control 'spinall' is not among the variants"),
     (dict(seed=3), "unknown key 'seed'; did you mean seeds"),
     (dict(tune=dict(lr=0.1)), 'tune: write lists'),
@@ -91,7 +91,7 @@ def test_data_without_test_split_are_refused(tmp_path):
     from tests.training.images import make_split
     make_split(tmp_path / 'all')
     file = write(tmp_path / 's.yaml', shared=dict(data_dir=str(tmp_path / 'all')))
-    with pytest.raises(UserError, match='no test split, which whole trainings need'):
+    with pytest.raises(UserError, match='no test split, which a sweep needs'):
         main(['--sweep', str(file)])
 
 

@@ -252,50 +252,50 @@ NAMED = {
     'comma for point': (each('annotations', bbox=['1,5', 2, 3, 4]), 'not four numbers'),
     'true': (each('annotations', bbox=[True, 1, 2, 3]), 'not four numbers'),
     'NaN as text': (each('annotations', bbox=['nan', 1, 2, 3]), 'annotation 1: its box ["nan", 1, 2, 3] is not finite'),
-    'infinity': (each('annotations', bbox=[1, 1, float('inf'), 3]), 'is not finite; mend it'),
-    'too large': (each('annotations', bbox=[1, 1, 10 ** 400, 3]), 'is not finite; mend it'),
+    'infinity': (each('annotations', bbox=[1, 1, float('inf'), 3]), 'is not finite; correct it'),
+    'too large': (each('annotations', bbox=[1, 1, 10 ** 400, 3]), 'is not finite; correct it'),
     'area of NaN': (
-        each('annotations', area=float('nan')), 'annotation 1: its area is NaN, no number of pixels; mend it'),
+        each('annotations', area=float('nan')), 'annotation 1: its area is NaN, not a number of pixels; correct it'),
     'area below 0': (each('annotations', area=-2), 'annotation 1: its area is -2'),
     'iscrowd of words': (each('annotations', iscrowd='maybe'), 'its iscrowd is "maybe", neither 0 nor 1'),
     'damaged mask': (
-        each('annotations', bbox=None, segmentation=dict(size=[80, 96], counts='é')), 'no mask in run lengths'),
-    'damaged polygon': (each('annotations', bbox=None, segmentation=[[1, 2, 'x', 4]]), 'no finite number'),
+        each('annotations', bbox=None, segmentation=dict(size=[80, 96], counts='é')), 'not a run-length mask'),
+    'damaged polygon': (each('annotations', bbox=None, segmentation=[[1, 2, 'x', 4]]), 'not a finite number'),
     'odd polygon': (each('annotations', bbox=None, segmentation=[[1, 2, 3, 4, 5]]), 'its outline has 5 numbers'),
     'some in fractions': (
         lambda root: rows(root, 'annotations', lambda row: fractions(row) if row['id'] == 2 else row),
-        f'annotation 2: its box lies within 0 and 1, as fractions of the image do (1 of {BOXES} boxes), and'),
+        f'annotation 2: its box seems to be in fractions of the image, from 0 to 1 (1 of {BOXES} boxes), but'),
     'image id of null': (
         each('annotations', image_id=None), 'annotation 1: its image id is null, neither a number nor'),
     'image id in a list': (each('annotations', image_id=[10]), 'its image id is [10], neither'),
     'image id of NaN': (each('annotations', image_id=float('nan')), 'its image id is NaN, neither'),
     'image not listed': (
-        each('annotations', image_id='11.5'), 'annotation 1: is of image id "11.5", which the file does not'),
+        each('annotations', image_id='11.5'), 'annotation 1: it is for image id "11.5", which the file does not'),
     'category not listed': (
-        each('annotations', category_id='x'), 'annotation 1: unknown category id "x"; the file knows 3, 7'),
-    'no category': (each('categories', name=' '), 'category 3: its name is " ", and a class needs a name; mend it'),
+        each('annotations', category_id='x'), 'annotation 1: unknown category id "x"; the file has 3, 7'),
+    'no category': (each('categories', name=' '), 'category 3: its name is " ", but a class needs a name; correct it'),
     'category null': (each('categories', name=None), 'category 3: its name is null'),
     'category id null': (each('categories', id=None), 'category null: its id is null'),
     'one id, two names': (
-        each('categories', id='3'), "category \"3\": is 'disc' and 'square'; give each category an id"),
+        each('categories', id='3'), "category \"3\": its id stands for both 'disc' and 'square'; give each"),
     'ids of two kinds for two names': (
         lambda root: rows(root, 'categories', lambda row: [row, dict(id=str(row['id']), name='x' + row['name'])]),
-        "category \"3\": is 'disc' and 'xdisc'"),
+        "category \"3\": its id stands for both 'disc' and 'xdisc'"),
     'one id, two images': (
         each('images', id=4), 'image 4: two images have the same id, "0.png" and "1.png"; give each'),
     'ids of two kinds for two images': (
         lambda root: rows(root, 'images', lambda row: [row, {**row, 'id': str(row['id']), 'file_name': 'x.png'}]),
         'image "10": two images have the same id, "0.png" and "x.png"'),
-    'two ids, one image': (twice('images', id=77, file_name='2.png'), 'and so is that of'),
-    'no file name': (each('images', file_name=None), 'image 10: its file_name is null, no name of a file; mend it'),
-    'empty file name': (each('images', file_name=' '), 'image 10: its file_name is " ", no name of a file; mend it'),
+    'two ids, one image': (twice('images', id=77, file_name='2.png'), 'is also that of'),
+    'no file name': (each('images', file_name=None), 'image 10: its file_name is null, not a file name; correct it'),
+    'empty file name': (each('images', file_name=' '), 'image 10: its file_name is " ", not a file name; correct it'),
     'endless file name': (each('images', file_name='x' * 5000), '3 of 3 images are missing'),
     'two files': (
         lambda root: (draw(0)[0].save(root / 'train' / '0.bmp'), each('images', file_name=lambda name: name[0])(root)),
         'image 10: 0.bmp and 0.png in'),
     'image is no object': (
         lambda root: rows(root, 'images', lambda row: ['a.png']), 'image 0 of the list is not in the format'),
-    'images are null': (lists(images=None), 'is of image id 10'),
+    'images are null': (lists(images=None), 'it is for image id 10'),
     'images are text': (lists(images='x'), "'images' is \"x\", no"),
     'no annotations': (
         lambda root: write_json(root, 'train', dict(images=[], categories=[])), "it has no 'annotations'"),

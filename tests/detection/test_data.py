@@ -91,7 +91,7 @@ def test_image_that_cannot_be_read(tmp_path):
     Image.new('RGB', (80, 96)).save(root / 'train' / '1.png')
     with pytest.raises(UserError, match=r'0.png cannot be read \(cannot identify image file'):
         data[0, None]
-    with pytest.raises(UserError, match=r'1.png is 80x96, and its annotations are of 96x80'):
+    with pytest.raises(UserError, match=r'1.png is 80x96, but its annotations are for 96x80'):
         data[1, None]
 
 
@@ -221,11 +221,11 @@ def of_another_size(root):
 
 @pytest.mark.parametrize('change, message', [
     (missing, r'images are missing, for instance .*new\\nline.png; check'),
-    (twice, r'its image is .*new\\nline.png, and so is that of'),
+    (twice, r'its image .*new\\nline.png is also that of'),
     (ambiguous, r'new\\nline.bmp and new\\nline.gif in .* could both be meant'),
     (damaged, r'new\\nline.png cannot be read'),
     (damaged_without_size, r'new\\nline.png cannot be read'),
-    (of_another_size, r'new\\nline.png is 90x90, and its annotations are of 96x80'),
+    (of_another_size, r'new\\nline.png is 90x90, but its annotations are for 96x80'),
 ])
 def test_name_of_several_lines_is_told_on_one(tmp_path, change, message):
     root = write_coco(tmp_path, train=2, val=1)

@@ -174,7 +174,7 @@ def test_save_and_load(tmp_path):
     (dict(backbone='test_resne'), "unknown model 'test_resne'; the nearest are test_resnet"),
     (dict(backbone='vgg5'), 'backbone vgg5: does not take RGB images of any size'),
     (dict(name='retinanet', backbone='resnet20_cifar'), 'features have the strides 1, 1, 2, 4, and the detector needs'),
-    (dict(trainable_layers=6), 'trainable_layers 6: the backbone has 5; give fewer'),
+    (dict(trainable_layers=6), 'trainable_layers 6: the backbone has only 5 layers; give at most 5'),
     (dict(pretrained_backbone='no.safetensors'), 'backbone test_resnet: no.safetensors: no such file'),
     (dict(backbone='resnet18_sb_s32u1', pretrained_backbone=True), 'No pretrained weights exist'),
     (dict(backbone_kwargs=dict(depth=3)), "unexpected keyword argument 'depth'"),

@@ -114,11 +114,11 @@ def change(**changes):
 
 
 @pytest.mark.parametrize('damage, message', [
-    (change(annotations=[annotation(5, 10, [1, 2, 9, 9], 4)]), 'annotation 5: unknown category id 4; the file knows 3'),
-    (change(annotations=[annotation(5, 99, [1, 2, 9, 9])]), 'annotation 5: is of image id 99, which the file does not'),
+    (change(annotations=[annotation(5, 10, [1, 2, 9, 9], 4)]), 'annotation 5: unknown category id 4; the file has 3'),
+    (change(annotations=[annotation(5, 99, [1, 2, 9, 9])]), 'annotation 5: it is for image id 99, which the file'),
     (change(annotations=[annotation(5, 10, [1, 2, 9])]), 'annotation 5: its box is [1, 2, 9], not four numbers'),
     (change(annotations=[annotation(5, 10, [1, 2, 'a', 9])]), 'not four numbers'),
-    (change(annotations=[annotation(5, 10, [1, 2, float('nan'), 9])]), 'is not finite; mend it'),
+    (change(annotations=[annotation(5, 10, [1, 2, float('nan'), 9])]), 'is not finite; correct it'),
     (change(annotations=[]), 'no image has a box'),
     (change(annotations=[dict(id=1)]), "is not in the format of COCO (an entry has no 'image_id')"),
     (change(categories={}), 'unknown category id'),

@@ -126,7 +126,7 @@ def test_resume_refuses_another_detector(tmp_path):
     train_detector(config)
     with pytest.raises(UserError, match=r"made with other settings: backbone \('test_resnet' -> 'test_convnext'\)"):
         train_detector(replace(config, resume='auto', backbone='test_convnext'))
-    with pytest.raises(UserError, match='holds a run already'):
+    with pytest.raises(UserError, match='contains a run already'):
         train_detector(config)
 
 
@@ -187,7 +187,7 @@ def test_two_processes(tmp_path, launch):
     assert done.stdout.count('run folder: ') == 1
     assert measured_again(config)['ap50'] == pytest.approx(result['ap50'], abs=1e-3)
     bad = launch(2, '-m', 'timm_spinal.detection.train', '--config', str(tmp_path / 'config.yaml'), check=False)
-    assert bad.returncode != 0 and bad.stderr.count('holds a run already') == 1
+    assert bad.returncode != 0 and bad.stderr.count('contains a run already') == 1
 
 
 @pytest.mark.slow
@@ -217,5 +217,6 @@ def test_weights_of_the_backbone_are_told_and_needed_once(tmp_path, capsys):
     train_detector(half)
     file.unlink()
     train_detector(replace(half, stop_epoch=None, resume='auto'))
-    assert 'the weights of the start are not looked at again (backbone test_resnet: ' in capsys.readouterr().out
+    said = 'the weights that the run started from are not checked again (backbone test_resnet: '
+    assert said in capsys.readouterr().out
     assert_same_state(whole, half)

@@ -196,19 +196,19 @@ def test_corners_at_one_place_are_empty(root):
 
 NAMED = {
     'NaN': (each_box(lambda a, b, c, d: bndbox(a, b, 'NaN', d)), 'object 1: its box ["'),
-    'comma': (each_box(lambda a, b, c, d: bndbox(a, b, f'{c},5', d)), 'not four numbers; mend it'),
+    'comma': (each_box(lambda a, b, c, d: bndbox(a, b, f'{c},5', d)), 'not four numbers; correct it'),
     'empty box': (each_box(lambda a, b, c, d: '<bndbox/>'), 'object 1: its box is [null, null, null, null], not four'),
     'no box': (each_box(lambda a, b, c, d: ''), 'object 1: its box is [null, null, null, null], not four'),
     'empty polygon': (each_box(lambda a, b, c, d: '<polygon/>'), 'object 1: its outline has 0 numbers'),
     'damaged polygon': (
-        each_box(lambda a, b, c, d: '<polygon><x1>1</x1><y1>z</y1></polygon>'), 'object 1: its outline holds'),
+        each_box(lambda a, b, c, d: '<polygon><x1>1</x1><y1>z</y1></polygon>'), 'object 1: its outline contains'),
     'difficult': (
         change('<difficult>0<', '<difficult>perhaps<'),
         'object 1: its difficult is "perhaps", neither 0 nor 1'),
-    'empty name': (change('<name>', '<name> </name><name>'), 'its name is " ", and a class needs a name; mend it'),
+    'empty name': (change('<name>', '<name> </name><name>'), 'its name is " ", but a class needs a name; correct it'),
     'some in fractions': (
         lambda root: (root / 'Annotations' / 'train_1.xml').write_text(voc_xml(96, 80, [('disc', 0, .1, .2, .5, .6)])),
-        'train_1.xml: object 1: its box lies within 0 and 1, as fractions of the image do (1 of'),
+        'train_1.xml: object 1: its box seems to be in fractions of the image, from 0 to 1 (1 of'),
     'wrong encoding': (encode('big5', 'utf-8'), 'is not in the encoding that its first line names'),
     'no encoding': (encode('latin-1'), 'is not in the encoding that its first line names, UTF-8 if none'),
     'unknown encoding': (encode('utf-8', 'martian'), 'names an encoding that is not known (unknown encoding: martian)'),
@@ -220,7 +220,7 @@ NAMED = {
         lambda root: Image.new('RGB', (96, 80)).save(root / 'JPEGImages' / 'train_1.bmp'),
         'train_1.xml: train_1.bmp and train_1.png in'),
     'one image of two': (
-        rename('{}.xml', 'photo_{}.png', '{}', 'photo_1.png'), 'photo_1.png, and so is that of'),
+        rename('{}.xml', 'photo_{}.png', '{}', 'photo_1.png'), 'photo_1.png is also that of'),
     'no image': (
         lambda root: (root / 'JPEGImages' / 'train_1.png').unlink(), '1 of 3 images are missing, for instance'),
     'list of no text': (

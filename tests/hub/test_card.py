@@ -60,7 +60,7 @@ def test_text_names_cost_and_what_was_measured(card, trained):
     source = open_run(trained)
     for part in ('**Parameters (M):** 0.0138', '**GMACs:** 0.000488', '**Activations (M):** 0.0072',
                  '**Image size:** 1 x 28 x 28', f'top-1 {source.result["top1"]:.2f} %', 'this split chose the epoch',
-                 'no MLP with as many parameters was run for comparison', 'One seed', 'Seed 5, 2 epochs'):
+                 'an MLP with as many parameters, to compare with', 'There is only one seed', 'Seed 5, 2 epochs'):
         assert part in card, part
 
 
@@ -121,18 +121,18 @@ def test_what_timm_answers_without_the_import(card, trained):
 @pytest.mark.parametrize('old, new, text', [
     ('---\nlibrary_name', 'library_name', 'has no metadata'),
     ('license: mit\n', '', 'no licence'),
-    ('license: mit', 'license: mti', "licence 'mti' is no id of the Hub; did you mean mit?"),
+    ('license: mit', 'license: mti', "licence 'mti' is not a licence id of the Hub; did you mean mit?"),
     ('library_name: timm', 'library_name: torch', "library_name is 'torch'; it must be timm"),
     ('pipeline_tag: image-classification', 'pipeline_tag: x', "pipeline_tag is 'x'"),
-    ('- timm-spinal\n', '', 'they need timm and timm-spinal'),
-    ('tags:\n', 'base_model: a b\ntags:\n', "card: base_model 'a b': is no repository name"),
-    ('tags:\n', 'datasets: [a/b/c]\ntags:\n', "card: datasets 'a/b/c': is no repository name"),
+    ('- timm-spinal\n', '', 'they must contain timm and timm-spinal'),
+    ('tags:\n', 'base_model: a b\ntags:\n', "card: base_model 'a b': it is not a repository name"),
+    ('tags:\n', 'datasets: [a/b/c]\ntags:\n', "card: datasets 'a/b/c': it is not a repository name"),
     ('value: 0.', 'value: 7.', 'an accuracy lies between 0 and 1'),
     ('value: 0.', 'value: .nan # 0.', 'an accuracy lies between 0 and 1'),
     ('    - type: accuracy\n', '    - kind: accuracy\n', 'model-index cannot be read'),
-    ('metrics:\n- accuracy\n', '', 'no metrics to name them'),
-    ('license: mit', 'license: [', 'are no YAML'),
-    ('## Limits', '## Nothing', "has no part '## Limits'"),
+    ('metrics:\n- accuracy\n', '', 'no list of metrics'),
+    ('license: mit', 'license: [', 'are not valid YAML'),
+    ('## Limits', '## Nothing', "has no section '## Limits'"),
     ('```python\nimport timm_spinal', '```python\nimport timm', 'does not begin with "import timm_spinal"'),
     ('```bibtex', '```', 'has no citation'),
 ])
@@ -160,14 +160,14 @@ def test_rows_of_other_seeds_and_controls(run, tmp_path):
     beside = (str(tmp_path / 'second'), str(tmp_path / 'control'))
     text = card_of(source, PublishOptions('me/x', licence='mit', beside=beside))
     assert f'| **spinalcnn_a1** | 13,818 | 5, 6 | {rows[0].text} |' in text
-    assert '| spinalcnn_plain | 13,818 | 5 | 80.00 |' in text and 'One seed' not in text
+    assert '| spinalcnn_plain | 13,818 | 5 | 80.00 |' in text and 'There is only one seed' not in text
     result = (tmp_path / 'control' / 'result.json').read_text()
     (tmp_path / 'control' / 'result.json').write_text(result.replace('"train_size": 1438', '"train_size": 7'))
     with pytest.raises(UserError, match='--beside: the run of spinalcnn_plain, seed 5, is of other data'):
         result_rows(source, (str(tmp_path / 'control'),))
-    with pytest.raises(UserError, match='nothing there matches'):
+    with pytest.raises(UserError, match='no folder matches it'):
         result_rows(source, (str(tmp_path / 'none*'),))
-    with pytest.raises(UserError, match='is no finished run'):
+    with pytest.raises(UserError, match='is not a finished run'):
         result_rows(source, (str(tmp_path),))
 
 

@@ -60,7 +60,7 @@ def test_cache_is_enough_without_a_network(published, monkeypatch):
     again = load()
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
     assert message('hf-hub:me/other') == (
-        'HF_HUB_OFFLINE is set and the cache does not hold it; unset it, or fetch it once while online')
+        'HF_HUB_OFFLINE is set and the cache does not have it; unset it, or fetch it once while online')
 
 
 def test_missing_and_private_repositories(published, monkeypatch):
@@ -84,8 +84,8 @@ def test_revisions_and_repositories_without_a_model(published):
     files = dict(published.files())
     del files['config.json']
     published.add_commit('main', files, 'no config')
-    assert message() == 'holds no config.json, so it is no model that timm loads'
-    assert message('hf-hub:a b').startswith('is no valid repository name')
+    assert message() == 'has no config.json, so timm cannot load it as a model'
+    assert message('hf-hub:a b').startswith('is not a valid repository name')
 
 
 def test_no_network(published, quick, monkeypatch):
@@ -123,17 +123,17 @@ def test_download_cut_for_good_is_no_half_file(published, hub, quick, tmp_path, 
 @pytest.mark.parametrize('path, status, text', [
     ('xet-read-token', 401, 'the token is not valid (on demand); log in'),
     ('xet-read-token', 403, 'the token may not do this (on demand); make one with read permission'),
-    ('xet-read-token', 404, 'the Hub does not hold it (status 404: on demand)'),
+    ('xet-read-token', 404, 'the Hub does not have it (status 404: on demand)'),
     ('xet-read-token', 429, 'the Hub has had too many requests from you (status 429: on demand)'),
     ('xet-read-token', 503, 'the Hub has a fault (status 503: on demand)'),
     ('/cas/', 401, 'the storage of large files refuses it (status 401); what allowed it may have expired: try again'),
     ('/cas/', 403, 'the storage of large files refuses it (status 403)'),
-    ('/cas/', 404, 'the storage of large files does not hold it (status 404)'),
+    ('/cas/', 404, 'the storage of large files does not have it (status 404)'),
     ('/cas/', 429, 'the storage of large files has had too many requests from you (status 429)'),
     ('/cas/', 503, 'the storage of large files has a fault (status 503)'),
     ('/xorbs/', 401, 'the storage of large files refuses it (status 401)'),
     ('/xorbs/', 403, 'the storage of large files refuses it (status 403)'),
-    ('/xorbs/', 404, 'the storage of large files does not hold it (status 404)'),
+    ('/xorbs/', 404, 'the storage of large files does not have it (status 404)'),
     ('/xorbs/', 429, 'the storage of large files has had too many requests from you (status 429)'),
     ('/xorbs/', 503, 'the storage of large files has a fault (status 503)'),
 ])
@@ -188,7 +188,7 @@ def test_link_that_has_expired(published, hub, no_xet):
 def test_config_that_is_no_json(published, hub):
     files = dict(published.files(), **{'config.json': Blob(b'<html>')})
     published.add_commit('main', files, 'no JSON')
-    assert message().startswith('its config.json is no JSON (')
+    assert message().startswith('its config.json is not valid JSON (')
 
 
 @pytest.mark.usefixtures('both_ways')

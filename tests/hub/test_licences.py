@@ -74,7 +74,7 @@ def test_text_of_a_licence_in_the_repository(hub, run, capsys):
     named = ('--license-name', 'mine', '--license-link', 'LICENSE')
     assert send(run, *named, licence='other') == 2
     err = capsys.readouterr().err
-    assert f'{run / "LICENSE"} is no file; put the text of the licence there' in err and hub.store.repos == {}
+    assert f'{run / "LICENSE"} is not a file; put the text of the licence there' in err and hub.store.repos == {}
     (run / 'LICENSE').write_text('Do as you like.\n')
     assert send(run, *named, licence='other') == 0 and send(run, *named, licence='other') == 0
     assert files(hub)['LICENSE'] == b'Do as you like.\n' and card(hub).license_link == 'LICENSE'
@@ -83,11 +83,12 @@ def test_text_of_a_licence_in_the_repository(hub, run, capsys):
 
 
 @pytest.mark.parametrize('flags, licence, text', [
-    ((), 'other', "licence 'other' tells users nothing without a name; add --license-name, and --license-link"),
-    (NAMED, '', '--license-name and --license-link belong to --license other; add it'),
-    (NAMED[2:], '', 'belong to --license other'),
-    (NAMED, 'mit', '--license mit: is an id of the Hub, which knows its name and text; leave out --license-name'),
-    ((*NAMED[:2], '--license-link', 'nowhere'), 'other', '--license-link nowhere: is no address'),
+    ((), 'other', "licence 'other' needs a name; add --license-name, and --license-link"),
+    (NAMED, '', '--license-name and --license-link only go with --license other; add it'),
+    (NAMED[2:], '', 'only go with --license other'),
+    (NAMED, 'mit', '--license mit: it is a licence id of the Hub, which knows its name and text; leave out '
+                   '--license-name'),
+    ((*NAMED[:2], '--license-link', 'nowhere'), 'other', '--license-link nowhere: it is not an address'),
     ((), 'dinov3-license', '--license other --license-name dinov3-license --license-link ADDRESS'),
 ])
 def test_what_does_not_go_together(hub, run, capsys, flags, licence, text):
@@ -108,7 +109,7 @@ def test_in_the_trainer(hub, tmp_path, capsys):
 
 @pytest.mark.parametrize('of_start', [None, 'unknown', 'other'])
 def test_weights_that_name_no_licence(of_start):
-    with pytest.raises(UserError, match='no licence, and the weights it started from .*; choose one with --license'):
+    with pytest.raises(UserError, match='no licence is given, and the weights that training started from .*; choose'):
         choose_licence(Licence(''), of_start)
 
 
@@ -116,5 +117,5 @@ def test_card_of_another_licence_needs_its_name(hub, run):
     assert send(run, *NAMED, licence='other') == 0
     text = files(hub)['README.md'].decode()
     assert check_card(text).license_name == 'my-licence-1.0'
-    with pytest.raises(UserError, match="licence 'other' tells users nothing without a name"):
+    with pytest.raises(UserError, match="licence 'other' needs a name"):
         check_card(re.sub('license_name: .*\n', '', text))

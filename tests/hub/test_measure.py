@@ -68,7 +68,7 @@ def test_both_splits_and_data_that_have_moved(hub, tmp_path, capsys):
     capsys.readouterr()
     assert send(tmp_path / 'run', '--dtype', 'fp16') == 0
     out = capsys.readouterr().out
-    assert 'the card names no accuracy of the float16 weights, which could not be measured (' in out
+    assert 'the card has no accuracy of the float16 weights, because they could not be measured (' in out
     assert '--data-dir says where the data are' in out and stated(hub) == {}
     text = files(hub)['README.md'].decode()
     assert 'No accuracy of exactly these weights was measured.\n\nThe weights before they were rounded to float16 had' \
@@ -84,7 +84,7 @@ def test_both_splits_and_data_that_have_moved(hub, tmp_path, capsys):
 
 def test_float32_weights_are_not_measured_again(hub, run, capsys):
     assert send(run, '--data-dir', 'x') == 2
-    assert '--data-dir x: is read to measure --dtype fp16; add it' in capsys.readouterr().err
+    assert '--data-dir x: it is used only to measure --dtype fp16 weights; add' in capsys.readouterr().err
     assert send(run) == 0
     assert 'measuring' not in capsys.readouterr().out and stated(hub)
 

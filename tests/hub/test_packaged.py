@@ -135,7 +135,7 @@ def test_what_is_not_installed(run, tmp_path, monkeypatch):
     (tmp_path / 'pyproject.toml').write_text('')
     (tmp_path / 'timm_spinal').mkdir()
     for tag in ('a.b', 'backbone_digits'):
-        with pytest.raises(UserError, match=f"'{tag}': is no tag"):
+        with pytest.raises(UserError, match=f"'{tag}': it is not a valid tag"):
             install(source, OPTIONS, tag, tmp_path)
     monkeypatch.setattr(packaged, 'MOST_EACH', 10_000)
     with pytest.raises(UserError, match='0.1 MB beside 0.0 MB of others; the package takes'):

@@ -25,7 +25,7 @@ def test_one_commit_that_timm_loads(hub, run, capsys, monkeypatch, tmp_path):
     repo = hub.store.repos[REPO]
     assert len(repo.commits) == 2 and not repo.private and set(files(hub)) == set(FILES)
     out = capsys.readouterr().out
-    assert 'downloaded again, and the same to the bit' in out and out.splitlines()[-1].startswith('published me/digits')
+    assert 'downloaded again, and identical' in out and out.splitlines()[-1].startswith('published me/digits')
     new_cache(monkeypatch, tmp_path / 'user')
     model = timm.create_model(f'hf-hub:{REPO}', pretrained=True).eval()
     mine = load_file(run / 'model.safetensors')
@@ -73,7 +73,7 @@ def test_pull_request(hub, run, monkeypatch, capsys):
     assert send(run, '--pull-request') == 0 and send(run, '--pull-request') == 0
     assert [p['author'] for p in hub.store.repos[REPO].pulls] == ['stranger']
     assert set(files(hub)) == set() and set(files(hub, 'refs/pr/1')) == set(FILES)
-    assert 'refs/pr/1 holds exactly this' in capsys.readouterr().out
+    assert 'refs/pr/1 has exactly these files already' in capsys.readouterr().out
     assert send(run, '--pull-request', '--branch', 'x') == 2
 
 
@@ -106,7 +106,7 @@ def test_half_precision(hub, run, tmp_path, monkeypatch):
 
 def test_dry_run_sends_nothing(hub, run, capsys, tmp_path):
     assert send(run, '--dry-run') == 0 and send(run, '--dry-run', '--output', str(tmp_path / 'out' / 'x')) == 0
-    assert hub.log == [] and 'nothing sent' in capsys.readouterr().out
+    assert hub.log == [] and 'nothing was sent' in capsys.readouterr().out
     for folder in (run / 'hub', tmp_path / 'out' / 'x'):
         assert {str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file()} == set(FILES)
     assert send(run, '--dry-run', '--output', str(run)) == 2
@@ -148,14 +148,14 @@ def damage(run, change):
 
 
 BAD_RUNS = {
-    'no run folder': (lambda run: (run / 'args.yaml').unlink(), 'is no run folder'),
-    'no best checkpoint': (lambda run: (run / 'model.safetensors').unlink(), 'holds no best checkpoint'),
+    'no run folder': (lambda run: (run / 'args.yaml').unlink(), 'is not a run folder'),
+    'no best checkpoint': (lambda run: (run / 'model.safetensors').unlink(), 'contains no best checkpoint'),
     'unfinished': (lambda run: (run / 'result.json').unlink(), 'the run has not ended'),
     'unknown architecture': (
         lambda run: (run / 'config.json').write_text('{"architecture": "nonsense"}'), "unknown model 'nonsense'"),
     'broken config': (lambda run: (run / 'config.json').write_text('{'), 'config.json: cannot be read'),
     'broken weights': (lambda run: (run / 'model.safetensors').write_bytes(b'x'), 'model.safetensors: is damaged'),
-    'NaN': (lambda run: damage(run, lambda w: w['head.fc.bias'].fill_(float('nan'))), 'head.fc.bias holds NaN'),
+    'NaN': (lambda run: damage(run, lambda w: w['head.fc.bias'].fill_(float('nan'))), 'head.fc.bias has NaN'),
     'lacking weights': (lambda run: damage(run, lambda w: w.pop('head.fc.bias')), 'head.fc.bias'),
 }
 
@@ -171,12 +171,12 @@ def test_bad_runs_are_one_line_and_nothing_is_sent(hub, run, what, capsys):
 
 
 @pytest.mark.parametrize('flags, text', [
-    (dict(repo='a/b/c'), "'a/b/c': is no repository name"),
-    (dict(repo='me/-x'), "'me/-x': is no repository name"),
+    (dict(repo='a/b/c'), "'a/b/c': it is not a repository name"),
+    (dict(repo='me/-x'), "'me/-x': it is not a repository name"),
     (dict(repo='other/x'), "the token may not do this (You don't have the rights to write to the namespace"),
-    (dict(licence='apache'), "licence 'apache' is no id of the Hub; did you mean apache-2.0?"),
-    (dict(licence=''), 'no licence, and the weights it started from name none; choose one with --license'),
-    (dict(licence='other'), "licence 'other' tells users nothing without a name; add --license-name"),
+    (dict(licence='apache'), "licence 'apache' is not a licence id of the Hub; did you mean apache-2.0?"),
+    (dict(licence=''), 'no licence is given, and the weights that training started from have none; choose'),
+    (dict(licence='other'), "licence 'other' needs a name; add --license-name"),
 ])
 def test_bad_options(hub, run, flags, text, capsys):
     assert send(run, **flags) == 2
@@ -206,7 +206,7 @@ def test_offline_nothing_is_sent(hub, run, monkeypatch, capsys):
 def test_values_beyond_half_precision(hub, run, capsys):
     damage(run, lambda w: w['head.fc.bias'].fill_(1e6))
     assert send(run, '--dtype', 'fp16') == 2
-    assert 'head.fc.bias holds values beyond the range of float16; publish it with --dtype fp32' in \
+    assert 'head.fc.bias has values beyond the range of float16; publish it with --dtype fp32' in \
         capsys.readouterr().err
 
 
@@ -220,7 +220,7 @@ def test_tied_tensors_and_models_that_nothing_could_load(tmp_path):
     model.again = model.head.fc
     with pytest.raises(ValueError, match='head.fc.weight and again.weight are one tensor under two names'):
         package(model)
-    with pytest.raises(ValueError, match='Linear: is no model of timm.create_model'):
+    with pytest.raises(ValueError, match='Linear: timm.create_model did not make this model'):
         package(torch.nn.Linear(2, 2))
     direct = timm.model_entrypoint('spinalcnn_a1')(head_width=20)
     with pytest.raises(ValueError, match='spinalcnn_a1: its weights do not load .* a model must come from timm.create'):

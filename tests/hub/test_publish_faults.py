@@ -120,7 +120,7 @@ def test_somebody_else_commits_meanwhile(hub, run, capsys):
     ('xet-write-token', 503, 'the Hub has a fault (status 503)'),
     ('/cas/v1/xorbs', 401, 'the storage of large files refuses it (status 401)'),
     ('/cas/v1/xorbs', 403, 'the storage of large files refuses it (status 403)'),
-    ('/cas/v1/xorbs', 404, 'the storage of large files does not hold it (status 404)'),
+    ('/cas/v1/xorbs', 404, 'the storage of large files does not have it (status 404)'),
     ('/cas/v1/xorbs', 429, 'the storage of large files has had too many requests from you (status 429)'),
     ('/cas/v1/xorbs', 503, 'the storage of large files has a fault (status 503)'),
     ('/cas/v[12]/shards', 400, 'the storage of large files refuses it (status 400)'),
@@ -147,8 +147,8 @@ PAGE = b'<html><head><title>Log in to the network</title></head><body>Please log
 def test_page_in_place_of_an_answer(hub, run, method, path, capsys):
     hub.fail('status', method, path, status=200, times=1000, body=PAGE, headers={'Content-Type': 'text/html'})
     assert one_line(run, capsys) == (
-        f"error: {REPO}: the page 'Log in to the network' came in place of an answer of the Hub; a proxy or a login "
-        'page may stand between\n')
+        f"error: {REPO}: the page 'Log in to the network' came instead of an answer of the Hub; a proxy or a login "
+        'page may be in between\n')
 
 
 @pytest.mark.parametrize('path', ['xet-write-token', '/cas/v1/xorbs', '/cas/v2/shards'])

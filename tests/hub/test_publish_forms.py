@@ -45,7 +45,7 @@ def test_pairs_have_exact_pairs_in_their_card(hub, pairs, capsys):
     titles = dict(exact='exact pairs accuracy', digit='digits accuracy', top2='top-2 accuracy')
     assert stated == {(split, title): round(result[f'{prefix}{name}'] / 100, 6) for name, title in titles.items()
                       for split, prefix in (('test', 'test_'), ('validation', ''))}
-    assert 'gives two of them to every image' in text and 'their softmax is no probability' in text
+    assert 'assigns two of them to every image' in text and 'their softmax is not a probability' in text
     assert f'exact pairs {result["test_exact"]:.2f} %, digits {result["test_digit"]:.2f} %' in text
     assert main(['verify', REPO, '--data-dir', str(pairs / 'data'), '--workers', '0']) == 0
     line = capsys.readouterr().out.splitlines()[-1]
@@ -89,7 +89,7 @@ def test_folder_without_a_run_has_one_form_of_its_weights(hub, run, tmp_path, ca
     for name in ('model.safetensors', 'config.json'):
         shutil.copy(run / name, tmp_path / 'saved')
     assert send(tmp_path / 'saved', '--weights', 'ema') == 2
-    assert 'is no run folder (no args.yaml in it) and has one form of its weights' in capsys.readouterr().err
+    assert 'is not a run folder (no args.yaml in it) and has only one set of weights' in capsys.readouterr().err
 
 
 # ---- beside the other runs of a comparison ----------------------------------------------------------------------
@@ -125,7 +125,8 @@ def test_rows_of_a_comparison_are_its_variants(hub, comparison):
     text = files(hub)['README.md'].decode()
     assert '| **wld** | 13,818 | 0, 1 | 89.50 +- 0.71 |' in text
     assert '| linear | 13,818 | 0, 1 | 70.00 +- 1.41 |' in text
-    assert 'those of seed 1, the best of the 2 on the split that chose the epoch' in text and 'One seed' not in text
+    assert 'those of seed 1, the best of the 2 on the split that chose the epoch' in text
+    assert 'There is only one seed' not in text
     assert send(comparison / 'runs' / 'wld' / 'seed-0', '--beside', str(comparison)) == 0
     assert 'those of seed 0, number 2 of the 2' in files(hub)['README.md'].decode()
     assert str(comparison).encode() not in b''.join(files(hub).values()), 'no path of this machine'

@@ -63,8 +63,9 @@ def test_what_fails_at_the_end_can_be_done_again(hub, tmp_path, capsys):
 
 @pytest.mark.parametrize('flags, token, text', [
     (('--push-to-hub', REPO), 'hf_writer', 'no licence'),
-    (('--push-to-hub', REPO, '--hub-license', 'nonsense'), 'hf_writer', "licence 'nonsense' is no id of the Hub"),
-    (('--push-to-hub', 'a/b/c', '--hub-license', 'mit'), 'hf_writer', "'a/b/c': is no repository name"),
+    (('--push-to-hub', REPO, '--hub-license', 'nonsense'), 'hf_writer', "licence 'nonsense' is not a licence id of the "
+                                                                        "Hub"),
+    (('--push-to-hub', 'a/b/c', '--hub-license', 'mit'), 'hf_writer', "'a/b/c': it is not a repository name"),
     (PUSH, '', 'no token of the Hub'),
     (PUSH, 'hf_reader', 'may only read'),
     ((*PUSH, '--model', 'nonsense'), 'hf_writer', "unknown model 'nonsense'"),

@@ -56,7 +56,7 @@ def test_folder_of_a_dry_run(run, capsys, tmp_path):
     assert main(['publish', str(run), '--repo', REPO, '--license', 'mit', '--dry-run', '--output', folder]) == 0
     assert main(['verify', folder, '--dataset', 'digits', '--workers', '0']) == 0
     (tmp_path / 'package' / 'README.md').write_text('mine')
-    assert main(['verify', folder]) == 2 and 'card: has no metadata' in capsys.readouterr().err
+    assert main(['verify', folder]) == 2 and 'card: it has no metadata' in capsys.readouterr().err
 
 
 def other_weights(data):
@@ -70,7 +70,7 @@ def other_weights(data):
     ('model.safetensors', lambda data: data[:100], 'do not load into what config.json names'),
     ('config.json', lambda text: text.replace(b'"spinalcnn_a1"', b'"spinalcnn_plain"'), 'do not load into what'),
     ('config.json', lambda text: text.replace(b'"spinalcnn_a1"', b'"nonsense"'), "unknown model 'nonsense'"),
-    ('test/golden.safetensors', lambda data: save({'a': load(data)['input']}), 'holds no input and logits'),
+    ('test/golden.safetensors', lambda data: save({'a': load(data)['input']}), 'contains no input and logits'),
     ('train_hparams.yaml', lambda text: text.replace(b'val_split: validation', b'val_split: train'),
      'its card names no accuracy of train'),
 ])
@@ -104,7 +104,7 @@ def test_repository_without_a_publication(hub, capsys):
     HfApi().create_repo('me/empty')
     assert main(['verify', 'me/empty']) == 2
     assert 'has no README.md, so timm-spinal publish did not write it' in capsys.readouterr().err
-    assert main(['verify', 'a b']) == 2 and 'is no repository name' in capsys.readouterr().err
+    assert main(['verify', 'a b']) == 2 and 'is not a repository name' in capsys.readouterr().err
 
 
 def test_every_file_is_fetched_of_one_commit(published, hub):

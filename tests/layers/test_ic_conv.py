@@ -246,8 +246,8 @@ def test_meta_device():
     (dict(ic_mode='fiter'), "ic_mode 'fiter' is unknown; it is one of 'filter', 'layer', 'pair'"),
     (dict(ic_scale='sum'), "ic_scale 'sum' is unknown"),
     (dict(ic_norm='none'), "ic_norm 'none' is unknown; it is one of '', 'bias', 'bn'"),
-    (dict(ic_init='1'), "ic_init '1' is no finite number"),
-    (dict(ic_init=float('nan')), 'ic_init nan is no finite number'),
+    (dict(ic_init='1'), "ic_init '1' is not a finite number"),
+    (dict(ic_init=float('nan')), 'ic_init nan is not a finite number'),
 ])
 def test_unknown_options(options, message):
     with pytest.raises(ValueError, match=message):

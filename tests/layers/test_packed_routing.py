@@ -100,7 +100,7 @@ def test_reset_of_a_packed_head():
 @pytest.mark.parametrize('head, message', [
     (lambda: packed(make()), "The head is packed already; give a trained float 'xnodr' or 'xnidr' head"),
     (lambda: make(num_classes=0), 'The head has no capsule layer'),
-    (lambda: make('caps'), 'Only a layer with one xnorized product can be packed'),
+    (lambda: make('caps'), 'Only a layer with one binarised product can be packed'),
 ])
 def test_what_cannot_be_packed(head, message):
     head = head()

@@ -186,7 +186,7 @@ def test_convolutions_of_a_head_stay():
     ('test_nfnet', {}, "test_nfnet: IC cannot replace 'stages.0.0.conv2', a ScaledStdConv2d, only nn.Conv2d itself"),
     ('tf_efficientnet_b0', dict(depthwise=True), "IC cannot replace 'blocks.1.0.conv_dw', a Conv2dSame"),
     ('tf_efficientnet_cc_b0_4e', dict(depthwise=True, scope='block'), 'IC cannot replace .*CondConv2d|Conv2dSame'),
-    ('resnet18_sb_s32u1', {}, 'resnet18_sb_s32u1 shares its filters; IC and shared bases are not mixed'),
+    ('resnet18_sb_s32u1', {}, 'resnet18_sb_s32u1 shares its filters, and IC cannot be combined with shared bases'),
     ('icresnet18', {}, 'icresnet18 has IC convolutions already'),
 ])
 def test_what_cannot_be_converted_stays_as_it_was(name, options, message):
@@ -199,5 +199,5 @@ def test_what_cannot_be_converted_stays_as_it_was(name, options, message):
 
 
 def test_what_is_no_model_of_timm():
-    with pytest.raises(ValueError, match='Sequential is no model of timm; pass what timm.create_model returns'):
+    with pytest.raises(ValueError, match='Sequential is not a model of timm; pass what timm.create_model returns'):
         convert_to_ic(nn.Sequential(nn.Conv2d(3, 4, 3)))

@@ -195,7 +195,7 @@ def test_packed_backbone_for_other_classes_with_a_new_float_head(tmp_path):
 @pytest.mark.parametrize('name, message', [
     ('resnet18', "ResNet has no capsule head; give a model with the head 'xnodr' or 'xnidr'"),
     ('resnet18_spinal', 'has no capsule head'),
-    ('resnet18_caps', 'Only a layer with one xnorized product'),
+    ('resnet18_caps', 'Only a layer with one binarised product'),
     ('vgg5', 'has no capsule head'),
 ])
 def test_other_models_are_refused(name, message):

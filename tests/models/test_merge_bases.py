@@ -140,7 +140,7 @@ def with_batch_statistics():
     (with_batch_statistics, 'layer2.1.conv1 is normalised with statistics of the batch'),
     (lambda: timm.create_model('resnet50_sbpp', device='meta').eval(), 'a BatchNorm and a ReLU stand between'),
     (lambda: timm.create_model('mobilenetv2_100_sb', device='meta').eval(), 'a BatchNorm and a ReLU stand between'),
-    (lambda: timm.create_model('resnet18', device='meta').eval(), 'ResNet is no model with shared filter bases'),
+    (lambda: timm.create_model('resnet18', device='meta').eval(), 'ResNet is not a model with shared filter bases'),
     (lambda: timm.create_model('resnet18_sb_s32u1', features_only=True).eval(), 'without features_only'),
 ])
 @pytest.mark.parametrize('function', [merge_bases, fold_bases])

@@ -63,7 +63,7 @@ def test_average_or_not(tmp_path):
     assert same(read_weights(tmp_path / 'both.pth'), OTHER) and same(read_weights(tmp_path / 'both.pth', True), OTHER)
     assert same(read_weights(tmp_path / 'both.pth', False)) and same(read_weights(tmp_path / 'plain.pth'))
     assert same(read_weights(tmp_path / 'average.pth', False), OTHER)
-    with pytest.raises(WeightsError, match='plain.pth: holds no moving average .its keys are state_dict'):
+    with pytest.raises(WeightsError, match='plain.pth: it has no moving average .its keys are state_dict'):
         read_weights(tmp_path / 'plain.pth', True)
 
 
@@ -80,14 +80,14 @@ def test_a_file_that_was_cut_is_told_in_one_line(save, part, tmp_path):
     save({name: value.repeat(64) if value.ndim == 1 else value for name, value in STATE.items()}, tmp_path / 'x.pth')
     whole = (tmp_path / 'x.pth').read_bytes()
     (tmp_path / 'x.pth').write_bytes(whole[:int(part * len(whole))])
-    with pytest.raises(WeightsError, match=r'x.pth: is damaged.* cut') as error:
+    with pytest.raises(WeightsError, match=r'x.pth: is damaged.* incomplete') as error:
         read_weights(tmp_path / 'x.pth')
     assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('content, message', [
     (b'', 'is empty; copy or download it again'),
-    (b'just some text\n' * 40, 'is damaged, cut or no file of weights'),
+    (b'just some text\n' * 40, 'is damaged, incomplete or not a file of weights'),
     (b'\n<!DOCTYPE html><html>', 'is a web page, not weights'),
     (b'version https://git-lfs.github.com/spec/v1\noid sha256:00\n', 'is a pointer of Git LFS'),
     (b'\x89HDF\r\n\x1a\n' + bytes(100), 'is an HDF5 file'),
@@ -101,11 +101,11 @@ def test_no_weights(content, message, tmp_path):
 @pytest.mark.parametrize('checkpoint, message', [
     (torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1).state_dict(), 'its keys are state, param_groups'),
     (dict(epoch=3, best=0.5, lr=0.1, seed=1, host='a'), 'its keys are epoch, best, lr and 2 more'),
-    ({}, 'it holds dict'), ([STATE], 'it holds list'), (torch.ones(3), 'it holds Tensor'),
+    ({}, 'it is a dict'), ([STATE], 'it is a list'), (torch.ones(3), 'it is a Tensor'),
 ])
 def test_no_weights_in_a_pickle(checkpoint, message, tmp_path):
     torch.save(checkpoint, tmp_path / 'x.pth')
-    with pytest.raises(WeightsError, match=f'x.pth: holds no weights .{message}'):
+    with pytest.raises(WeightsError, match=f'x.pth: it has no weights .{message}'):
         read_weights(tmp_path / 'x.pth')
 
 

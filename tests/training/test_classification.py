@@ -68,7 +68,7 @@ def test_existing_run_is_not_overwritten(tmp_path):
     config = small_config(tmp_path, epochs=1)
     train(config)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / 'run').rglob('*')}
-    with pytest.raises(UserError, match='holds a run already; continue with --resume auto'):
+    with pytest.raises(UserError, match='contains a run already; continue with --resume auto'):
         train(config)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / 'run').rglob('*')} == before
 

@@ -149,7 +149,7 @@ def test_the_names_of_splits_are_not_those_of_hidden_folders(tmp_path):
     (tmp_path / '.git').mkdir()
     make_split(tmp_path / 'cats')
     (tmp_path / '__MACOSX').mkdir()
-    assert '(it holds cats)' in refusal(create_datasets, quick_config(data_dir=str(tmp_path)))
+    assert '(it contains cats)' in refusal(create_datasets, quick_config(data_dir=str(tmp_path)))
     shutil.rmtree(tmp_path / 'cats')
     assert 'is empty' in refusal(create_datasets, quick_config(data_dir=str(tmp_path)))
 

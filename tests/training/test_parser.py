@@ -288,7 +288,7 @@ def test_bad_arguments_are_one_line(argv, words):
     ('amp: maybe', 'mixed_precision'),
     ('jsd_loss: true', 'augmix'),
     ('task: multilabel', 'multi-label'),
-    ('- a\n- b', 'no keys'),
+    ('- a\n- b', 'instead of keys'),
     ('a: b: c', 'not valid YAML'),
     ('lr: 0.1\nlr: 0.2', "the key 'lr' is there twice"),
     ('model_kwargs: {head_width: 1, head_width: 2}', "the key 'head_width' is there twice"),

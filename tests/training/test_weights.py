@@ -51,7 +51,7 @@ def test_validation_keeps_the_classifier(finished, tmp_path, capsys):
     (dict(model='local-dir:RUN', num_classes=3), 'the classifier in it is for 2 classes; .* give --num-classes 2'),
     (dict(checkpoint='FILE', num_classes=3), 'checkpoint .*: the weights are not of test_resnet: .* mismatch: fc.w'),
     (dict(checkpoint='FILE', num_classes=2, model='test_vit'), 'checkpoint .*: the weights are not of test_vit: they'),
-    (dict(checkpoint='FILE', num_classes=2, use_ema=True), 'checkpoint .*: holds no moving average'),
+    (dict(checkpoint='FILE', num_classes=2, use_ema=True), 'checkpoint .*: it has no moving average'),
     (dict(checkpoint='FILE', pretrained_path='FILE'), '--checkpoint: names the weights already'),
     (dict(initial_checkpoint='FILE', pretrained_path='FILE'), '--pretrained-path and --initial-checkpoint: the second'),
 ])
@@ -117,7 +117,7 @@ def test_a_resumed_run_needs_its_file_no_more(gone, tmp_path, capsys):
         save_file(timm.create_model('resnet20_cifar').state_dict(), file)
     capsys.readouterr()
     result = train(resumed(replace(half, stop_epoch=None)))
-    assert 'the weights of the start are not looked at again (pretrained_path' in capsys.readouterr().out
+    assert 'the weights that the run started from are not checked again (pretrained_path' in capsys.readouterr().out
     assert_same_state(whole, half)
     assert result['weights'] is None
     with pytest.raises(UserError, match='no such file' if gone else 'the weights are not of test_resnet'):

@@ -124,12 +124,13 @@ def _pairs(names: Sequence[str], forms: Sequence[str] | None) -> list[Pair]:
         pairs = [pair for name in names[:-1] for pair in pairs_of(name, names[-1], forms or ('eager',))]
         return pairs or _against_plain(names, forms or ('eager',))
     if models and not comparison.models:
-        raise UserError(f'bench {first}: measures layers; leave out {" ".join(models)}')
+        raise UserError(f'bench {first}: it measures layers and takes no models; leave out {" ".join(models)}')
     pairs = comparison.pairs(models or comparison.models)
     if forms:
         pairs = [pair for pair in pairs if pair.form in forms]
         if not pairs:
-            raise UserError(f'--forms {" ".join(forms)}: bench {first} has none of these; name models in its place')
+            raise UserError(f'--forms {" ".join(forms)}: the comparison {first} has none of these forms; give names of '
+                            f'models instead of {first}')
     return pairs
 
 
@@ -138,14 +139,15 @@ def _check_model(name: str) -> None:
         return
     near = difflib.get_close_matches(name, [*COMPARISONS, *timm.list_models()], n=1)
     hint = f'did you mean {near[0]}?' if near else 'see timm-spinal list, and timm.list_models()'
-    raise UserError(f'{name}: is neither a comparison nor a model; {hint}')
+    raise UserError(f'{name}: neither a comparison nor a model has this name; {hint}')
 
 
 def _check_device(name: str) -> None:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f'--device {name}: torch has no such device here') from e
+        raise UserError(f'--device {name}: torch finds no such device on this machine; use cpu, or another '
+                        'device') from e
 
 
 if __name__ == '__main__':

@@ -40,7 +40,8 @@ def plain_model(name: str) -> str:
     backbone, _, head = name.rpartition('_')
     plain = backbone if head in HEADS else name.removeprefix('ic') if name.startswith('ic') else _SHARED.sub('', name)
     if plain == name or not is_model(plain):
-        raise UserError(f'{name}: has no plain model beside it; name the other one: timm-spinal bench {name} OTHER')
+        raise UserError(f'{name}: there is no plain model to compare it with; name a second model: timm-spinal bench '
+                        f'{name} OTHER')
     return plain
 
 

@@ -4,8 +4,8 @@
     timm-spinal compare --sweep configs/sweeps/cifar10_heads.yaml --jobs 2
     timm-spinal compare --report output/compare/cifar10_heads
 
-The first trains heads on features of a frozen backbone, which is run once over the images. The second trains whole
-networks, each in a run folder of the trainer. The third makes the reports of either anew from what lies on the disk.
+The first form trains heads on features of a frozen backbone, which is run once over the images. The second form trains
+whole networks, each in a run folder of the trainer. The third one writes the report of either form again.
 Each writes results.csv, table.md, table.html, accuracy.png, curves.png and report.md into its folder.
 """
 import importlib.util
@@ -50,8 +50,8 @@ def _sweep(argv: list[str], command: str) -> int:
     parser = Parser('timm-spinal compare --sweep', __doc__)
     parser.add_argument('--sweep', required=True, metavar='FILE', help='YAML of shared options, variants and seeds')
     parser.add_argument('--jobs', type=number(), default=1, help='trainings at a time')
-    parser.add_argument('--data-dir', default='', help='folder of the data, over that of the file')
-    parser.add_argument('--output', default='', help='folder of the comparison, over that of the file')
+    parser.add_argument('--data-dir', default='', help='folder of the data; overrides that of the file')
+    parser.add_argument('--output', default='', help='folder of the comparison; overrides that of the file')
     _add_extras(parser)
     args = parser.parse_args(argv)
     from .sweep import run_sweep

@@ -52,12 +52,12 @@ def parse_variants(text: str) -> list[Variant]:
     expanded = list(dict.fromkeys(expanded)) if CONTROL in names else expanded
     repeated = {name for name in expanded if expanded.count(name) > 1}
     if repeated:
-        raise UserError(f'--heads: {min(repeated)} comes twice; leave one out')
+        raise UserError(f'--heads: {min(repeated)} is given twice; remove one')
     variants = [_parse_variant(name) for name in expanded]
     for variant in variants:
         if variant.sized_as and variant.sized_as not in expanded:
-            raise UserError(f'--heads: {variant.name} takes its size from {variant.sized_as}, which is not compared; '
-                            f'add {variant.sized_as}')
+            raise UserError(f'--heads: {variant.name} takes its size from {variant.sized_as}, which is not in the '
+                            f'list; add {variant.sized_as}')
     return variants
 
 

@@ -48,7 +48,7 @@ from .train_heads import one_core_each
 _CPU_BATCH = 16  # small enough for activations to stay in the caches: up to twice the speed of a batch of 128
 
 _WORDS = Wording(
-    'features', 'add --rebuild to make them anew, or choose another --features', 'run again, or add --rebuild',
+    'features', 'add --rebuild to compute them again, or choose another --features', 'run again, or add --rebuild',
     'choose another --features, or use --train-size or fewer --augment-passes')
 
 Finish = Callable[[torch.Tensor], torch.Tensor]
@@ -172,11 +172,11 @@ def feature_shapes(
     except (RuntimeError, ValueError, AssertionError) as e:
         if isinstance(e, UserError):
             raise
-        raise UserError(f'backbone: refuses images of {tuple(input_size)} ({" ".join(str(e).split())[:200]}); choose '
-                        f'another --img-size or --input-size') from e
+        raise UserError(f'backbone: it does not accept images of {tuple(input_size)} '
+                        f'({" ".join(str(e).split())[:200]}); choose another --img-size or --input-size') from e
     if outputs['pooled'].ndim != 2:
-        raise UserError(f'backbone: answers with a map of shape {tuple(outputs["pooled"].shape[1:])}, no vector; leave '
-                        f'out --gp')
+        raise UserError(f'backbone: it returns a map of shape {tuple(outputs["pooled"].shape[1:])} instead of a '
+                        'vector; leave out --gp')
     return {name: tuple(value.shape[1:]) for name, value in outputs.items()}
 
 
@@ -196,8 +196,8 @@ def run_backbone(model: nn.Module, images: torch.Tensor, maps: bool = False) -> 
     features = model.forward_features(images)  # type: ignore[operator]
     pooled = model.forward_head(features)  # type: ignore[operator]
     if features.ndim != 4:
-        raise UserError('--heads: a head that takes feature maps is among them, and the backbone has none, but tokens; '
-                        'choose another backbone')
+        raise UserError('--heads: one of the heads needs a feature map, but the backbone has tokens instead; choose '
+                        'another backbone')
     if getattr(model, 'output_fmt', 'NCHW') == 'NHWC':
         features = features.permute(0, 3, 1, 2)
     return dict(pooled=pooled.float(), map=features.float())
@@ -296,8 +296,8 @@ def _one_ahead(begun: Iterator[T]) -> Iterator[T]:
 
 def _as_images(images: Any, part: Part, decode: Decoder) -> torch.Tensor:
     if not isinstance(images, torch.Tensor):
-        raise UserError(f'{part.source.name}: images of mode {decode.mode} do not become tensors of one size; check '
-                        f'--input-size and --crop-mode')
+        raise UserError(f'{part.source.name}: images of mode {decode.mode} have different sizes after the evaluation '
+                        'transforms; check --input-size and --crop-mode')
     return images
 
 

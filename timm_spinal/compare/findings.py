@@ -32,7 +32,7 @@ def findings(
 def _against_control(comparison: Comparison, gaps: list[Difference]) -> list[str]:
     control = f'`{comparison.control}`'
     if not gaps:
-        return [f'There is nothing beside the control {control} to compare.']
+        return [f'There is nothing to compare with the control {control}.']
     unknown = [gap for gap in gaps if gap.verdict == 'unknown']
     if len(unknown) == len(gaps):
         why = f'Fewer than {MIN_SEEDS} seeds, so there is no interval and no verdict: the differences may be chance.'

@@ -47,9 +47,11 @@ def compare_frozen(config: FrozenConfig, command: str) -> Path | None:
     seeds, variants = parse_seeds(config.seeds), parse_variants(config.heads)
     names = [variant.name for variant in variants]
     if config.control not in names:
-        raise UserError(f'--control {config.control}: is not compared; choose one of {", ".join(names)}')
+        raise UserError(f'--control {config.control}: it is not one of the compared heads; choose one of '
+                        f'{", ".join(names)}')
     if len({slug(name) for name in names}) < len(names):
-        raise UserError('--heads: two of the names give the same folder; write their options in another way')
+        raise UserError('--heads: two of the heads would share one run folder; write the options of one of them '
+                        'differently')
     accelerator = new_accelerator(config.mixed_precision)
     train_config = as_train_config(config)
     with accelerator.main_process_first():

@@ -4,12 +4,12 @@
     timm-spinal gradflow --config my.yaml --sb-ortho-mode stage --grad-interval 5
 
 Paper: "Deeply Shared Filter Bases for Parameter-Efficient Convolutional Neural Networks", Kang and Kim, NeurIPS 2021,
-https://arxiv.org/abs/2006.05066. Trains the same model twice with the same seed, with the
-penalty (--sb-ortho, 10 if not given) and without. Every --grad-interval updates it records mean and max |dL/dB| of each
-basis B. L is the loss without the penalty in both runs; the paper's code plots the gradient of loss and penalty.
+https://arxiv.org/abs/2006.05066. This command trains the same model twice with the same seed: with the penalty
+(--sb-ortho, 10 if not given) and without. Every --grad-interval updates it records mean and max |dL/dB| of each basis
+B. L is the loss without the penalty in both runs; the paper's code plots the gradient of loss and penalty.
 
-Options are those of `timm-spinal train`. Writes gradients.csv, gradients.png, gram.png, report.md and both run folders
-with_penalty/ and without_penalty/. --resume auto goes on with a run that was stopped.
+The options are those of `timm-spinal train`. The command writes gradients.csv, gradients.png, gram.png, report.md and
+the run folders with_penalty/ and without_penalty/. --resume auto continues a run that was stopped.
 """
 import sys
 from dataclasses import dataclass, fields, replace
@@ -114,10 +114,11 @@ def gradflow(config: GradflowConfig) -> Path:
     """
     for flag, reason in (
         ('torchcompile', 'a compiled model gives its gradient once'),
-        ('grad_checkpointing', 'each gradient would compute the activations anew and count them in BatchNorms again'),
+        ('grad_checkpointing', 'each gradient would compute the activations again and count them in BatchNorms once '
+                               'more'),
     ):
         if getattr(config, flag):
-            raise UserError(f'{to_flag(flag)}: {reason}, and this takes the gradient twice; leave it out')
+            raise UserError(f'{to_flag(flag)}: {reason}, but gradflow computes it twice; leave this option out')
     if config.experiment:
         check_name(config.experiment, '--experiment')
     config = replace(config, sb_ortho=config.sb_ortho or 10.)

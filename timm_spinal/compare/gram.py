@@ -2,9 +2,9 @@
 
     timm-spinal gram output/train/with_penalty output/train/without --output gram.png
 
-A row for each run, a column for each stage: M M^T of the stage's shared filters, each flattened to a row of M; of two
-bases one matrix, as the penalty counts them. Orthonormal filters give the identity. Prints the norm of the filters and
-the size of the cosines between them.
+The picture has a row for each run and a column for each stage. It shows M M^T, where each shared filter of the stage is
+a row of M; two bases are one matrix, as in the penalty. Orthonormal filters give the identity. The command also prints
+the norm of the filters and the size of the cosines between them.
 """
 from pathlib import Path
 from typing import Any, NamedTuple, Sequence
@@ -46,7 +46,7 @@ def shared_bases(model: Any) -> dict[str, nn.Parameter]:
     bases = {f'{name}.{basis}': getattr(stage, basis) for name, stage in stages.items() for basis in
              stage.basis_names()}
     if not bases:
-        raise UserError(f'{type(model).__name__}: has no shared filters; take a model such as resnet34_sb_s48u1d')
+        raise UserError(f'{type(model).__name__}: it has no shared filters; give a model such as resnet34_sb_s48u1d')
     return bases
 
 

@@ -83,7 +83,7 @@ def check_frozen(config: FrozenConfig) -> None:
     if not config.backbone:
         raise UserError('no backbone: give one with --backbone, for instance --backbone resnet50 --pretrained')
     if config.dataset == 'multimnist':
-        raise UserError('--dataset multimnist: its images have two classes, which whole trainings can be compared on, '
+        raise UserError('--dataset multimnist: its images have two classes each; a sweep can compare models on them, '
                         'but not heads on frozen features; use --sweep')
     defaults = FrozenConfig()
     for f in dataclasses.fields(config):
@@ -121,5 +121,5 @@ def parse_seeds(text: str | int | list[int], where: str = '--seeds') -> list[int
         raise UserError(f'{where} {text!r}: an empty list of seeds; write 5 for the seeds 0 to 4'
                         if not seeds else f'{where} {text}: seeds must not be negative')
     if len(set(seeds)) < len(seeds):
-        raise UserError(f'{where} {text}: a seed comes twice, which would count one result as two; leave it out')
+        raise UserError(f'{where} {text}: a seed is given twice, so its result would count twice; remove one')
     return seeds

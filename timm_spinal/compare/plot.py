@@ -1,10 +1,10 @@
-"""Curves of several runs in one picture, and how long each took to an accuracy.
+"""Plot the curves of several runs in one picture, and print how long each took to reach an accuracy.
 
     timm-spinal plot output/train/plain output/train/wld --to-accuracy 85
     timm-spinal plot output/compare/cifar10_ic_wld --output wld.png
 
-A RUN is the folder of a run, one curve; a folder of seed-* runs, one curve with a band from the lowest to the highest;
-or the folder of a comparison of whole trainings, a curve for each variant. Accuracy is top-1 on the validation data in
+A RUN is the folder of a run (one curve), a folder of seed-* runs (one curve, with a band from the lowest to the
+highest) or the folder of a sweep (a curve for each variant). Accuracy is top-1 on the validation data in
 percent (exact pairs where images have two classes), of the better one of model and moving average; time is that of
 training and evaluation.
 """
@@ -76,14 +76,14 @@ def read_curves(folders: Sequence[Path]) -> dict[str, list[LearningCurve]]:
         for name, runs in _runs_in(folder).items():
             while name in runs_by_name:
                 if runs_by_name[name] == runs:
-                    raise UserError(f'{folder}: is given twice; leave it out')
+                    raise UserError(f'{folder}: it is given twice; remove one')
                 name = f'{runs[0].absolute().parent.name}/{name}'
             runs_by_name[name] = runs
     curves = {name: [read_learning_curve(run) for run in runs] for name, runs in runs_by_name.items()}
     kinds = {c.metric: name for name, courses in curves.items() for c in courses}
     if len(kinds) > 1:
         (a, one), (b, other) = list(kinds.items())[:2]
-        raise UserError(f'{one} has {TITLES[a]} and {other} has {TITLES[b]}; plot them apart')
+        raise UserError(f'{one} has {TITLES[a]} and {other} has {TITLES[b]}; plot them separately')
     return curves
 
 
@@ -99,7 +99,7 @@ def _runs_in(folder: Path) -> dict[str, list[Path]]:
         runs = {v: [run_folder(folder, v, seed) for seed in comparison.seeds] for v in comparison.variants}
     done = {name: [p for p in paths if (p / SUMMARY).is_file()] for name, paths in runs.items()}
     if not any(done.values()):
-        raise UserError(f'{folder}: holds no run (no {SUMMARY}); give the folder of a run or of a comparison')
+        raise UserError(f'{folder}: it contains no run (no {SUMMARY}); give the folder of a run or of a comparison')
     return {name: paths for name, paths in done.items() if paths}
 
 

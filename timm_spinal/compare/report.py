@@ -22,7 +22,7 @@ def write_report(
         per_class: bool = False,
         calibration: bool = False,
 ) -> list[str]:
-    """Make the report of a comparison anew from its run folders.
+    """Write the report of a comparison again, from its run folders.
 
     Args:
         output: Folder of the comparison.
@@ -38,8 +38,8 @@ def write_report(
     """
     comparison = comparison or read_comparison(output)
     if comparison is None:
-        raise UserError(f'{output}: holds no comparison (no compare.json); give the folder that compare wrote, or run '
-                        f'folders of the trainer')
+        raise UserError(f'{output}: it contains no comparison (no compare.json); give the folder that compare wrote, '
+                        'or run folders of the trainer')
     rows = read_run_results(output, comparison)
     metric = metric_of(rows)
     values = values_by_variant(rows, metric)
@@ -173,7 +173,7 @@ def report_text(comparison: Comparison, sentences: list[str], table: str, shared
     lines += [f'- {name}: {value}' for name, value in comparison.setting.items()]
     lines += [
         '- The epoch is chosen on the validation split; the test split is read once per run.',
-        '- A seed gives every variant the same order of images (and, in whole trainings, the same augmentation).',
+        '- A seed gives every variant the same order of images (and, in a sweep, the same augmentation).',
         *[f'- {line}' for line in shared],
         '- Latencies are medians for one image on this machine, which may have had other work.',
     ]
@@ -183,8 +183,8 @@ def report_text(comparison: Comparison, sentences: list[str], table: str, shared
 
 def _intervals(gaps: list[Difference]) -> str:
     count = sum(gap.estimate.low is not None for gap in gaps)
-    together = f' their intervals hold together with 95 % for all {count} comparisons that have one (Bonferroni); p: ' \
-               'paired t test, adjusted by Benjamini and Hochberg.' if count else ' none has an interval.'
+    together = f' their intervals are corrected for the {count} comparisons that have one (Bonferroni: 95 % for all ' \
+               'together); p: paired t test, adjusted by Benjamini and Hochberg.' if count else ' none has an interval.'
     return (f'Intervals of means: Student t, 95 %, over seeds; none of fewer than {MIN_SEEDS} seeds. Differences are '
             f'paired by seed;{together}')
 

@@ -218,10 +218,11 @@ def comparisons_in(
             comparison.control = _known_control(control or comparison.control, comparison.variants)
         return existing
     if len(runs) < len(comparisons):
-        raise UserError(f'--report: {runs[0]} is no comparison while others are; report on them one by one')
+        raise UserError(f'--report: {runs[0]} is not a comparison, but another one is; report on them one by one')
     for folder in runs:
         if not (folder / 'args.yaml').exists():
-            raise UserError(f'{folder}: holds neither a comparison (compare.json) nor a run of the trainer (args.yaml)')
+            raise UserError(f'{folder}: it contains neither a comparison (compare.json) nor a run of the trainer '
+                            '(args.yaml); check --report')
     comparison = _from_runs(runs, control, command)
     with FolderLock(output):
         write_comparison(output, comparison)
@@ -230,7 +231,8 @@ def comparisons_in(
 
 def _known_control(control: str, variants: list[str]) -> str:
     if control not in variants:
-        raise UserError(f'--control {control}: is not compared; choose one of {", ".join(variants)}')
+        raise UserError(f'--control {control}: it is not one of the compared variants; choose one of '
+                        f'{", ".join(variants)}')
     return control
 
 

@@ -142,8 +142,8 @@ def _check_class_sizes(labels: np.ndarray, names: list[str] | None, least: int) 
     counts = np.bincount(labels, minlength=len(names or ()))
     small = [c for c in np.unique(labels) if counts[c] < least]
     if small:
-        raise UserError(f'class {_name(small[0], names)}: has {counts[small[0]]} image'
-                        f'{"s" if counts[small[0]] != 1 else ""}, and the splits that are cut need {least} of each '
+        raise UserError(f'class {_name(small[0], names)}: has {counts[small[0]]} '
+                        f'image{"s" if counts[small[0]] != 1 else ""}, but cutting the splits needs {least} of each '
                         f'class{_more(small)}; add images or remove the class')
 
 

@@ -120,8 +120,8 @@ def _prepare(sweep: Sweep) -> tuple[dict[str, TrainConfig], Splits]:
     for name in sweep.configs:
         config, _ = three_way(sweep.configs[name])
         if not config.test_split:
-            raise UserError(f'variant {name}: the data have no test split, which whole trainings need; make a folder '
-                            f'test/, or name one with test_split')
+            raise UserError(f'variant {name}: the data have no test split, which a sweep needs; make a folder test/, '
+                            'or name one with test_split')
         if opened is None:
             opened = open_splits(config)
         sized = size_control(sweep, name, opened.num_classes)
@@ -129,7 +129,7 @@ def _prepare(sweep: Sweep) -> tuple[dict[str, TrainConfig], Splits]:
     assert opened is not None
     print(describe_splits(opened.named()), flush=True)
     if any(config.val_split_fraction for config in configs.values()):
-        opened.note += ' The validation images are cut anew by each seed, the same for every variant.'
+        opened.note += ' Each seed has other validation images, the same for every variant.'
     return configs, opened
 
 

@@ -122,7 +122,8 @@ def size_control(sweep: Sweep, name: str, num_classes: int) -> TrainConfig:
         with torch.device('meta'):
             head: Any = timm.create_model(like.model, num_classes=num_classes, **like.model_kwargs).attached_head
     except (TypeError, ValueError, AttributeError, RuntimeError) as e:
-        raise UserError(f'variant {name}: {like.model} cannot be sized ({" ".join(str(e).split())})') from e
+        raise UserError(f'variant {name}: the number of parameters of {like.model} is not known '
+                        f'({" ".join(str(e).split())})') from e
     width = equal_size_mlp_width(count_params(head), head.in_features, num_classes)
     return replace(config, model_kwargs={**config.model_kwargs, 'head_width': width})
 
@@ -130,7 +131,7 @@ def size_control(sweep: Sweep, name: str, num_classes: int) -> TrainConfig:
 def _options(path: Path, where: str, options: Any) -> dict[str, Any]:
     """Options checked as those of a config file."""
     if not isinstance(options, dict):
-        raise UserError(f'sweep {path}: {where} holds no options; write lines like "epochs: 3"')
+        raise UserError(f'sweep {path}: {where} has no options; write lines like "epochs: 3"')
     taken = [key for key in options if key in _OURS]
     if taken:
         raise UserError(f'sweep {path}: {where}: {taken[0]} is set for every run by the sweep; leave it out')
@@ -155,7 +156,7 @@ def _control_model(path: Path, variants: dict[str, Any], like: str) -> str:
     backbone, _, head = model.rpartition('_')
     if head not in HEADS or not timm_spinal.ensure_registered(model):
         raise UserError(f'sweep {path}: {CONTROL}={like} needs a variant {like} whose model is <timm model>_<head>; '
-                        f'{model or "it"} is none')
+                        f'{model or "the empty model"} is not of this form')
     return f'{backbone}_{CONTROL}'
 
 

@@ -192,8 +192,8 @@ def are_fractions(boxes: Sequence[Box]) -> bool:
     pixels = some & ~near
     if pixels.any() and fractions.sum() > FEW * some.sum():
         one, other = (boxes[int(kind.argmax())].where for kind in (fractions, pixels))
-        raise UserError(f'{one}: its box lies within 0 and 1, as fractions of the image do ({fractions.sum()} of '
-                        f'{len(boxes)} boxes), and {other} is in pixels; write all of them in pixels')
+        raise UserError(f'{one}: its box seems to be in fractions of the image, from 0 to 1 ({fractions.sum()} of '
+                        f'{len(boxes)} boxes), but {other} is in pixels; write all of them in pixels')
     return bool(fractions.any() and not pixels.any())
 
 
@@ -208,12 +208,12 @@ def check_images(name: str, entries: Sequence[Entry]) -> None:
         raise UserError(f'{name}: {len(missing)} of {len(entries)} images are missing, for instance '
                         f'{shown(str(missing[0]))}; check --data-dir')
     if not entries:
-        raise UserError(f'{name}: it has no images')
+        raise UserError(f'{name}: it has no images; check --data-dir and the annotations')
     first: dict[Path, Entry] = {}
     for entry in entries:
         if (other := first.setdefault(entry.file, entry)) is not entry:
-            raise UserError(f'{entry.where}: its image is {shown(str(entry.file))}, and so is that of {other.where}; '
-                            'join their annotations')
+            raise UserError(f'{entry.where}: its image {shown(str(entry.file))} is also that of {other.where}; merge '
+                            'their annotations')
 
 
 def label_of(name: str, class_names: list[str], where: str) -> int:
@@ -224,6 +224,6 @@ def label_of(name: str, class_names: list[str], where: str) -> int:
     """
     if name not in class_names:
         known = ', '.join(class_names[:8]) + (', ...' if len(class_names) > 8 else '')
-        raise UserError(f'{where}: unknown class {name!r}; the training split has {known or "none"}; call it one of '
-                        'these or add it there')
+        raise UserError(f'{where}: unknown class {name!r}; the training split has {known or "none"}; rename it to one '
+                        'of these, or add it to the training split')
     return class_names.index(name) + 1

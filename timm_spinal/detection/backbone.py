@@ -153,7 +153,8 @@ def freeze_layers(body: Any, trainable_layers: int) -> None:
         starts += own[:1]
     starts = sorted({0, *starts})
     if trainable_layers > len(starts):
-        raise UserError(f'trainable_layers {trainable_layers}: the backbone has {len(starts)}; give fewer')
+        raise UserError(f'trainable_layers {trainable_layers}: the backbone has only {len(starts)} layers; give at '
+                        f'most {len(starts)}')
     first = starts[len(starts) - trainable_layers] if trainable_layers else len(names)
     for parameter in list(body.parameters())[:first]:
         parameter.requires_grad_(False)

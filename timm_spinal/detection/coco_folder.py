@@ -71,18 +71,18 @@ def _read(path: Path) -> dict[str, list[tuple[str, Row]]]:
     wrong = 'is not in the format of COCO ({}); see https://cocodataset.org/#format-data'
     lists = dict(images=('id', 'file_name'), annotations=('image_id', 'category_id'), categories=('id', 'name'))
     if not isinstance(content, dict):
-        raise UserError(f'{path}: {wrong.format("it is no object with the keys " + ", ".join(lists))}')
+        raise UserError(f'{path}: {wrong.format("it is not an object with the keys " + ", ".join(lists))}')
     found = {}
     for key, needed in lists.items():
         if key not in content:
             raise UserError(f'{path}: {wrong.format(f"it has no {key!r}")}')
         rows = content[key] or []
         if not isinstance(rows, list):
-            raise UserError(f'{path}: {wrong.format(f"{key!r} is {short(rows)}, no list")}')
+            raise UserError(f'{path}: {wrong.format(f"{key!r} is {short(rows)}, not a list")}')
         found[key] = [(_where(path, key, place, row), row) for place, row in enumerate(rows)]
         for where, row in found[key]:
             if not isinstance(row, dict):
-                raise UserError(f'{where} {wrong.format(f"it is {short(row)}, no object")}')
+                raise UserError(f'{where} {wrong.format(f"it is {short(row)}, not an object")}')
             if missing := next((name for name in needed if name not in row), None):
                 raise UserError(f'{where} {wrong.format(f"an entry has no {missing!r}")}')
     return found
@@ -100,7 +100,8 @@ def _categories(rows: list[tuple[str, Row]]) -> dict[Id, str]:
     for where, row in rows:
         id, name = identity(row['id'], where), class_name(row['name'], where)
         if names.setdefault(id, name) != name:
-            raise UserError(f'{where}: is {names[id]!r} and {name!r}; give each category an id of its own')
+            raise UserError(f'{where}: its id stands for both {names[id]!r} and {name!r}; give each category its own '
+                            'id')
     return dict(sorted(names.items(), key=lambda item: (isinstance(item[0], str), item[0])))
 
 
@@ -113,7 +114,7 @@ def _images(rows: list[tuple[str, Row]], counts: Counts) -> dict[Id, tuple[str, 
             continue
         if first['file_name'] != row['file_name']:
             raise UserError(f'{where}: two images have the same id, {short(first["file_name"])} and '
-                            f'{short(row["file_name"])}; give each an id of its own')
+                            f'{short(row["file_name"])}; give each its own id')
         counts.repeated += 1
     return images
 
@@ -137,13 +138,13 @@ def _boxes(
         image = identity(row['image_id'], where, 'image id')
         if category not in names:
             known = ', '.join(map(str, list(names)[:8])) + (', ...' if len(names) > 8 else '')
-            raise UserError(f'{where}: unknown category id {short(row["category_id"])}; the file knows '
-                            f'{known or "none"}; list it among the categories or remove the annotation')
+            raise UserError(f'{where}: unknown category id {short(row["category_id"])}; the file has '
+                            f'{known or "none"}; add it to the categories or remove the annotation')
         if category not in labels:
             labels[category] = label_of(names[category], classes, f'{path}: category {category}')
         if image not in images:
-            raise UserError(f'{where}: is of image id {short(row["image_id"])}, which the file does not have; list it '
-                            'among the images or remove the annotation')
+            raise UserError(f'{where}: it is for image id {short(row["image_id"])}, which the file does not list; add '
+                            'it to the images or remove the annotation')
         crowd = flag(row.get('iscrowd'), where, 'iscrowd')
         yield image, Box(_corners(row, where, counts), labels[category], where, crowd, _area(row.get('area'), where))
 
@@ -156,7 +157,7 @@ def _corners(row: Row, where: str, counts: Counts) -> Corners:
     outline = row.get('segmentation')
     if not outline:
         raise UserError(f'{where}: its box is {short(row.get("bbox"))}, not four numbers, and it has no outline '
-                        'either; mend it')
+                        'either; correct it')
     counts.outlined += 1
     if isinstance(outline, list):
         return around(outline, where)
@@ -174,7 +175,7 @@ def _around_mask(outline: Any, where: str) -> Corners:
             raise ValueError(runs)
         x, y, width, height = mask.toBbox(outline).tolist()
     except Exception as e:  # pycocotools raises many kinds
-        raise UserError(f'{where}: it has no box, and its outline is no mask in run lengths; mend it') from e
+        raise UserError(f'{where}: it has no box, and its outline is not a run-length mask; correct it') from e
     return x, y, x + width, y + height
 
 
@@ -185,7 +186,7 @@ def _area(value: Any, where: str) -> float | None:
         if area < 0:
             raise ValueError('negative')
     except ValueError as e:
-        raise UserError(f'{where}: its area is {short(value)}, no number of pixels; mend it') from e
+        raise UserError(f'{where}: its area is {short(value)}, not a number of pixels; correct it') from e
     return area or None
 
 
@@ -193,7 +194,7 @@ def _file(where: str, row: Row, finder: FileFinder, counts: Counts) -> Path | No
     """The file of an image, or None."""
     name = row['file_name']
     if isinstance(name, bool) or not isinstance(name, (str, int)) or not str(name).strip():
-        raise UserError(f'{where}: its file_name is {short(name)}, no name of a file; mend it')
+        raise UserError(f'{where}: its file_name is {short(name)}, not a file name; correct it')
     file = finder.exact(str(name))
     if file is None and (file := finder.find(str(name), where)):
         counts.renamed += 1

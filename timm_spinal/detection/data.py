@@ -82,10 +82,10 @@ def read_image(record: Annotated, decode: Decoder) -> Image.Image:
         image = decode(open_image(record.file), lambda: name, (record.width, record.height))
     except UNREADABLE as e:
         reason = ' '.join(str(e).split()) or type(e).__name__
-        raise UnreadableImage(f'image {name} cannot be read ({reason}); mend or remove it') from e
+        raise UnreadableImage(f'image {name} cannot be read ({reason}); repair or remove it') from e
     if image.size != (record.width, record.height):
-        raise UnreadableImage(f'image {name} is {image.width}x{image.height}, and its annotations are of '
-                              f'{record.width}x{record.height}; mend one of them')
+        raise UnreadableImage(f'image {name} is {image.width}x{image.height}, but its annotations are for '
+                              f'{record.width}x{record.height}; correct one of them')
     return image
 
 

@@ -26,7 +26,7 @@ def image_size(file: Path, exif_transpose: bool = False) -> tuple[int, int]:
             return decoded_size(image, exif_transpose)
     except UNREADABLE as e:
         reason = ' '.join(str(e).split())
-        raise UserError(f'image {shown(str(file))} cannot be read ({reason}); mend or remove it') from e
+        raise UserError(f'image {shown(str(file))} cannot be read ({reason}); repair or remove it') from e
 
 
 class _Folder:

@@ -112,7 +112,8 @@ class Detection(Problem[DetectionConfig]):
         for split in self.splits.values():
             accelerator.print(split.describe())
         if not (self.config.pretrained_backbone or self.config.backbone_path) and model.options['frozen_bn']:
-            accelerator.print('warning: --frozen-bn: the BatchNorm of a backbone without weights stays as it was drawn')
+            accelerator.print('warning: --frozen-bn: the backbone has no pretrained weights, so its BatchNorm keeps '
+                              'its untrained state')
 
     def create_task(self, model: Any, accelerator: Accelerator, resuming: bool) -> DetectionTask:
         return DetectionTask(model, accelerator.device)

@@ -37,7 +37,7 @@ def save_detector(
 def load_detector(folder: str | Path) -> Any:
     """The detector that a run of ``timm-spinal train-detection`` left, in eval mode.
 
-    Its attribute ``class_names`` holds the name of label 1 at place 0.
+    Its attribute ``class_names`` has the name of label 1 at index 0.
 
     Raises:
         UserError: No such folder, none of a detector, or damaged weights.

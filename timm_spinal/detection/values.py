@@ -28,7 +28,7 @@ def number(value: Any) -> float:
         ValueError: It is neither, or is not finite.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError(f'{value!r} is no number')
+        raise ValueError(f'{value!r} is not a number')
     try:
         result = float(value)
     except OverflowError as e:
@@ -53,8 +53,8 @@ def four_numbers(values: Any, where: str) -> Corners:
         a, b, c, d = (number(value) for value in found)
     except (TypeError, ValueError) as e:
         if str(e) == 'not finite':
-            raise UserError(f'{where}: its box {short(values)} is not finite; mend it') from e
-        raise UserError(f'{where}: its box is {short(values)}, not four numbers; mend it') from e
+            raise UserError(f'{where}: its box {short(values)} is not finite; correct it') from e
+        raise UserError(f'{where}: its box is {short(values)}, not four numbers; correct it') from e
     return a, b, c, d
 
 
@@ -67,10 +67,10 @@ def around(outline: Any, where: str) -> Corners:
     try:
         flat = [number(value) for value in _flat(outline)]
     except ValueError as e:
-        raise UserError(f'{where}: its outline holds what is no finite number ({e}); mend it') from e
+        raise UserError(f'{where}: its outline contains something that is not a finite number ({e}); correct it') from e
     xs, ys = flat[0::2], flat[1::2]
     if len(flat) < 4 or len(xs) != len(ys):
-        raise UserError(f'{where}: its outline has {len(flat)} numbers, not x and y of two points or more; mend it')
+        raise UserError(f'{where}: its outline has {len(flat)} numbers, not x and y of at least two points; correct it')
     return min(xs), min(ys), max(xs), max(ys)
 
 
@@ -95,7 +95,7 @@ def identity(value: Any, where: str, what: str = 'id') -> int | float | str:
     if isinstance(value, str) and (text := value.strip()):
         whole = re.fullmatch(r'(-?(?:0|[1-9]\d{0,99}))(?:\.0+)?', text, re.ASCII)
         return int(whole[1]) if whole else text
-    raise UserError(f'{where}: its {what} is {short(value)}, neither a number nor a text; mend it')
+    raise UserError(f'{where}: its {what} is {short(value)}, neither a number nor a text; correct it')
 
 
 def class_name(value: Any, where: str) -> str:
@@ -108,7 +108,7 @@ def class_name(value: Any, where: str) -> str:
         value = str(value)
     if isinstance(value, str) and (name := ' '.join(unicodedata.normalize('NFC', value).split())):
         return name
-    raise UserError(f'{where}: its name is {short(value)}, and a class needs a name; mend it')
+    raise UserError(f'{where}: its name is {short(value)}, but a class needs a name; correct it')
 
 
 def flag(value: Any, where: str, what: str) -> bool:
@@ -125,7 +125,7 @@ def flag(value: Any, where: str, what: str) -> bool:
     try:
         return number(value) != 0
     except ValueError as e:
-        raise UserError(f'{where}: its {what} is {short(value)}, neither 0 nor 1; mend it') from e
+        raise UserError(f'{where}: its {what} is {short(value)}, neither 0 nor 1; correct it') from e
 
 
 def side(value: Any) -> int:
@@ -171,7 +171,7 @@ def read_json(path: Path) -> Any:
     except UnicodeDecodeError as e:
         raise UserError(f'{path}: cannot be read as JSON ({e}); save it as UTF-8') from e
     except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f'{path}: cannot be read as JSON ({" ".join(str(e).split())}); mend it') from e
+        raise UserError(f'{path}: cannot be read as JSON ({" ".join(str(e).split())}); correct it') from e
 
 
 def read_xml(path: Path) -> ElementTree.Element:
@@ -190,7 +190,7 @@ def read_xml(path: Path) -> ElementTree.Element:
     except LookupError as e:
         raise UserError(f'{path}: its first line names an encoding that is not known ({e}); name the right one') from e
     except (ElementTree.ParseError, ValueError) as e:
-        raise UserError(f'{path}: cannot be read as XML ({e}); mend it') from e
+        raise UserError(f'{path}: cannot be read as XML ({e}); correct it') from e
     for element in root.iter():
         element.tag = element.tag.rpartition('}')[2]
     return root

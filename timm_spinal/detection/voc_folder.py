@@ -88,7 +88,7 @@ def _image(images: FileFinder, name: str, tree: Element, where: str) -> Path | N
 def _name(element: Element, where: str) -> str:
     text = element.findtext('name')
     if text is None:
-        raise UserError(f'{where}: an object has no <name>; mend it')
+        raise UserError(f'{where}: an object has no <name>; add it')
     return class_name(text, where)
 
 

@@ -130,7 +130,7 @@ def _summary(publication: Publication, data: str) -> str:
     start = base_model(publication.args)
     origin = f', from the weights of [`{start}`]({hub_page(publication.args)})' if start else ''
     what = doc[0] if doc else 'An image classifier.'
-    return f'`{publication.architecture}`, {trained} timm_spinal{origin}. {what}'
+    return f'This is `{publication.architecture}`, {trained} timm_spinal{origin}. {what}'
 
 
 def _register_line(architecture: str) -> str:
@@ -172,14 +172,14 @@ def _results(publication: Publication, reference_runs: Table, data: str, dtype: 
         return '\n'.join(['No accuracy of exactly these weights was measured.', *before])
     if len(rows) > 1 or any(len(row.values) > 1 for row in rows):
         rounded = ', before they were rounded to float16' if dtype == 'fp16' else ''
-        lines += ['', f'Mean and standard deviation over the seeds, of the best weights of each run{rounded}; bold is '
-                  'what is published:', '', table(rows, reference_runs.metric, data)]
+        lines += ['', 'The table has means and standard deviations over seeds, of the best weights of each '
+                      f'run{rounded}. The published model is bold.', '', table(rows, reference_runs.metric, data)]
     if reference_runs.recipe:
-        lines += ['', f'The runs differ in their recipes too: {", ".join(reference_runs.recipe)}.']
+        lines += ['', f'The recipes of these runs also differ in: {", ".join(reference_runs.recipe)}.']
     if rows and len(rows[0].values) > 1:
         lines += ['', _which_seed(publication, rows[0])]
     if len(rows) == 1:
-        lines += ['', 'No other head and no MLP with as many parameters was run for comparison.']
+        lines += ['', 'There is no run of another head, or of an MLP with as many parameters, to compare with.']
     return '\n'.join(lines)
 
 
@@ -209,17 +209,16 @@ def _recipe(publication: Publication, on_hub: bool) -> str:
 def _limits(publication: Publication, options: PublishOptions, rows: list[ModelResults]) -> list[str]:
     pairs = any('exact' in score.accuracies for score in publication.scores)
     given = 'two' if pairs else 'one'
-    limits = [f'It knows {publication.config["num_classes"]} classes, and gives {given} of them to every image.',
-              'Measured on no other data than those above, and at no other image size.']
+    limits = [f'It knows {publication.config["num_classes"]} classes, and it assigns {given} of them to every image.',
+              'It was measured only on the data above, and only at this image size.']
     if publication.args is not None and publication.args.loss in CAPSULE_LOSSES:
-        limits.append(f'Trained by the {publication.args.loss} loss: its scores are lengths of capsules, and their '
-                      'softmax '
-                      'is no probability.')
+        limits.append(f'It was trained with the {publication.args.loss} loss: its scores are lengths of capsules, and '
+                      'their softmax is not a probability.')
     if publication.scores and all(score.chosen_on for score in publication.scores):
-        limits.append('The split that was measured has chosen the epoch, so its accuracy is too high by an unknown '
+        limits.append('The epoch was chosen on the split that was measured, so the accuracy is too high by an unknown '
                       'amount.')
     if rows and len(rows[0].values) == 1:
-        limits.append('One seed: there is no spread to judge differences by.')
+        limits.append('There is only one seed, so the spread over seeds is not known.')
     if options.weights != 'best':
         limits.append(f'These are the {options.weights} weights of the last checkpoint, not those of the best epoch.')
     if options.dtype == 'fp16':

@@ -27,10 +27,11 @@ def check_card(text: str) -> ModelCardData:
     check_licence(metadata.get('license'), metadata.get('license_name'))
     for key, wanted in (('library_name', 'timm'), ('pipeline_tag', TASK)):
         if metadata.get(key) != wanted:
-            raise UserError(f'card: {key} is {metadata.get(key)!r}; it must be {wanted}, by which the Hub finds it')
+            raise UserError(f'card: {key} is {metadata.get(key)!r}; it must be {wanted}, or the Hub does not find the '
+                            'model')
     tags = metadata.get('tags')
     if not isinstance(tags, list) or not {'timm', 'timm-spinal'} <= set(tags):
-        raise UserError(f'card: tags are {tags!r}; they need timm and timm-spinal')
+        raise UserError(f'card: tags are {tags!r}; they must contain timm and timm-spinal')
     for key in ('datasets', 'base_model'):
         names = metadata.get(key) or []
         for name in names if isinstance(names, list) else [names]:
@@ -38,26 +39,27 @@ def check_card(text: str) -> ModelCardData:
     data = _check_results(metadata)
     missing = [part for part in PARTS if f'\n{part}\n' not in text]
     if missing:
-        raise UserError(f'card: has no part {missing[0]!r}; write it again with timm-spinal publish')
+        raise UserError(f'card: it has no section {missing[0]!r}; write it again with timm-spinal publish')
     block = re.search(r'```python\n(.*?)```', text, re.DOTALL)
     if not block or not block[1].startswith('import timm_spinal'):
         raise UserError('card: its first code block does not begin with "import timm_spinal", without which timm does '
                         'not know the model')
     if '```bibtex' not in text:
-        raise UserError('card: has no citation; write it again with timm-spinal publish')
+        raise UserError('card: it has no citation; write it again with timm-spinal publish')
     return data
 
 
 def _read_metadata(text: str) -> dict[str, Any]:
     found = re.match(r'---\n(.*?)\n---\n', text, re.DOTALL)
     if not found:
-        raise UserError('card: has no metadata between --- lines at its start; write it again with timm-spinal publish')
+        raise UserError('card: it has no metadata between --- lines at its start; write it again with timm-spinal '
+                        'publish')
     try:
         metadata = yaml.safe_load(found[1])
     except yaml.YAMLError as e:
-        raise UserError(f'card: its metadata are no YAML ({" ".join(str(e).split())[:150]})') from e
+        raise UserError(f'card: its metadata are not valid YAML ({" ".join(str(e).split())[:150]})') from e
     if not isinstance(metadata, dict):
-        raise UserError('card: its metadata are no mapping; write it again with timm-spinal publish')
+        raise UserError('card: its metadata are not keys and values; write it again with timm-spinal publish')
     return metadata
 
 
@@ -71,11 +73,12 @@ def _check_results(metadata: dict[str, Any]) -> ModelCardData:
     if index is None:
         return data
     if eval_results_to_model_index(data.model_name or '', data.eval_results or []) != index:
-        raise UserError('card: model-index does not survive the Hub\'s format; write it again with timm-spinal publish')
+        raise UserError('card: model-index changes when the Hub\'s library reads it; write it again with timm-spinal '
+                        'publish')
     for result in data.eval_results or []:
         value = result.metric_value
         if not isinstance(value, (int, float)) or not math.isfinite(value) or not 0 <= value <= 1:
             raise UserError(f'card: {result.metric_name} is {value!r}; an accuracy lies between 0 and 1')
     if not metadata.get('metrics'):
-        raise UserError('card: has results, and no metrics to name them; add metrics: [accuracy]')
+        raise UserError('card: it has results but no list of metrics; add metrics: [accuracy]')
     return data

@@ -3,13 +3,13 @@
     timm-spinal publish runs/my_run --repo me/resnet50_pspinal.pets              weights, config, card, curves, recipe
     timm-spinal publish runs/my_run --repo me/... --dry-run --output folder      the same on disk, nothing is sent
     timm-spinal publish runs/my_run --repo me/... --beside 'runs/other_*'        with other runs in the card's table
-    timm-spinal publish runs/my_run --repo me/... --beside output/compare/mine   with the comparison that has it
+    timm-spinal publish runs/my_run --repo me/... --beside output/compare/mine   with the comparison it belongs to
     timm-spinal publish runs/my_run --repo me/... --branch next                 the card loads hf-hub:me/...@next
     timm-spinal publish runs/my_run --local fashion_mnist                       into this package's source, if small
 
 It is one commit. Before it, the weights are loaded back and the card is checked; after it, everything is downloaded
-into an empty cache and compared to the bit. Publishing the same run again changes nothing. The token is the one of
-`hf auth login` or HF_TOKEN. A licence that has no id on the Hub is given by --license other, --license-name and
+into an empty cache and compared byte by byte. Publishing the same run again changes nothing. The token is that of
+`hf auth login` or HF_TOKEN. For a licence that has no id on the Hub, give --license other, --license-name and
 --license-link. Weights in float16 are measured again on the data of the run, and the card has their accuracy.
 """
 import argparse
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.dry_run:
             output = args.output or args.run / 'hub'
             keep(package.folder, output)
-            print(f'{options.repo}: checked, nothing sent; it is in {output}')
+            print(f'{options.repo}: checked; nothing was sent, and the files are in {output}')
             return 0
         published = publish(package, options, f'{publication.architecture} from timm_spinal')
     print(published.line)
@@ -62,7 +62,7 @@ def _parser() -> Parser:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument('--repo', default='', metavar='OWNER/NAME', help='repository on the Hub')
     where.add_argument('--local', default='', metavar='TAG',
-                       help='make it ARCH.TAG inside the source tree of this package')
+                       help='write the weights as ARCH.TAG into the source tree of this package')
     parser.add_argument('--card-only', action='store_true',
                         help='with --local: only the card, which says that the weights are not published yet')
     parser.add_argument('--dry-run', action='store_true', help='make and check the folder, send nothing')
@@ -71,11 +71,11 @@ def _parser() -> Parser:
                         help='licence of the weights, an id of the Hub such as apache-2.0; not given: that of the '
                         'weights which training started from')
     parser.add_argument('--license-name', default='', metavar='NAME', dest='licence_name',
-                        help='name of a licence that has no id there, with --license other')
+                        help='name of a licence that has no id on the Hub, with --license other')
     parser.add_argument('--license-link', default='', metavar='URL', dest='licence_link',
                         help='address of the text of such a licence, or LICENSE, a file of RUN that is published too')
-    parser.add_argument('--private', action='store_true', help='a private repository')
-    parser.add_argument('--branch', default='', help='commit to this branch, made from main if it is not there')
+    parser.add_argument('--private', action='store_true', help='make the repository private')
+    parser.add_argument('--branch', default='', help='commit to this branch, which is made from main if needed')
     parser.add_argument('--pull-request', action='store_true', help='open a pull request on main')
     parser.add_argument('--tag', default='', help='git tag for the commit')
     parser.add_argument('--weights', choices=WEIGHTS, default='best',
@@ -84,12 +84,12 @@ def _parser() -> Parser:
     parser.add_argument('--data-dir', default='', metavar='DIR',
                         help='where the data of the run are now; fp16 weights are measured on them for the card')
     parser.add_argument('--dataset-id', default='', metavar='OWNER/NAME',
-                        help='name of the data set on the Hub, where the run does not tell')
+                        help='name of the data set on the Hub, if the run does not name it')
     parser.add_argument('--dataset-name', default='', metavar='TEXT',
                         help='what the card calls the data set; not given: its source, or the name of its folder')
     parser.add_argument('--beside', nargs='+', default=[], metavar='RUN',
-                        help='other runs on the same data for the table of results: seeds, controls; or wildcards, or '
-                        'the folder of timm-spinal compare that holds this run')
+                        help='other runs on the same data for the table of results, such as seeds and controls: '
+                             'folders, wildcards, or the folder of timm-spinal compare that contains this run')
     return parser
 
 
@@ -102,9 +102,10 @@ def _options(args: argparse.Namespace) -> PublishOptions:
         raise UserError('--card-only: works only with --local; add --local, or use --dry-run, which writes a card '
                         'to the disk')
     if args.output and not args.dry_run:
-        raise UserError(f'--output {args.output}: belongs to --dry-run; add it, or leave --output out')
+        raise UserError(f'--output {args.output}: only --dry-run uses it; add --dry-run, or leave --output out')
     if args.data_dir and args.dtype != 'fp16':
-        raise UserError(f'--data-dir {args.data_dir}: is read to measure --dtype fp16; add it, or leave --data-dir out')
+        raise UserError(f'--data-dir {args.data_dir}: it is used only to measure --dtype fp16 weights; add --dtype '
+                        'fp16, or leave --data-dir out')
     names = PublishOptions.__dataclass_fields__
     return PublishOptions(**{**{k: v for k, v in vars(args).items() if k in names}, 'beside': tuple(args.beside)})
 

@@ -77,7 +77,7 @@ def pull_request(push: Push) -> str:
         discussions = list(push.api.get_repo_discussions(push.repo))
         for ref in pull_request_refs(push, discussions):
             if holds(push, ref):
-                push.say(f'{push.repo}: {ref} holds exactly this')
+                push.say(f'{push.repo}: {ref} has exactly these files already')
                 return ref
         number = 1 + max((d.num for d in discussions), default=0)
         push.package.address(hub_name(push.repo, f'refs/pr/{number}'))

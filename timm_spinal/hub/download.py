@@ -27,7 +27,7 @@ def download(repo: str, commit: str, names: list[str], cache: Path, say: Say) ->
 
 
 def check_download(repo: str, commit: str, package: Path, say: Say) -> None:
-    """Download a commit into an empty cache, load it, and compare with the package to the bit.
+    """Download a commit into an empty cache, load it, and compare it with the package byte by byte.
 
     Raises:
         UserError: Something differs.
@@ -41,4 +41,4 @@ def check_download(repo: str, commit: str, package: Path, say: Say) -> None:
                                 'publish again, and if it stays so, tell the Hub')
         check_package(folder, repo)
         check_same_weights(load_package(folder, repo), load_file(package / WEIGHTS), repo)
-    say(f'{repo}: downloaded again, and the same to the bit')
+    say(f'{repo}: downloaded again, and identical')

@@ -47,7 +47,7 @@ def compare_golden(model: nn.Module, golden: dict[str, torch.Tensor], name: str)
         UserError: A tensor has another shape or differs by more than ``TOLERANCE``.
     """
     if 'input' not in golden or 'logits' not in golden:
-        raise UserError(f'{name}: {GOLDEN} holds no input and logits; publish it again with timm-spinal publish')
+        raise UserError(f'{name}: {GOLDEN} contains no input and logits; publish it again with timm-spinal publish')
     found = _outputs(model, golden['input'])
     worst = 0.
     for key, expected in golden.items():
@@ -56,8 +56,8 @@ def compare_golden(model: nn.Module, golden: dict[str, torch.Tensor], name: str)
         value = found.get(key)
         if value is None or value.shape != expected.shape:
             shape = 'none' if value is None else tuple(value.shape)
-            raise UserError(f'{name}: {key} has shape {shape}, {GOLDEN} {tuple(expected.shape)}: these are not the '
-                            'weights or the code that it was published with')
+            raise UserError(f'{name}: {key} has shape {shape}, but {tuple(expected.shape)} in {GOLDEN}: these are not '
+                            'the weights or the code that it was published with')
         difference = ((value - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
         if not difference <= TOLERANCE:
             raise UserError(f'{name}: {key} differs from {GOLDEN} by {difference:.1e} of its greatest value (at most '

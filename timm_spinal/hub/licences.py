@@ -60,11 +60,11 @@ def choose_licence(asked: Licence, of_start: str | None = None, page: str = '', 
     if asked.id:
         return _check_asked(asked, flag)
     if asked.name or asked.link:
-        raise UserError(f'{flag}-name and {flag}-link belong to {flag} other; add it, or leave them out')
+        raise UserError(f'{flag}-name and {flag}-link only go with {flag} other; add it, or leave them out')
     if not of_start or of_start.lower() in ('unknown', OTHER):
-        none = f'say {of_start!r}' if of_start else 'name none'
-        raise UserError(f'card: no licence, and the weights it started from {none}; choose one with {flag}, for '
-                        f'instance {flag} apache-2.0')
+        none = f'have {of_start!r}' if of_start else 'have none'
+        raise UserError(f'card: no licence is given, and the weights that training started from {none}; choose one '
+                        f'with {flag}, for instance {flag} apache-2.0')
     known = of_start.lower() in LICENCES
     return Licence(of_start.lower()) if known else Licence(OTHER, of_start, page)
 
@@ -72,10 +72,10 @@ def choose_licence(asked: Licence, of_start: str | None = None, page: str = '', 
 def _check_asked(asked: Licence, flag: str) -> Licence:
     licence = asked._replace(id=check_licence(asked.id.lower(), asked.name, flag))
     if licence.id != OTHER and (licence.name or licence.link):
-        raise UserError(f'{flag} {licence.id}: is an id of the Hub, which knows its name and text; leave out '
+        raise UserError(f'{flag} {licence.id}: it is a licence id of the Hub, which knows its name and text; leave out '
                         f'{flag}-name and {flag}-link, or give {flag} other')
     if licence.link and not licence.file and not re.fullmatch(r'https?://\S+', licence.link):
-        raise UserError(f'{flag}-link {licence.link}: is no address; write it as https://..., or as '
+        raise UserError(f'{flag}-link {licence.link}: it is not an address; write it as https://..., or as '
                         f'{" or ".join(_IN_THE_REPOSITORY)} for that file of the run folder, which is published too')
     return licence
 
@@ -92,13 +92,13 @@ def check_licence(licence: str | None, name: str | None = '', flag: str = '--lic
         UserError: None is given, the Hub does not know it, or it is 'other' and there is no name.
     """
     if not licence:
-        raise UserError(f'card: no licence; choose one with {flag}, for instance {flag} apache-2.0')
+        raise UserError(f'card: no licence is given; choose one with {flag}, for instance {flag} apache-2.0')
     if licence not in LICENCES:
         near = difflib.get_close_matches(licence, LICENCES, n=1, cutoff=0.5)
         hint = f'did you mean {near[0]}?' if near else 'see hf.co/docs/hub/repositories-licenses.'
-        raise UserError(f'card: licence {licence!r} is no id of the Hub; {hint} A licence without id is published by '
-                        f'{flag} other {flag}-name {licence} {flag}-link ADDRESS')
+        raise UserError(f'card: licence {licence!r} is not a licence id of the Hub; {hint} For a licence without id, '
+                        f'give {flag} other {flag}-name {licence} {flag}-link ADDRESS')
     if licence == OTHER and not name:
-        raise UserError(f"card: licence 'other' tells users nothing without a name; add {flag}-name, and "
+        raise UserError(f"card: licence 'other' needs a name; add {flag}-name, and "
                         f'{flag}-link with the address of its text')
     return licence

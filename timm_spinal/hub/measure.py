@@ -61,7 +61,7 @@ def evaluation(recipe: TrainConfig, folder: Path, where: Any, test: bool | None 
 
 
 def measure(publication: Publication, folder: Path, data_dir: str = '') -> list[Score]:
-    """The scores of a source, measured anew with the weights of a package.
+    """The scores of a source, measured again with the weights of a package.
 
     Args:
         publication: Whose run says on which splits, and has the data options.

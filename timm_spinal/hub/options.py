@@ -61,8 +61,8 @@ def check_repo_name(repo: str, flag: str = '--repo') -> None:
         if not repo:
             raise HFValidationError('empty')
     except HFValidationError as e:
-        raise UserError(f"{flag} {repo!r}: is no repository name; write it as owner/name, with letters, digits, '-', "
-                        "'_' and '.'") from e
+        raise UserError(f"{flag} {repo!r}: it is not a repository name; write it as owner/name, with letters, digits, "
+                        "'-', '_' and '.'") from e
 
 
 @dataclass

@@ -127,9 +127,8 @@ def _with_true_scores(publication: Publication, options: PublishOptions, folder:
     try:
         return replace(publication, scores=measure(publication, folder, options.data_dir))
     except UserError as e:
-        say(f'{publication.architecture}: the card names no accuracy of the float16 weights, which could not be '
-            'measured '
-            f'({e}); --data-dir says where the data are')
+        say(f'{publication.architecture}: the card has no accuracy of the float16 weights, because they could not be '
+            f'measured ({e}); give the data with --data-dir')
         return replace(publication, scores=[], before=publication.scores)
 
 
@@ -139,8 +138,8 @@ def _copy_licence(publication: Publication, licence: Licence, folder: Path) -> N
         return
     text = (publication.folder or Path()) / licence.file
     if not text.is_file():
-        raise UserError(f'--license-link {licence.file}: {text} is no file; put the text of the licence there, or give '
-                        'its address')
+        raise UserError(f'--license-link {licence.file}: {text} is not a file; put the text of the licence there, or '
+                        'give its address')
     shutil.copyfile(text, folder / licence.file)
 
 
@@ -208,7 +207,8 @@ def keep(folder: Path, output: Path) -> None:
         UserError: There is something else, or the disk refuses.
     """
     if output.exists() and not (output.is_dir() and (not any(output.iterdir()) or (output / CARD).is_file())):
-        raise UserError(f'--output {output}: exists, and timm-spinal publish did not write it; choose another folder')
+        raise UserError(f'--output {output}: it exists, and timm-spinal publish did not write it; choose another '
+                        'folder')
     temp = output.with_name(f'.{output.name}.tmp')
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

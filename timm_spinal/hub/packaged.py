@@ -45,14 +45,15 @@ def install(publication: Publication, options: PublishOptions, tag: str, root: P
     if not (root / 'pyproject.toml').is_file():
         raise UserError(f'--local: {root} is not a clone of the repository; install one with pip install -e .')
     if not tag.isidentifier() or tag.startswith(TAG_PREFIX):
-        raise UserError(f'--local {tag!r}: is no tag; use letters, digits and _, and not {TAG_PREFIX!r} in front, '
-                        'which means weights of a backbone alone')
+        raise UserError(f'--local {tag!r}: it is not a valid tag; use letters, digits and _, and not {TAG_PREFIX!r} in '
+                        'front, which means weights of a backbone alone')
     if publication.args is None:
-        raise UserError('--local: needs a run folder, whose recipe can be repeated')
+        raise UserError('--local: give a run folder of the trainer, because the card needs its recipe')
     name = f'{publication.architecture}.{tag}'
     folder = root / 'timm_spinal' / 'weights'
     if options.card_only and (folder / f'{name}.safetensors').exists():
-        raise UserError(f'--card-only: the weights of {name} are in the package; leave it out, or choose another tag')
+        raise UserError(f'--card-only: the weights of {name} are in the package already; leave --card-only out, or '
+                        'choose another tag')
     with tempfile.TemporaryDirectory(prefix='timm_spinal_hub_') as temp:
         package = Path(temp) / 'package'
         build_package(publication, options, package, name, 'local-dir:RUN' if options.card_only else name)

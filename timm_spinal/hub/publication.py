@@ -66,8 +66,8 @@ def open_model(model: nn.Module, class_names: list[str] | None = None) -> Public
         UserError: It is no timm model, or an option of it cannot be written to config.json.
     """
     if not getattr(model, 'pretrained_cfg', {}).get('architecture'):
-        raise UserError(f'{type(model).__name__}: is no model of timm.create_model, so nothing could load it; publish '
-                        'one that is')
+        raise UserError(f'{type(model).__name__}: timm.create_model did not make this model, so nothing could load it; '
+                        'publish one that it made')
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / CONFIG
         try:
@@ -94,15 +94,15 @@ def open_run(folder: Path, weights: str = 'best', result: dict[str, Any] | None 
         return _open_weights(folder, weights)
     args = _read_args(folder)
     if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
-        raise UserError(f'{folder}: holds no best checkpoint ({WEIGHTS} with {CONFIG}); the run has had no finite '
-                        'evaluation yet: continue with --resume')
+        raise UserError(f'{folder}: it contains no best checkpoint ({WEIGHTS} with {CONFIG}); the run has had no '
+                        'finite evaluation yet: continue with --resume')
     config = _read_config(folder)
     if result is None:
         result = read_result(folder)
         if result is None:
             raise UserError(f'{folder}: the run has not ended (no result.json); continue with --resume')
         if result.get('train_size') is None or result.get('params') is None:
-            raise UserError(f'{folder / "result.json"}: says nothing of the training; restore it, or train again')
+            raise UserError(f'{folder / "result.json"}: it has no results of the training; restore it, or train again')
     files = {name: folder / name for name in ('summary.csv', 'curves.png') if (folder / name).is_file()}
     if weights == 'best':
         scores = scores_of(args, result)
@@ -115,10 +115,11 @@ def _open_weights(folder: Path, weights: str) -> Publication:
     """Weights without a run: nothing is known of how they were made."""
     of_a_run = any((folder / name).exists() for name in ('result.json', 'summary.csv', 'last'))
     if of_a_run or not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
-        raise UserError(f'{folder}: is no run folder (no args.yaml in it); give the folder that the trainer named')
+        raise UserError(f'{folder}: it is not a run folder (no args.yaml in it); give the folder that the trainer '
+                        'printed')
     if weights != 'best':
-        raise UserError(f'--weights {weights}: {folder} is no run folder (no args.yaml in it) and has one form of its '
-                        'weights; leave --weights out')
+        raise UserError(f'--weights {weights}: {folder} is not a run folder (no args.yaml in it) and has only one set '
+                        'of weights; leave --weights out')
     return Publication(_read_weights(folder / WEIGHTS), _read_config(folder), folder=folder)
 
 
@@ -154,7 +155,7 @@ def _last_checkpoint(
     """The state dict of the newest checkpoint, and its accuracy if it was written at the end of an epoch."""
     found = find_checkpoints(folder / 'last')
     if not found:
-        raise UserError(f'{folder}: holds no checkpoint under last/; publish the best weights with --weights best')
+        raise UserError(f'{folder}: it has no checkpoint under last/; publish the best weights with --weights best')
     candidate = open_candidate(ValidateConfig(checkpoint=str(found[0]), use_ema=ema), str(found[0]))
     assert candidate.file is not None
     progress = read_state(found[0])['progress']

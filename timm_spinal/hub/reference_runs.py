@@ -143,7 +143,7 @@ def _folders(patterns: tuple[str, ...]) -> list[Path]:
     for pattern in patterns:
         matches = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
         if not matches:
-            raise UserError(f'--beside {pattern}: nothing there matches')
+            raise UserError(f'--beside {pattern}: no folder matches it; check the path')
         folders += [Path(f) for f in matches]
     return folders
 
@@ -151,7 +151,7 @@ def _folders(patterns: tuple[str, ...]) -> list[Path]:
 def _read_run(folder: Path) -> _Run:
     for name in ('args.yaml', 'result.json'):
         if not (folder / name).is_file():
-            raise UserError(f'--beside {folder}: is no finished run (no {name}); leave it out')
+            raise UserError(f'--beside {folder}: it is not a finished run (it has no {name}); leave it out')
     args = TrainConfig(**with_defaults(load_yaml(folder / 'args.yaml')))
     return _Run(shared_options(args), read_result(folder) or {})
 

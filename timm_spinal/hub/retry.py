@@ -74,7 +74,7 @@ def _odd_answer(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         title = re.search(r'<title[^>]*>(.*?)</title>', error.doc, re.DOTALL | re.IGNORECASE)
         came = f'the page {one_line(title[1], 60)!r}' if title else repr(one_line(error.doc, 60))
-        return f'{came} came in place of an answer of the Hub; a proxy or a login page may stand between'
+        return f'{came} came instead of an answer of the Hub; a proxy or a login page may be in between'
     if isinstance(error, (KeyError, IndexError, TypeError, AttributeError)):
         return f'the Hub gave an answer that its client cannot read ({type(error).__name__}: {one_line(error)})'
     return one_line(error)

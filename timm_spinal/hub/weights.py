@@ -24,11 +24,11 @@ def published_weights(state_dict: Mapping[str, torch.Tensor], dtype: str, name: 
         value = value.detach().cpu()
         if value.is_floating_point():
             if not value.isfinite().all():
-                raise UserError(f'{name}: {key} holds NaN or infinite values; publish another checkpoint, or train '
-                                'with a lower --lr')
+                raise UserError(f'{name}: {key} has NaN or infinite values; publish another checkpoint, or train with '
+                                'a lower --lr')
             value = value.to(wanted)
             if not value.isfinite().all():
-                raise UserError(f'{name}: {key} holds values beyond the range of float16; publish it with --dtype fp32')
+                raise UserError(f'{name}: {key} has values beyond the range of float16; publish it with --dtype fp32')
         out[key] = value.clone(memory_format=torch.contiguous_format)
     return out
 
@@ -45,5 +45,5 @@ def check_not_tied(model: nn.Module, name: str) -> None:
         if value.numel() and place:
             if place in seen:
                 raise UserError(f'{name}: {seen[place]} and {key} are one tensor under two names, which safetensors '
-                                'cannot hold; register it once in the model')
+                                'cannot store; register it once in the model')
             seen[place] = key

@@ -84,7 +84,7 @@ class CapsuleHead(ClassifierHead):
         dropout: Dropout rate behind the routing.
         pool_first: Order of pooling in the primary block; False for the authors' order, which costs more.
         logit_scale: Learn a scale and a shift of the lengths.
-        norm_momentum: Momentum of the head's BNs. The authors' 0.01 wants some hundred steps before evaluation.
+        norm_momentum: Momentum of the head's BNs. The authors' 0.01 needs some hundred steps before an evaluation.
         norm_eps: Epsilon of the head's BNs; that of the class capsules is smaller above ten classes.
         memory: 'auto', 'whole' or 'lean', see :class:`CapsuleRouting`.
         packed: Make the capsule layer of XnODR or XnIDR a :class:`PackedRouting`, to load packed weights into.
@@ -213,7 +213,7 @@ class CapsuleHead(ClassifierHead):
         Args:
             num_classes: Number of classes, 0 for none.
             reset_other: Drop the capsules too, leaving a linear classifier on the averaged map.
-            in_features: New channels. The primary block is made anew where they differ.
+            in_features: New channels. If they differ, the primary block is created again.
         """
         self.check_classes(num_classes, reset_other)
         self.plain = self.plain or reset_other
@@ -234,14 +234,14 @@ class CapsuleHead(ClassifierHead):
 
 
 class XnodrHead(CapsuleHead):
-    """XnODR, xnorized projector outside dynamic routing: u_hat = (sgn x)(sgn W) K_x alpha_W; else as CapsuleHead."""
+    """XnODR, binary projector outside dynamic routing: u_hat = (sgn x)(sgn W) K_x alpha_W; else as CapsuleHead."""
 
     xnor_projector = True
     paper = '2111.10854'
 
 
 class XnidrHead(CapsuleHead):
-    """XnIDR, xnorized agreement inside dynamic routing: l += <sgn u_hat, sgn v> K_u K_v; else as CapsuleHead."""
+    """XnIDR, binary agreement inside dynamic routing: l += <sgn u_hat, sgn v> K_u K_v; else as CapsuleHead."""
 
     xnor_agreement = True
     paper = '2111.10854'

@@ -52,7 +52,7 @@ def route_lean(
         xnor_agreement: bool,
         chunk: int,
 ) -> torch.Tensor:
-    """Routing that makes the predictions of ``chunk`` classes at a time, in every iteration anew, and keeps none.
+    """Routing that makes the predictions of ``chunk`` classes at a time, again in every iteration, and stores none.
 
     Given the coupling coefficients, the classes do not depend on one another. What is kept is logits and coupling,
     (B, N, J) each; the backward pass makes each chunk's predictions once more.
@@ -224,8 +224,8 @@ class CapsuleRouting(nn.Module):
         num_classes: Number J of class capsules, at least 2.
         class_dim: Their dimension D.
         iterations: Number r of routing iterations.
-        xnor_projector: Xnorize x and W (XnODR).
-        xnor_agreement: Xnorize u_hat and v in the agreement (XnIDR).
+        xnor_projector: Binarise x and W (XnODR).
+        xnor_agreement: Binarise u_hat and v in the agreement (XnIDR).
         memory: 'whole' keeps the predictions (B, N, J, D); 'lean' makes them in chunks of classes, again in the
             backward pass, and keeps (B, N, J); 'auto' is lean above 2 ** 24 predictions. Both give the same.
             In compiled and exported models 'auto' decides as for a batch of 32.

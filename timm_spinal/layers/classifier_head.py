@@ -90,8 +90,8 @@ class ClassifierHead(nn.Module):
         **options: Options of the hidden layers.
 
     Attributes:
-        hidden_layers: Makes the hidden layers from (in_features, device=, dtype=, **options). The module tells its
-            ``out_features`` and, if it has one, the ``dropout`` rate in front of the linear behind it.
+        hidden_layers: Makes the hidden layers from (in_features, device=, dtype=, **options). The module has
+            ``out_features`` and, if needed, ``dropout``, the rate in front of the linear behind it.
         needs_feature_map: Whether the input is the feature map and not the pooled vector.
         per_class_modules: Submodules whose shape depends on the number of classes.
         paper: arXiv number of the paper, '' for none.
@@ -142,7 +142,7 @@ class ClassifierHead(nn.Module):
 
     @torch.jit.ignore
     def postpone_hidden(self) -> None:
-        """Take the hidden layers out, until a reset to one class or more makes them anew."""
+        """Take the hidden layers out, until a reset to one class or more creates them again."""
         self.hidden = nn.Identity()
         self.hidden_size = self.in_features
 
@@ -160,7 +160,7 @@ class ClassifierHead(nn.Module):
         Args:
             num_classes: Number of classes of the new linear, 0 for none.
             reset_other: Drop the hidden layers too, leaving a plain linear classifier.
-            in_features: New input width. The hidden layers are made anew where it differs.
+            in_features: New input width. If it differs, the hidden layers are created again.
         """
         dd = get_device_dtype(self, device=device, dtype=dtype)
         if reset_other:

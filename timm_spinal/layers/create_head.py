@@ -127,7 +127,7 @@ def create_head(
         head: A row of ``HEADS``.
         in_features: Width F of the pooled vector, or channels of the map.
         num_classes: Number of classes C, 0 for none.
-        preset: Name of a row of ``HEAD_PRESETS[head]``; explicit options win over it.
+        preset: Name of a row of ``HEAD_PRESETS[head]``; explicit options override it.
         input_fmt: Format of the map, 'NCHW' or 'NHWC'; heads that read a vector do not look at it.
         **options: The head's own options, see :func:`head_options`.
 

@@ -30,7 +30,7 @@ def check_ic_options(ic_mode: str = 'filter', ic_scale: str = 'mean', ic_norm: s
         if value not in IC_CHOICES[name]:
             raise ValueError(f'ic_{name} {value!r} is unknown; it is one of {", ".join(map(repr, IC_CHOICES[name]))}.')
     if isinstance(ic_init, bool) or not isinstance(ic_init, (int, float)) or not abs(ic_init) < float('inf'):
-        raise ValueError(f'ic_init {ic_init!r} is no finite number.')
+        raise ValueError(f'ic_init {ic_init!r} is not a finite number.')
 
 
 def box_mean(
@@ -216,7 +216,7 @@ class ICConv2d(nn.Conv2d):
 
     @torch.jit.ignore
     def reset_added_parameters(self) -> None:
-        """Start the collision anew; ``weight`` and ``bias`` stay."""
+        """Reset the parameters of the collision; ``weight`` and ``bias`` stay."""
         nn.init.constant_(self.ic_weight, self.ic_init)
         if self.ic_bias is not None:
             nn.init.zeros_(self.ic_bias)

@@ -41,7 +41,7 @@ class PackedXnodr(PackedRouting):
     """XnODR with a bit for each weight, ``bits`` (N, ceil(d / 8), J, D), and alpha as ``scale`` (N, J, D).
 
     That is 6.4 times less than the float weights with d = 8; not 32 times, since there is an alpha for 8 weights.
-    Predictions are made by XOR and popcount, in every iteration anew, and are not kept.
+    Predictions are computed with XOR and popcount, again in every iteration, and are not stored.
     """
 
     def __init__(self, routing: CapsuleRouting):
@@ -69,15 +69,15 @@ def pack_routing(routing: CapsuleRouting) -> PackedRouting:
     """The packed form of an XnODR or XnIDR layer.
 
     Raises:
-        ValueError: A layer without xnorized product, or with two.
+        ValueError: A layer without binary product, or with two.
     """
     if routing.xnor_projector == routing.xnor_agreement:
-        raise ValueError("Only a layer with one xnorized product can be packed; use the head 'xnodr' or 'xnidr'.")
+        raise ValueError("Only a layer with one binarised product can be packed; use the head 'xnodr' or 'xnidr'.")
     return PackedXnodr(routing) if routing.xnor_projector else PackedXnidr(routing)
 
 
 def xnor_implementation(model: nn.Module) -> Dict[str, str]:
-    """What computes the xnorized products of a model where it is now.
+    """What computes the binary products of a model on its present device.
 
     Returns:
         ``{'xnor': name}``, the name 'c-avx2', 'c-neon', 'c-portable' or 'torch', which float layers always use; empty

@@ -87,7 +87,7 @@ class ProgressiveSpinalHead(ClassifierHead):
     Args:
         in_features: Width F of the pooled vector.
         num_classes: Number of classes C.
-        **options: Those of :class:`ProgressiveLayers`, which also says what it refuses.
+        **options: Those of :class:`ProgressiveLayers`, which documents the errors too.
     """
 
     hidden_layers = ProgressiveLayers

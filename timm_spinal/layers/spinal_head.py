@@ -99,7 +99,7 @@ class SpinalHead(ClassifierHead):
     Args:
         in_features: Width F of the pooled vector.
         num_classes: Number of classes C.
-        **options: Those of :class:`SpinalLayers`, which also says what it refuses.
+        **options: Those of :class:`SpinalLayers`, which documents the errors too.
     """
 
     hidden_layers = SpinalLayers

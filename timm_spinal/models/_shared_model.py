@@ -65,7 +65,7 @@ class SharedBasisModel:
 
     @torch.jit.ignore
     def init_shared(self) -> None:
-        """Draw the decomposed convolutions and the shared filters anew, as in the paper."""
+        """Re-initialise the decomposed convolutions and the shared filters, as in the paper."""
         assert isinstance(self, nn.Module)
         for module in self.modules():
             if isinstance(module, (SharedStage, SharedBasisConv2d)):

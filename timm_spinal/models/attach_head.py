@@ -66,8 +66,8 @@ class HeadedModel:
         """Replace the last linear.
 
         Args:
-            num_classes: Number of classes, 0 for none: the model then answers with the pre-logits.
-            global_pool: Pooling type, the current one is kept if None. With '' the model answers with its feature map.
+            num_classes: Number of classes, 0 for none: the model then returns the pre-logits.
+            global_pool: Pooling type, the current one is kept if None. With '' the model returns its feature map.
                 A head that reads the map averages it by itself and takes 'avg' or ''.
             reset_other: Drop the head's hidden layers, and what timm drops of its own pre-classifier layers.
 
@@ -116,7 +116,7 @@ class HeadedDistilledModel(HeadedModel):
 
     @torch.jit.ignore
     def set_distilled_training(self, enable: bool = True) -> None:
-        """Refused: the head gives one answer, token distillation needs two."""
+        """Refused: the head has one output, and token distillation needs two."""
         if enable:
             raise ValueError(
                 f'{self.pretrained_cfg["architecture"]} has one head and no second classifier for token distillation; '
@@ -127,8 +127,8 @@ def attach_head(model: TimmModel, head: str, num_classes: Optional[int] = None, 
     """Replace the classifier of a timm model by a head, in place.
 
     Backbone parameters keep their names and values, the model its device, dtype, mode and frozen parameters; the head
-    is new and trainable. timm's contract goes on: ``reset_classifier``, ``get_classifier``, ``forward_head``,
-    ``head_hidden_size``, ``save_for_hf``, copying and pickling. A head attached before is replaced.
+    is new and trainable. timm's interface still works: ``reset_classifier``, ``get_classifier``, ``forward_head``,
+    ``head_hidden_size``, ``save_for_hf``, copying and pickling. A head that was attached before is replaced.
 
     Args:
         model: A model from ``timm.create_model``. Where timm averages several classifiers (distilled models), the head
@@ -153,8 +153,8 @@ def attach_head(model: TimmModel, head: str, num_classes: Optional[int] = None, 
     for name in _NEEDED:
         if not hasattr(model, name):
             raise ValueError(
-                f'{type(model).__name__} cannot take a head: it has no {name}, so it is no timm classifier; '
-                'pass what timm.create_model returns, without features_only.')
+                f'{type(model).__name__} cannot take a head: it has no {name}, so it is not a classifier of timm; pass '
+                'what timm.create_model returns, without features_only.')
     if num_classes is None:
         num_classes = model.num_classes
     old_head = getattr(model, HEAD_NAME, None)

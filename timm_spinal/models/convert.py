@@ -29,27 +29,27 @@ def convert(
         depthwise: Optional[bool] = None,
         **options: Any,
 ) -> nn.Module:
-    """Replace convolutions of a timm model by those of a row of `CONVOLUTIONS`, in place.
+    """Replace the convolutions of a timm model by another kind, a row of `CONVOLUTIONS`, in place.
 
     Parameters keep their names and values; those that are added have ``<convolution>_`` in their names, so that weights
-    of the plain model load with only these missing. What a linear layer would do, on a map of one position
-    (squeeze-excite, classifiers), stays, and so do attention gates and heads.
+    of the plain model load with only these missing. Convolutions that act as a linear layer, on a map of one position
+    (squeeze-excite, classifiers), stay, and so do attention gates and heads.
 
     Args:
         model: A CNN from ``timm.create_model``, with ``features_only`` too.
         convolution: A row, such as 'ic'.
         scope: 'spatial', kernels larger than 1x1 outside stem and shortcuts; 'block', kernels of all sizes there;
-            'all', stem and shortcuts too. None for the row's.
-        depthwise: Also where each filter reads one channel. None for the row's.
+            'all', stem and shortcuts too. None for the row's default.
+        depthwise: Also replace depthwise convolutions. None for the row's default.
         **options: The layer's, without prefix, such as ``mode='pair'`` for the layer's ``ic_mode``.
 
     Returns:
-        The same model. Its architecture's name is now ``<convolution><name>``, and timm knows it once
-        :func:`timm_spinal.ensure_registered` was asked for it.
+        The same model. Its architecture is now called ``<convolution><name>``;
+        :func:`timm_spinal.ensure_registered` registers this name with timm.
 
     Raises:
-        ValueError: If the convolution or a value is unknown, or nothing in the model is, or something is not, a
-            convolution that can be replaced.
+        ValueError: If the convolution or a value is unknown, if the model has no convolution to replace, or if one of
+            them cannot be replaced.
         TypeError: If the convolution has no such option.
     """
     row = CONVOLUTIONS[convolution]
@@ -75,14 +75,14 @@ def convert_to_ic(model: TimmModel, scope: str = 'spatial', depthwise: bool = Fa
 
     Which convolutions the paper replaces is not sourced (docs/papers/ic_networks.md, section 4): the scopes and the
     default are reconstructed. Since the outputs of converted layers grow, BatchNorm statistics of a trained model no
-    longer fit (docs/papers/ic_networks.md, section 7): :func:`timm_spinal.ic_warm_start` or
-    :func:`timm_spinal.recalibrate_bn` comes next.
+    longer fit (docs/papers/ic_networks.md, section 7): call :func:`timm_spinal.ic_warm_start` or
+    :func:`timm_spinal.recalibrate_bn` next.
 
     Args:
         model: A CNN from ``timm.create_model``, with ``features_only`` too.
         scope: 'spatial', 'block' or 'all'.
-        depthwise: Also where each filter reads one channel: a window's mean over so few terms says little, at a cost
-            of +7 % on mobilenetv2_100.
+        depthwise: Also replace depthwise convolutions. The mean of a window in one channel has few terms and little
+            information, and costs 7 % more on mobilenetv2_100.
         **options: ``mode``, ``scale``, ``norm`` and ``init``: ``ic_mode``, ``ic_scale``, ``ic_norm`` and ``ic_init`` of
             ICConv2d.
     """
@@ -95,7 +95,7 @@ def find_convs(model: TimmModel, row: Convolution, scope: str, depthwise: bool) 
         raise ValueError(f'{row.prefix}_scope {scope!r} is unknown; it is one of {", ".join(map(repr, SCOPES))}.')
     cfg = getattr(model, 'pretrained_cfg', None)
     if cfg is None:
-        raise ValueError(f'{type(model).__name__} is no model of timm; pass what timm.create_model returns.')
+        raise ValueError(f'{type(model).__name__} is not a model of timm; pass what timm.create_model returns.')
     architecture = cfg['architecture']
     _check_plain(model, row, architecture)
     sizes = _output_sizes(model)
@@ -128,7 +128,8 @@ def _check_plain(model: TimmModel, row: Convolution, architecture: str) -> None:
             if isinstance(module, other.layer):
                 raise ValueError(f'{architecture} has {other.label} convolutions already; convert a plain model.')
         if isinstance(module, SharedStage):
-            raise ValueError(f'{architecture} shares its filters; {row.label} and shared bases are not mixed.')
+            raise ValueError(f'{architecture} shares its filters, and {row.label} cannot be combined with shared '
+                             'bases; convert a plain model.')
 
 
 def _in_scope(name: str, conv: Any, scope: str, stems: List[str]) -> bool:

@@ -8,7 +8,7 @@ IC Networks name ResNet-50 alone, the other hosts are ours (docs/papers/ic_netwo
 25,560,808 parameters, 3,776 more than resnet50. Its collisions start by
 :func:`timm_spinal.models.ic_collisions.ic_quiet_start`; :func:`timm_spinal.ic_warm_start` comes nearer to the plain
 model with some images. With ``ic_init`` given they start there instead, as from scratch, and the statistics do not fit
-until they are made anew.
+until they are re-estimated.
 """
 
 import logging

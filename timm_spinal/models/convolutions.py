@@ -22,8 +22,8 @@ class Convolution:
     """A kind of convolution.
 
     Attributes:
-        prefix: Of the names of models, ``icresnet50``, and with an underscore of options and of the tensors that the
-            layer adds to those of ``nn.Conv2d``, ``ic_mode`` and ``ic_weight``.
+        prefix: Prefix of model names (``icresnet50``) and, with an underscore, of options (``ic_mode``) and of the
+            tensors that the layer adds to those of ``nn.Conv2d`` (``ic_weight``).
         layer: A subclass of ``nn.Conv2d`` with its arguments, its ``weight`` and its ``bias``, so that weights of plain
             models fit. Options are further arguments, with defaults that are strings, numbers or booleans. Where it
             adds tensors, its ``reset_added_parameters()`` starts them. Its ``fold_batchnorm(norm)``, if it has one,
@@ -31,9 +31,9 @@ class Convolution:
         title: In descriptions of models: 'resnet50 with ... convolutions'.
         noun: In messages, for the tensors that the layer adds.
         paper: arXiv number of the paper, '' for none.
-        backbones: timm models whose converted forms are registered on import; any other one when it is asked for.
-        scope: Which convolutions of a model are replaced unless the caller says otherwise, see :func:`convert`.
-        depthwise: Whether depthwise ones are too.
+        backbones: timm models whose converted forms are registered on import; other ones are registered when needed.
+        scope: Which convolutions of a model are replaced by default, see :func:`convert`.
+        depthwise: Whether depthwise convolutions are replaced by default.
         start: Called with a model that has the plain model's weights and with the options that were given: starts the
             added tensors so that the model computes nearly what the plain one does, and returns whether it did. Without
             it they stay as in a new layer.

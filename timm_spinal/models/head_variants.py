@@ -172,7 +172,7 @@ def register_head_variant(backbone: str, head: str) -> str:
     """
     options = [f'head_{option}' for option in head_options(head)]
     create = partial(create_headed, backbone, head, options)
-    doc = f"timm's {backbone} with a {head} head in place of its classifier."
+    doc = f'{backbone} with the head {head} in place of its classifier.'
     return register_variant(
         __name__, f'{backbone}_{head}', backbone, create, doc, instead='attach_head', classifier=CLASSIFIER_NAME)
 

@@ -94,7 +94,7 @@ def explain(error: BaseException) -> str | None:
         if answer := answer_of(cause):
             return _of_answer(cause, answer)
         if isinstance(cause, OfflineModeIsEnabled):
-            return 'HF_HUB_OFFLINE is set and the cache does not hold it; unset it, or fetch it once while online'
+            return 'HF_HUB_OFFLINE is set and the cache does not have it; unset it, or fetch it once while online'
         if full := _disk_full(cause):
             return f'cannot be written ({full}); make room, or set HF_HOME to another disk'
         if any(mark in xet_text(cause) for mark in _XET_UNREADABLE):
@@ -105,7 +105,7 @@ def explain(error: BaseException) -> str | None:
         if isinstance(cause, SafetensorError):
             return f'its weights are damaged ({one_line(cause)}); delete it from the cache and try again'
         if isinstance(cause, HFValidationError):
-            return "is no valid repository name; write it as owner/name, with letters, digits, '-', '_' and '.'"
+            return "is not a valid repository name; write it as owner/name, with letters, digits, '-', '_' and '.'"
         if is_transport(cause):
             return f'the Hub cannot be reached ({_detail(cause)}); check the network'
         if isinstance(cause, FileMetadataError) or 'Xet headers' in str(cause):
@@ -113,7 +113,7 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, LocalEntryNotFoundError):
         return 'is not in the cache, and the Hub cannot be reached; check the network'
     if isinstance(error, EntryNotFoundError):
-        return f'holds no such file ({one_line(error)})'
+        return f'has no such file ({one_line(error)})'
     return None
 
 
@@ -137,7 +137,7 @@ def _of_answer(error: BaseException, answer: Answer) -> str:
         return 'it has no such branch, tag or commit; check what follows the @'
     if isinstance(error, EntryNotFoundError):
         name = re.search(r'/resolve/[^/]+/(\S+)', answer.url)
-        return f'holds no {name[1] if name else "such file"}, so it is no model that timm loads'
+        return f'has no {name[1] if name else "such file"}, so timm cannot load it as a model'
     if status == 401 and not answer.of_storage:
         return f'the token is not valid ({said}); {LOG_IN}'
     if status == 403 and not answer.of_storage:
@@ -153,7 +153,7 @@ def _of_answer(error: BaseException, answer: Answer) -> str:
     if status in (401, 403):  # its tokens and links hold for some minutes
         return f'{where} refuses it ({answer.line}); what allowed it may have expired: try again'
     if status == 404:
-        return f'{where} does not hold it ({answer.line}); try again later'
+        return f'{where} does not have it ({answer.line}); try again later'
     return f'{where} refuses it ({answer.line})'
 
 

@@ -45,10 +45,10 @@ def ic_active_share(model: nn.Module, batches: Batches, count: Optional[int] = N
     """Share of active positions, over images, places and filters, of each IC convolution, in [0, 1].
 
     Args:
-        model: In the mode in which it is looked at: a new one in train mode, where BatchNorm has what it needs; buffers
-            are afterwards as before.
+        model: In the mode to measure in. For a new model this is train mode, since BatchNorm has no statistics yet.
+            Buffers are restored afterwards.
         batches: A loader, or a batch of images, on any device.
-        count: Batches at most; all where None.
+        count: Largest number of batches; all if None.
 
     Returns:
         The share by the layer's name, in the order of the model.
@@ -85,21 +85,21 @@ def ic_warm_start(
         count: int = 8,
         bn_count: Optional[int] = 200,
 ) -> Dict[str, float]:
-    """Choose each w' so that few positions collide, then estimate BatchNorm statistics anew, in place.
+    """Choose each w' so that few positions collide, then re-estimate the BatchNorm statistics, in place.
 
-    Other parameters stay. The quantiles are those of the plain model, without collisions, in eval mode: weights and
+    Other parameters stay. The quantiles are measured on the plain model, without collisions, in eval mode: weights and
     BatchNorm statistics must be those of a trained plain model, as after ``pretrained=True`` or
     :func:`timm_spinal.convert_to_ic`. The rule is for inputs that are not negative, such as those behind a ReLU; with
-    negative ones more positions are active than asked for.
+    negative inputs, more positions are active than asked for.
 
     Args:
         model: A model with IC convolutions without BatchNorm inside sigma.
         batches: A loader that can be iterated twice, or a batch of images, on any device; as in training, since the
             statistics are made of it.
-        active: Share of positions to be active, in (0, 1). Little keeps more of the plain function, much gives w' more
-            gradient.
+        active: Share of positions to be active, in (0, 1). A small share keeps more of the plain function, a large one
+            gives w' more gradient.
         count: Batches for w', over which quantiles are averaged.
-        bn_count: Batches for BatchNorm statistics, at most; all where None.
+        bn_count: Largest number of batches for BatchNorm statistics; all if None.
 
     Returns:
         :func:`timm_spinal.ic_active_share` of the first batches afterwards.
@@ -113,7 +113,8 @@ def ic_warm_start(
         raise ValueError(f'active {active!r} is not in (0, 1); it is the share of positions that collide.')
     for name, conv in convs.items():
         if conv.ic_bn is not None:
-            raise ValueError(f"'{name}' has BatchNorm inside sigma, which no w' keeps quiet; use ic_norm='' or 'bias'.")
+            raise ValueError(f"'{name}' has BatchNorm inside sigma, so its collisions are active for any w'; use "
+                             "ic_norm='' or 'bias'.")
     training = model.training
     quantiles: Dict[str, List[torch.Tensor]] = {name: [] for name in convs}
     hooks = [conv.register_forward_hook(_measure(quantiles[name], active)) for name, conv in convs.items()]

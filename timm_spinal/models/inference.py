@@ -33,10 +33,10 @@ class _Tracer(torch.fx.Tracer):
 def fold_batchnorm(model: nn.Module) -> nn.Module:
     """A copy without the BatchNorm layers that directly follow a convolution, where that is exact.
 
-    The copy computes the same in eval mode. It is for inference: its keys are no longer those of its name.
+    The copy computes the same in eval mode. It is for inference only: its state dict has other keys than the model.
 
     Args:
-        model: A model that torch.fx can trace, as timm's CNNs, in eval mode; it stays as it is.
+        model: A model that torch.fx can trace, as timm's CNNs, in eval mode; it is not changed.
 
     Raises:
         ValueError: If the model is in training mode, cannot be traced, or has nothing to fold.

@@ -125,7 +125,7 @@ def create_filled(
     if state_dict is None:
         state_dict = cfg.get('state_dict') or read_weights(cfg['file'])
     if not state_dict:
-        raise WeightsError(f'{cfg["file"]}: holds a head only, nothing of the backbone')
+        raise WeightsError(f'{cfg["file"]}: contains only a head, and no weights of the backbone')
     load_cfg = dict(cfg, state_dict=dict(state_dict), classifier=None)
     with watch_load(str(cfg['file']), cfg.get('classifier'), True, bool(kwargs.get('features_only'))) as loaded:
         try:

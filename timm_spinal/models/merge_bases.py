@@ -28,13 +28,13 @@ _RANKS = re.compile(r'_sb_s\d+u\d+d?')
 
 
 def merge_bases(model: nn.Module, stages: Optional[Iterable[str]] = None) -> nn.Module:
-    """A copy whose decomposed convolutions are ordinary ones: W' = A diag(g) B, and the rest in the BatchNorm behind.
+    """A copy with ordinary convolutions in place of decomposed ones: W' = A diag(g) B, rest in the BatchNorm.
 
-    With all stages merged it is of timm's class, with timm's name, keys and speed, and with its head if it has one.
+    If all stages are merged, the copy has timm's class, name, keys and speed, and the model's head if it has one.
 
     Args:
-        model: A model with decomposed convolutions, in eval mode; it stays as it is.
-        stages: Names of the stages to merge, all if None. What is left makes a model with the option ``sb_stages``.
+        model: A model with decomposed convolutions, in eval mode; it is not changed.
+        stages: Names of the stages to merge, all if None. If some are left, the copy has the option ``sb_stages``.
 
     Raises:
         ValueError: If the model has no such convolutions, is in training mode or has no running statistics.
@@ -57,14 +57,14 @@ def merge_bases(model: nn.Module, stages: Optional[Iterable[str]] = None) -> nn.
 
 
 def fold_bases(model: nn.Module) -> nn.Module:
-    """A copy that shares as before, without norms in its decomposed convolutions: y = A' . (B * x) + b'.
+    """A copy with the norms folded into its decomposed convolutions, y = A' . (B * x) + b'; the bases stay shared.
 
     See docs/papers/shared_bases.md, section 8.
 
-    It is made again by the option ``sb_folded``, which timm writes to config.json.
+    timm writes the option ``sb_folded`` to config.json, so the folded model loads again.
 
     Args:
-        model: A model with decomposed convolutions, in eval mode; it stays as it is.
+        model: A model with decomposed convolutions, in eval mode; it is not changed.
 
     Raises:
         ValueError: If the model has no such convolutions, is in training mode or has no running statistics.
@@ -85,7 +85,7 @@ def _decomposed(model: nn.Module) -> List[Tuple[str, SharedBasisConv2d]]:
 def _check(model: nn.Module, function: str) -> None:
     convs = _decomposed(model)
     if not isinstance(model, SharedBasisModel):
-        raise ValueError(f'{function}: {type(model).__name__} is no model with shared filter bases of this package; '
+        raise ValueError(f'{function}: {type(model).__name__} is not a model with shared filter bases of this package; '
                          'pass one from timm.create_model, without features_only.')
     if not convs:
         raise ValueError(

@@ -32,15 +32,16 @@ def device_of(model: nn.Module) -> torch.device:
 
 @torch.no_grad()
 def recalibrate_bn(model: nn.Module, batches: Batches, count: Optional[int] = 200) -> nn.Module:
-    """Estimate the running statistics of all BatchNorm layers anew, as the mean over batches, in place.
+    """Re-estimate the running statistics of all BatchNorm layers, as the mean over batches, in place.
 
-    Weights stay, and everything else is in eval mode meanwhile. Each batch counts alike, so let them be of one size.
+    Weights stay, and all other layers are in eval mode meanwhile. Every batch has the same weight, so use batches of
+    one size.
 
     Args:
-        model: Any model; its mode and the layers' momentum are afterwards as before. One without running statistics
-            stays as it is.
+        model: Any model; its mode and the layers' momentum are restored afterwards. A model without running statistics
+            is not changed.
         batches: A loader, or a batch of images, on any device.
-        count: Batches at most; all where None.
+        count: Largest number of batches; all if None.
 
     Returns:
         The same model.

@@ -174,7 +174,7 @@ def _cfg(**kwargs: Any):
     return small_net_cfg(pool_size=(GRID, GRID), **dict(SPINAL_PAPER, min_input_size=(1, 16, 16), **kwargs))
 
 
-# What reads the pixels directly is made anew when a checkpoint is loaded with another number of input channels.
+# What reads the pixels directly is created again when a checkpoint is loaded with another number of input channels.
 _PIXEL_CHAIN = tuple(
     f'head.hidden.chains.0.{block}.fc' for block in ['first', *(f'blocks.{i}' for i in range(CHAIN_LAYERS[0] - 1))])
 

@@ -63,9 +63,9 @@ def read_weights(path: Union[str, os.PathLike], use_ema: Optional[bool] = None) 
     state_dict = unwrap(checkpoint, use_ema)
     if state_dict is None:
         keys = first_names([str(key) for key in checkpoint]) if isinstance(checkpoint, Mapping) and checkpoint else ''
-        found = f'its keys are {keys}' if keys else f'it holds {type(checkpoint).__name__}'
+        found = f'its keys are {keys}' if keys else f'it is a {type(checkpoint).__name__}'
         what = 'no moving average' if use_ema else 'no weights'
-        raise WeightsError(f'{path}: holds {what} ({found}); save model.state_dict()')
+        raise WeightsError(f'{path}: it has {what} ({found}); save model.state_dict()')
     return state_dict
 
 
@@ -134,7 +134,7 @@ def _open(path: str) -> Any:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as e:
-            raise WeightsError(f'{path}: is damaged or cut ({_line(e)}); copy or download it again') from e
+            raise WeightsError(f'{path}: is damaged or incomplete ({_line(e)}); copy or download it again') from e
     for start, reason in _FOREIGN:
         if head.lstrip().startswith(start):
             raise WeightsError(f'{path}: {reason}')
@@ -154,12 +154,14 @@ def _torch_load(path: str) -> Any:
             raise WeightsError(
                 f'{path}: its pickle needs {needed}, which may run code, so it is not opened; where you trust it, load '
                 'it with torch.load(..., weights_only=False) and save model.state_dict()') from e
-        raise WeightsError(f'{path}: is no file of weights that torch or safetensors reads') from e
+        raise WeightsError(f'{path}: is not a file of weights that torch or safetensors can read; give a '
+                           'checkpoint') from e
     except Exception as e:  # damaged bytes make torch's readers raise any error
         if 'TorchScript' in str(e):
             raise WeightsError(f'{path}: is a TorchScript program; save the state_dict() of the model in it') from e
         reason = f' ({_line(e)})' if isinstance(e, (RuntimeError, OSError)) else ''
-        raise WeightsError(f'{path}: is damaged, cut or no file of weights{reason}; copy or download it again') from e
+        raise WeightsError(f'{path}: is damaged, incomplete or not a file of weights{reason}; copy or download it '
+                           'again') from e
 
 
 def _needed_globals(path: str, message: str) -> str:

@@ -270,7 +270,7 @@ def restore(run: 'Run', checkpoint: Path) -> None:
                           'the result will not be bit-identical')
     elif unread := [reason for reason in gather_object([missing]) if reason]:
         accelerator.print(f'warning: random states of {checkpoint} cannot be read ({unread[0]}): the run goes on with '
-                          'others, and the result will not be bit-identical')
+                          'new ones, and the result will not be bit-identical')
     accelerator.print(f'resuming from {checkpoint}: epoch {progress.epoch}, update {progress.updates}')
 
 

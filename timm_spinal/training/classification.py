@@ -98,7 +98,7 @@ class Classification(Problem[TrainConfig]):
         return task
 
     def _warm_start(self, model: nn.Module, accelerator: Accelerator) -> None:
-        """Choose w' and estimate BatchNorm statistics anew on training images, augmented but not mixed.
+        """Choose w' and re-estimate BatchNorm statistics on training images, augmented but not mixed.
 
         Every process looks at the same batches.
 
@@ -112,7 +112,7 @@ class Classification(Problem[TrainConfig]):
         except ValueError as e:
             raise UserError(f'--ic-warm-start: {e}') from e
         accelerator.print(f'warm start: {len(shares)} collisions, active at {100 * min(shares.values()):.1f} to '
-                          f'{100 * max(shares.values()):.1f} % of their places')
+                          f'{100 * max(shares.values()):.1f} % of their positions')
 
     def before_training(self, run: Run[TrainConfig], resuming: bool) -> None:
         config = self.config

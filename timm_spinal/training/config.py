@@ -29,8 +29,8 @@ class DataOptions(Options, applies_to=('training', 'validation', 'frozen')):
     val_split: str = option(
         'validation', 'name of the evaluation split, which chooses the best epoch', on_resume='fixed')
     val_split_fraction: float = option(
-        0., 'hold this part of the training split out, stratified by class and fixed by --seed, and use it in place of '
-        '--val-split; for data sets that have only a training and a test split', low=0., high=0.9, on_resume='fixed')
+        0., 'use this part of the training split, stratified by class and fixed by --seed, in place of --val-split; '
+        'for data sets that have only a training and a test split', low=0., high=0.9, on_resume='fixed')
     test_split: str = option('', 'split that is evaluated once, at the end, with the weights that the run keeps')
     train_num_samples: int | None = option(
         None, 'number of training images, needed for streamed sources; for multimnist any number of pairs', low=1,

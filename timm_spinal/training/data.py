@@ -159,8 +159,8 @@ def create_eval_loader(
     """
     have, want = datasets.num_classes, getattr(model, 'num_classes', datasets.num_classes)
     if have > want or (have < want and (datasets.multi_label or not config.dataset and not config.class_map)):
-        raise UserError(f'classes: {datasets.eval.name} has {have}, the model {want}; use the data it was trained for'
-                        f', or number the folders with --class-map')
+        raise UserError(f'classes: {datasets.eval.name} has {have} classes, the model has {want}; use the data it was '
+                        'trained for, or number the folders with --class-map')
     data_config = resolve_data(config, model)
     decode = create_decoder(config, data_config['input_size'][0])
     transform = ten_crop_transform(data_config) if crops == 10 else eval_transform(data_config)

@@ -181,8 +181,8 @@ class ImageData(Dataset):
                 if self.on_unreadable == 'raise':
                     reason = ' '.join(str(e).split()) or type(e).__name__
                     raise UnreadableImage(
-                        f'image {self.split.describe(place)} cannot be read ({reason}); '
-                        f'mend or remove it, or add --skip-unreadable') from e
+                        f'image {self.split.describe(place)} cannot be read ({reason}); repair or remove it, or add '
+                        '--skip-unreadable') from e
         else:
             raise UnreadableImage(
                 f'{self.max_tries} images in a row cannot be read from {self.split.describe(index)} on; '

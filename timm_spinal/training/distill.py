@@ -67,8 +67,8 @@ def check_distillation(config: TrainConfig) -> None:
     if kind == 'wld':
         check_options(config.kd_loss_type or 'mse', config.kd_fade, config.kd_fade_end, config.kd_two_stage)
         if config.task_loss_weight is not None:
-            raise UserError('--task-loss-weight: has no effect on wld, which adds the distillation loss to the loss; '
-                            'set its weight with --distill-loss-weight')
+            raise UserError('--task-loss-weight: has no effect on wld, where the weight of the classification loss is '
+                            '1; set its weight with --distill-loss-weight')
         if config.kd_cache is not None:
             check_cache(config)
         return
@@ -77,9 +77,11 @@ def check_distillation(config: TrainConfig) -> None:
         if getattr(config, name) != default[name]:
             raise UserError(f'{to_flag(name)}: has no effect on --kd-distill-type {kind}; use wld, or leave it out')
     if config.kd_loss_type == 'mse':
-        raise UserError(f'--kd-loss-type mse: is one of wld; use --kd-distill-type wld, or kl for {kind}')
+        raise UserError('--kd-loss-type mse: only wld has it; use --kd-distill-type wld, or --kd-loss-type kl for '
+                        f'{kind}')
     if kind == 'feature' and config.kd_check is not None:
-        raise UserError('--kd-check: features have no accuracy; leave it out')
+        raise UserError('--kd-check: feature distillation uses no logits of the teacher whose accuracy could be '
+                        'checked; leave it out')
 
 
 def prepare_teacher(

@@ -59,7 +59,7 @@ def find_split(data_dir: str, split: str, whole: bool = False) -> Path:
         if whole:
             return root
         raise UserError(f'data {root}: a single tar file has no split {split!r}; cut one from it with '
-                        f'--val-split-fraction 0.1 or give a folder that holds one tar for each split')
+                        '--val-split-fraction 0.1 or give a folder with one tar for each split')
     group = next((g for g in (TRAIN_NAMES, EVAL_NAMES) if split in g), ())
     for name in dict.fromkeys((split, *group)):
         for path in (root / name, root / f'{name}.tar'):
@@ -79,7 +79,7 @@ def find_split(data_dir: str, split: str, whole: bool = False) -> Path:
             advice += ', or cut one from the training split with --val-split-fraction 0.1'
     else:
         advice = 'if these are the classes, cut an evaluation split with --val-split-fraction 0.1'
-    raise UserError(f'data folder {root}: no split {split!r} in it (it holds {_some(inside)}); {advice}')
+    raise UserError(f'data folder {root}: no split {split!r} in it (it contains {_some(inside)}); {advice}')
 
 
 def open_images(path: Path, class_map: Any = '', input_key: str | None = None) -> ImageDataset:
@@ -104,8 +104,8 @@ def open_images(path: Path, class_map: Any = '', input_key: str | None = None) -
     except UserError:
         raise
     except tarfile.TarError as e:
-        raise UserError(f'data {path}: is not a tar file that can be read ({_line(e)}); make it anew, and do not '
-                        f'compress it') from e
+        raise UserError(f'data {path}: is not a tar file that can be read ({_line(e)}); create it again, without '
+                        'compression') from e
     except Exception as e:  # a class map that cannot be parsed
         raise UserError(f'data {path}: cannot be read ({_line(e)}); check the file and --class-map') from e
     return ImageDataset(str(path), reader, input_img_mode='')

@@ -90,7 +90,7 @@ def _create(config: TrainConfig | ValidateConfig, resolved: dict[str, Any]) -> A
         except MisfitError as e:
             if isinstance(config, ValidateConfig):
                 raise
-            raise MisfitError(f'{e}; --pretrained-path keeps what fits and draws a new head') from e
+            raise MisfitError(f'{e}; --pretrained-path keeps what fits and starts with a new head') from e
     return model
 
 
@@ -177,11 +177,11 @@ def _check_source(source: str, name: str) -> None:
         check_download(f'model {source}:{name}', f'{source}:{name}')
         reason = explain(e) or (one_line(e) if isinstance(e, (OSError, ValueError, RuntimeError)) else None)
         if isinstance(e, (json.JSONDecodeError, UnicodeDecodeError, RecursionError)):
-            reason = f'its config.json is no JSON ({one_line(e)})'
+            reason = f'its config.json is not valid JSON ({one_line(e)})'
         if isinstance(e, (TypeError, AttributeError)):
-            reason = 'its config.json holds other things than timm writes; restore it'
+            reason = 'its config.json has other content than timm writes; restore it'
         if isinstance(e, KeyError):
-            reason = (f'its config.json has no {e}, so it is no classifier of timm; a detector opens with '
+            reason = (f'its config.json has no {e}, so it is not a classifier of timm; to open a detector, use '
                       'timm_spinal.detection.load_detector')
         if reason is None:
             raise

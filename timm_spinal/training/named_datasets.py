@@ -296,7 +296,7 @@ def read_mnist(data_dir: str, part: str) -> tuple[np.ndarray, np.ndarray]:
     images, labels = _read_idx(paths[0]), _read_idx(paths[1]).astype(np.int64)
     if labels.ndim != 1 or images.shape != (len(labels), SIDE, SIDE) or labels.max(initial=0) >= CLASSES:
         raise UserError(f'dataset multimnist: {paths[0]} and {paths[1].name} are not {SIDE}-pixel digits with their '
-                        f'classes (shapes {images.shape} and {labels.shape}); put MNIST there')
+                        f'classes (shapes {images.shape} and {labels.shape}); put the MNIST files there')
     return images, labels
 
 
@@ -305,8 +305,9 @@ def _read_idx(path: Path) -> np.ndarray:
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == '.gz' else path.read_bytes()
         if data[:3] != b'\0\0\x08':
-            raise ValueError('no idx file of bytes')
+            raise ValueError('not an idx file of bytes')
         shape = np.frombuffer(data, '>u4', data[3], offset=4)
         return np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape.astype(np.int64))
     except (OSError, EOFError, zlib.error, ValueError, IndexError) as e:
-        raise UserError(f'dataset multimnist: {path} cannot be read ({" ".join(str(e).split())}); fetch it anew') from e
+        raise UserError(f'dataset multimnist: {path} cannot be read ({" ".join(str(e).split())}); download it '
+                        'again') from e

@@ -160,7 +160,7 @@ def convert(value: Any, option: Field) -> Any:
         item_type = typing.get_args(kind)[0]
         converted = [_convert_one(v, item_type, meta) for v in items]
         if meta['ascending'] and converted != sorted(converted):
-            raise ValueError(f'{converted} falls; write the smaller value first')
+            raise ValueError(f'{converted} is in falling order; write the smaller value first')
         return converted
     return _convert_one(value, kind, meta)
 

@@ -53,7 +53,7 @@ def parse_config(
 
 
 def find_config(name: str | Path) -> Path:
-    """The file that ``--config`` means: a path, or the name of a config of ours, such as ``finetune``."""
+    """The file that ``--config`` means: a path, or the name of a file in ``configs``, such as ``finetune``."""
     if Path(name).is_file() or Path(name).is_absolute():
         return Path(name)
     return next((path for path in _configs() if path == _configs_folder() / f'{name}.yaml'), Path(name))
@@ -76,8 +76,8 @@ def load_yaml(path: str | Path, cls: type[Options] = TrainConfig) -> dict[str, A
         UserError: No such file, not a mapping, unknown key, value of the wrong type or out of its bounds.
     """
     near = difflib.get_close_matches(Path(path).stem, [config.stem for config in _configs()], n=1) or ['finetune']
-    raw = read_yaml(path, 'config', 'give an existing YAML file to --config, or the name of a config of ours, such as '
-                    f'{near[0]}', find_config(path))
+    raw = read_yaml(path, 'config', 'give an existing YAML file to --config, or the name of a file in configs/, such '
+                                    f'as {near[0]}', find_config(path))
     fields, values, unknown = typed_fields(cls), {}, []
     for key, value in from_timm(raw, str(path)).items():
         if key in fields:
@@ -143,8 +143,8 @@ class _ConfigParser(Parser):
 
 def _build_parser(cls: type[Options], prog: str | None, doc: str | None, positional: str) -> Parser:
     parser = _ConfigParser(cls, prog, doc)
-    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options, or the name of a config '
-                        'of ours: finetune is the one for your own images; flags win over it')
+    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of options, or the name of a file in '
+                        'configs/, such as finetune, the recipe for your own images; flags override it')
     fields = typed_fields(cls)
     left = {name for name in fields if cls.command in fields[name].metadata['applies_to']} - {positional}
     if positional:
@@ -313,7 +313,7 @@ def _check_kwargs(set_: dict[str, Any]) -> None:
             if name in names:
                 raise UserError(f'{to_flag(option)} {name}: use {to_flag(names[name])}')
             if option == 'model_kwargs' and name in _NOT_FOR_RUNS:
-                raise UserError(f'--model-kwargs {name}: is no option of a model that classifies; leave it out')
+                raise UserError(f'--model-kwargs {name}: it is not an option of a classification model; leave it out')
 
 
 def _check_backend(name: str) -> None:

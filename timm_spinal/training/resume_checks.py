@@ -9,7 +9,7 @@ from .config import OptimizerOptions, ScheduleOptions, TrainConfig
 from .options import Options, option_names
 
 LOCAL = ('local-dir:', 'hfds/', 'hfids/')  # before a folder in the place of the name of a model or data set
-# the state of optimizer and schedule is loaded over their settings, so these must be put in anew where they changed
+# the state of optimizer and schedule is loaded over their settings, so these must be set again where they changed
 OF_OPTIMIZER = {f.name for group in (OptimizerOptions, ScheduleOptions) for f in fields(group)}
 
 

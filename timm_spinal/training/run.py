@@ -71,7 +71,7 @@ class Problem(ABC, Generic[ConfigT]):
             if changed is None or changed.keys() & without.keys():
                 raise
             model = self.build_model(replace(config, **without))
-            accelerator.print(f'resuming: the weights of the start are not looked at again ({e})')
+            accelerator.print(f'resuming: the weights that the run started from are not checked again ({e})')
         if model.loaded_weights is not None:
             accelerator.print(f'weights {model.loaded_weights}', flush=True)
         return model

@@ -141,7 +141,7 @@ def check_free(config: RunOptions, folder: Path) -> None:
         return
     if find_checkpoints(folder / 'last') or (folder / 'result.json').exists():
         advice = f'to go on in {resumed} leave out --experiment' if config.resume else 'continue with --resume auto'
-        raise Occupied(f'run folder {folder}: holds a run already; {advice}, or choose another --experiment')
+        raise Occupied(f'run folder {folder}: it contains a run already; {advice}, or choose another --experiment')
 
 
 def _unused(folder: Path) -> Path:
@@ -264,7 +264,7 @@ def _lock(file: int) -> bool:
             return False
         if e.errno not in _NO_LOCKS:
             raise
-        print('warning: the file system of the run folder has no locks, so that a second run in it is not noticed',
+        print('warning: the file system of the run folder has no locks, so a second run in it would not be noticed',
               flush=True)
     return True
 

@@ -236,6 +236,6 @@ def check_options(loss_type: str, fade: str, fade_end: float, two_stage: bool) -
             raise UserError(f'--{name} {value}: unknown; use {" or ".join(known)}')
     if not 0. < fade_end <= 1.:
         raise UserError(f'--kd-fade-end {fade_end:g}: is not in (0, 1]; give the part of the run after which the '
-                        'teacher is gone, or use --kd-fade constant')
+                        'teacher is dropped, or use --kd-fade constant')
     if two_stage and fade == 'constant':
         raise UserError('--kd-two-stage: with --kd-fade constant the first stage never ends; use --kd-fade step')

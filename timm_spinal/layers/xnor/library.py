@@ -44,12 +44,12 @@ def xnor_paths() -> List[str]:
 
 
 def xnor_backend() -> str:
-    """What computes with bits: 'avx2', 'neon' or 'portable' C code, or 'torch', which unpacks them.
+    """The kernel that computes with bits: 'avx2', 'neon' or 'portable' C code, or 'torch', which unpacks them.
 
-    The best that there is, unless the environment variable ``TIMM_SPINAL_XNOR`` names another.
+    It is the fastest one on this machine, unless the environment variable ``TIMM_SPINAL_XNOR`` names another.
 
     Raises:
-        ValueError: The variable holds another word, or what this machine has not.
+        ValueError: The variable has an unknown value, or one that this machine does not support.
     """
     paths = xnor_paths()
     choice = os.environ.get(ENVIRONMENT, 'auto')
