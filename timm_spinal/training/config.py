@@ -3,6 +3,7 @@
 A field is a flag and a YAML key. Its name is timm's argparse ``dest`` wherever timm has the option, and its default is
 timm's unless the help text gives the reason. `option` says what its arguments mean.
 """
+import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -134,8 +135,8 @@ class LoaderOptions(Options):
     validation_batch_size: int | None = option(
         None, 'evaluation images per process and step', low=1, flags=('-vb',), on_resume='silent')
     workers: int = option(
-        4, 'data loader workers of each process; 0: the process loads the images itself', low=0, flags=('-j',),
-        on_resume='silent', recipe=False)
+        min(4, os.cpu_count() or 1), 'data loader workers of each process; not given: 4, or the number of cores where '
+        'that is less; 0: the process loads the images itself', low=0, flags=('-j',), on_resume='silent', recipe=False)
     pin_mem: bool = option(False, 'pin memory of the batches', on_resume='silent', recipe=False)
     seed: int = option(42, 'random seed', low=0, high=2 ** 32 - 1, on_resume='fixed')
     mixed_precision: str | None = option(

@@ -65,7 +65,9 @@ def create_model(config: TrainConfig | ValidateConfig, num_classes: int | None) 
             raise UserError(f'{_file_flag(config)}{e}') from e
         if (reason := _reason(config.model, e)) is None:
             raise
-        raise UserError(f'{label}: {reason}') from e
+        missing = isinstance(config, TrainConfig) and config.pretrained and explain(e)
+        other_start = ', or start with --pretrained-path FILE or --no-pretrained' if missing else ''
+        raise UserError(f'{label}: {reason}{other_start}') from e
     if config.pretrained or config.pretrained_path:
         cfg: Any = dict(file=config.pretrained_path) if config.pretrained_path else model.pretrained_cfg
         check_download(label, cfg, cache_dir)
