@@ -1,15 +1,17 @@
 """FSDP2 between two processes on the CPU, by `shard_on_cpu`; and what is refused with sharded weights."""
 import csv
+import errno
 import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from timm_spinal.errors import UserError
 from timm_spinal.training.distributed import create_accelerator
-from timm_spinal.training.sharded import is_elementwise
+from timm_spinal.training.sharded import errors_of_shards, is_elementwise, sharding_errors_named
 from timm_spinal.training.train import train
 from timm_spinal.validate import ValidateConfig, validate
 
@@ -19,7 +21,7 @@ FSDP2 = ('--use_fsdp', '--fsdp_version', '2')
 # nothing random but the order: 16 images, 2 updates of 2 processes x 4 images
 SAME = dict(drop=0., no_aug=True, lr=0.002, epoch_repeats=16 / 22, epochs=2, keep='last')
 LAYER_NORM = dict(SAME, model='test_vit', img_size=64)
-BATCH_NORM = dict(SAME, model='test_efficientnet')
+BATCH_NORM = dict(SAME, model='test_resnet', img_size=64)
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def test_two_processes_equal_one(sharded, tmp_path, options, columns):
     With clipping; a run stopped inside an epoch, where each process has its own BatchNorm statistics, goes on to the
     same bits; the test split is evaluated with the best weights, which are not the last.
     """
-    options = dict(options, clip_grad=1., opt='sgd')
+    options = dict(options, clip_grad=0.1, opt='sgd')
     part = dict(options, checkpoint_steps=1, epochs=3)
     tested = dict(options, keep='best', val_split_fraction=0.3, test_split='validation', epochs=3, lr=0.5)
     results, _ = sharded(
@@ -81,6 +83,9 @@ def test_two_processes_equal_one(sharded, tmp_path, options, columns):
     row, = validate(ValidateConfig(
         data_dir=str(tmp_path / 'images'), checkpoint=str(tmp_path / 'two'), batch_size=5, workers=0))
     assert row['loss'] == pytest.approx(results['two']['loss'], abs=1e-6) and row['images'] == 22
+
+    with pytest.raises(UserError, match='its weights are in shards; give .*/two,'):
+        validate(ValidateConfig(checkpoint=str(tmp_path / 'two' / 'last' / 'step-00000004')))
 
     assert results['part'] == {} and results['resumed']['updates'] == results['whole']['updates'] == 6
     whole, part = (weights(tmp_path / name) for name in ('whole', 'part'))
@@ -192,3 +197,22 @@ def test_elementwise_optimizers(name, elementwise):
     before = torch.get_rng_state()
     assert is_elementwise(lambda module: create_optimizer_v2(module, name, lr=0.1, weight_decay=0.05)) is elementwise
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_failure_of_a_process_is_that_of_all():
+    """torch's exception of checkpoints is no `Exception`: who waits for a full disk would not see it."""
+    from torch.distributed.checkpoint.api import CheckpointException
+    full = OSError(errno.ENOSPC, 'No space left on device')
+    with pytest.raises(OSError, match='No space left'), errors_of_shards():
+        raise CheckpointException('save', {1: (full, None)})
+    with pytest.raises(KeyboardInterrupt), errors_of_shards():
+        raise KeyboardInterrupt
+
+
+def test_errors_of_sharded_operators_are_one_line(fsdp):
+    accelerator = Accelerator()
+    with pytest.raises(UserError, match='^FSDP: .*got mixed torch.Tensor and DTensor.*launch with --multi_gpu$'), \
+            sharding_errors_named(accelerator):
+        raise RuntimeError('aten.convolution.default: got mixed torch.Tensor and DTensor,\nneed to convert')
+    with pytest.raises(RuntimeError, match='out of memory'), sharding_errors_named(accelerator):
+        raise RuntimeError('out of memory')
