@@ -22,31 +22,28 @@ def train_batch(*args):
 
 module.train_batch = train_batch
 """
+OPTIONS = ('--pin-mem', '--workers', 2)
 
 
 @pytest.mark.parametrize('options', [
     (),
-    ('--mixed_precision', 'bf16', '--channels-last'),
-    ('--mixed_precision', 'bf16', '--model-ema'),
-    ('--clip-grad', 1),
-    ('--clip-grad', 0.1, '--clip-mode', 'value'),
+    ('--mixed_precision', 'bf16', '--channels-last', '--model-ema', '--mixup', 0.2, '--reprob', 0.3),
+    ('--clip-grad', 1, '--grad-accum-steps', 2),
+    ('--clip-grad', 0.1, '--clip-mode', 'value', '--opt', 'adamw', '--sched-on-updates'),
     ('--clip-grad', 0.02, '--clip-mode', 'agc'),
-    ('--mixup', 0.2, '--cutmix', 1),
-    ('--reprob', 0.3),
-    ('--grad-accum-steps', 2),
-    ('--opt', 'adamw', '--sched-on-updates'),
     ('--model', 'resnet18_xnodr', '--loss', 'margin', '--smoothing', 0),
     ('--model', 'resnet32_sb_s16u1_cifar', '--sb-ortho', 10),
-], ids=lambda options: ' '.join(map(str, options)) or 'plain')
+], ids=['plain', 'bf16-ema-mixup-erasing', 'norm-accumulation', 'value-adamw', 'agc', 'margin', 'ortho'])
 def test_no_update_waits(training, options):
     steps = 5 if '--grad-accum-steps' in options else 10
-    result = training('run', *PSPINAL, '--epochs', 1, '--pin-mem', '--workers', 2, *options, before=NO_WAITS)
+    result = training('run', *PSPINAL, '--epochs', 1, *OPTIONS, *options, before=NO_WAITS)
     assert result['updates'] == steps
 
 
-@pytest.mark.parametrize('kind', ['wld', 'logit'])
-def test_no_update_waits_for_a_teacher(training, tmp_path, kind):
+def test_no_update_waits_for_a_teacher(training, tmp_path):
     training('teacher', '--model', 'resnet20_cifar', '--epochs', 1)
-    result = training('student', '--model', 'icresnet20_cifar', '--epochs', 1, '--pin-mem', '--workers', 2,
-                      '--kd-model-name', tmp_path / 'teacher', '--kd-distill-type', kind, before=NO_WAITS)
-    assert result['updates'] == 10
+    for kind in ('wld', 'logit', 'feature'):
+        result = training(
+            kind, '--model', 'icresnet20_cifar', '--epochs', 1, *OPTIONS, '--kd-model-name', tmp_path / 'teacher',
+            '--kd-distill-type', kind, before=NO_WAITS)
+        assert result['updates'] == 10, kind

@@ -2,6 +2,7 @@
 import csv
 import errno
 import json
+import re
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def test_two_processes_equal_one(sharded, tmp_path, options, columns):
 
 @pytest.mark.slow
 def test_options_with_sharded_weights(sharded, tmp_path):
-    """Accumulation, a teacher that stays whole, frozen parts, shared bases and another kind of state dict."""
+    """Accumulation, a teacher that stays whole, frozen parts, shared bases, a compiler and channels last."""
     train(small_config(tmp_path, experiment='teacher', **{**LAYER_NORM, 'epochs': 1}))
     vit = dict(LAYER_NORM, epochs=1, opt='adamw', lr=1e-4)
     runs = dict(
@@ -110,6 +111,7 @@ def test_options_with_sharded_weights(sharded, tmp_path):
         frozen=dict(vit, freeze='backbone'),
         bases=dict(vit, model='resnet32_sb_s16u1_cifar', img_size=32),
         compiled=dict(vit, torchcompile='aot_eager'),
+        channels_last=dict(BATCH_NORM, epochs=1, channels_last=True),
     )
     results, _ = sharded(**runs)
     for name, options in runs.items():
@@ -117,7 +119,7 @@ def test_options_with_sharded_weights(sharded, tmp_path):
         processes = dict(grad_accum_steps=4) if name == 'accumulation' else dict(grad_accum_steps=2)
         one = train(small_config(tmp_path, experiment=f'one_{name}', **{**options, **processes}))
         assert results[name]['updates'] == one['updates'] == 2
-        if name != 'bases':
+        if name not in ('bases', 'channels_last'):  # whose BatchNorm statistics differ, as above
             assert results[name]['loss'] == pytest.approx(one['loss'], abs=1e-6), name
         trained = [{k: v for k, v in weights(tmp_path / run).items() if 'running' not in k and 'num_batches' not in k}
                    for run in (name, f'one_{name}')]
@@ -126,17 +128,20 @@ def test_options_with_sharded_weights(sharded, tmp_path):
 
 @pytest.mark.slow
 def test_what_cannot_be_sharded_ends_with_one_line(sharded, tmp_path):
-    """In a real launch: version 1 of FSDP, an optimizer, a checkpoint of a launch of another kind."""
+    """In a real launch: an optimizer, an option, a checkpoint of another kind of launch, layers that are wrapped alone."""
     train(small_config(tmp_path, experiment='plain', **{**LAYER_NORM, 'epochs': 1}))
     runs = dict(
         lamb=dict(LAYER_NORM, opt='lamb'),
         ema=dict(LAYER_NORM, model_ema=True),
         other=dict(LAYER_NORM, experiment='plain', resume='auto'),
+        wrapped=dict(SAME, model='resnet18_pspinal'),
     )
-    results, _ = sharded('--fsdp_state_dict_type', 'FULL_STATE_DICT', **runs)
+    results, _ = sharded('--fsdp_auto_wrap_policy', 'SIZE_BASED_WRAP', '--fsdp_min_num_params', '1', **runs)
     assert results['lamb']['error'].startswith('--opt lamb works on whole weights')
     assert results['ema']['error'].startswith('--model-ema needs the whole weights')
     assert 'the kind of launch that it was written with' in results['other']['error']
+    assert re.match('FSDP: this model cannot be sharded so .*ModuleList.* choose another --fsdp_auto_wrap_policy',
+                    results['wrapped']['error'])
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ['images', 'plain']
 
 

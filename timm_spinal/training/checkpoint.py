@@ -299,7 +299,8 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, ema: nn.Module |
             accelerator.load_state(str(checkpoint))
         if ema is not None:
             load_model(ema, str(checkpoint / EMA))
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError, UnpicklingError) as e:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError, SafetensorError,
+            UnpicklingError) as e:
         raise UserError(f'cannot resume {checkpoint}: its state does not fit this run ({" ".join(str(e).split())[:300]}'
                         '); resume with the versions and the kind of launch that it was written with, or start a new '
                         'run from its weights with --initial-checkpoint') from e

@@ -131,10 +131,10 @@ def is_elementwise(create_optimizer: Callable[[nn.Module], torch.optim.Optimizer
 
 
 def prepare(accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, *loaders: Any) -> Any:
-    """`Accelerator.prepare`; sharded weights start as those of the main process, as DDP's do.
-
-    """
+    """`Accelerator.prepare`; sharded weights start as those of the main process, as DDP's do."""
     if is_sharded(accelerator):
+        for weight in module.parameters():
+            weight.data = weight.data.contiguous()  # FSDP takes no others, so channels last is left to the images
         with torch.no_grad():
             for tensor in module.state_dict().values():
                 tensor.copy_(broadcast(tensor.contiguous()))
@@ -147,19 +147,21 @@ def prepare(accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.
 
 @contextlib.contextmanager
 def sharding_errors_named(accelerator: Accelerator) -> Iterator[None]:
-    """One line in place of torch's errors about operators that take no sharded weights.
+    """One line in place of torch's errors about models and operators that take no sharded weights.
 
     Raises:
         UserError: Gives the reason, and how to do without.
     """
     try:
         yield
-    except (RuntimeError, NotImplementedError, KeyError, AssertionError) as e:
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, KeyError, AssertionError) as e:
         reason = ' '.join(str(e).split())
         if not is_sharded(accelerator) or not any(word in reason.lower() for word in ('dtensor', 'shard', 'fsdp')):
             raise
-        raise UserError(f'FSDP: the model or the optimizer cannot be sharded so ({reason[:300]}); choose another --opt '
-                        'or --fsdp_auto_wrap_policy, or launch with --multi_gpu') from e
+        raise UserError(f'FSDP: this model cannot be sharded so ({reason[:300]}); choose another '
+                        '--fsdp_auto_wrap_policy, or launch with --multi_gpu') from e
 
 
 # ---- weights ----------------------------------------------------------------------------------------------------
