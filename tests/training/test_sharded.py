@@ -128,7 +128,7 @@ def test_options_with_sharded_weights(sharded, tmp_path):
 
 @pytest.mark.slow
 def test_what_cannot_be_sharded_ends_with_one_line(sharded, tmp_path):
-    """In a real launch: an optimizer, an option, a checkpoint of another kind of launch, layers that are wrapped alone."""
+    """In a real launch: an optimizer, an option, a checkpoint of another kind of launch, layers wrapped alone."""
     train(small_config(tmp_path, experiment='plain', **{**LAYER_NORM, 'epochs': 1}))
     runs = dict(
         lamb=dict(LAYER_NORM, opt='lamb'),
