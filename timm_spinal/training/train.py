@@ -122,7 +122,7 @@ def prepare_run(
 
     # prepare
     task.trainable_module, optimizer, train_loader, eval_loader = prepare(
-        accelerator, task.trainable_module, optimizer, problem.data.train_loader, problem.data.eval_loader)
+        accelerator, task.trained, optimizer, problem.data.train_loader, problem.data.eval_loader)
     scheduler, epochs = create_scheduler(
         config, optimizer, math.ceil(len(train_loader) / accelerator.gradient_accumulation_steps))
     run = Run(config, problem, accelerator, folder, task, optimizer, scheduler, epochs, train_loader, eval_loader)
