@@ -41,16 +41,22 @@ def fresh_accelerate():
 @pytest.fixture
 def launch():
     """``launch(processes, *arguments)``: `accelerate launch` on the CPU; returns the completed process."""
-    def start(processes: int, *arguments: str, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
-        done = subprocess.run(launch_command(processes, *arguments), env=launch_env(), text=True,
+    def start(
+            processes: int,
+            *arguments: str,
+            kind: tuple[str, ...] = ('--multi_gpu',),
+            check: bool = True,
+            **kwargs,
+    ) -> subprocess.CompletedProcess:
+        done = subprocess.run(launch_command(processes, *arguments, kind=kind), env=launch_env(), text=True,
                               capture_output=True, timeout=200, **kwargs)
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
     return start
 
 
-def launch_command(processes: int, *arguments: str) -> list[str]:
-    several = ('--multi_gpu', '--num_processes', str(processes), '--num_machines', '1', '--main_process_port', '0')
+def launch_command(processes: int, *arguments: str, kind: tuple[str, ...] = ('--multi_gpu',)) -> list[str]:
+    several = (*kind, '--num_processes', str(processes), '--num_machines', '1', '--main_process_port', '0')
     return [sys.executable, '-m', 'accelerate.commands.launch', *(several if processes > 1 else ()), *arguments]
 
 

@@ -135,6 +135,9 @@ def _open_checkpoint(config: ValidateConfig, path: Path) -> Candidate:
         raise UserError(f'checkpoint {path} is damaged: {reason}; evaluate another one')
     if config.use_ema and not (path / EMA).is_file():
         raise UserError(f'checkpoint {path}: the run kept no moving average; leave out --use-ema')
+    if not (path / (EMA if config.use_ema else WEIGHTS)).is_file():
+        raise UserError(f'checkpoint {path}: its weights are in shards; give {path.parent.parent}, where the best ones '
+                        'are whole, or join them with accelerate merge-weights')
     saved = read_state(path)['config']
     names = {f.name for f in fields(ModelOptions)} & saved.keys()
     of_run = {name: saved[name] for name in names}

@@ -177,6 +177,7 @@ def test_options_in_the_text_exist():
         with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
             main([*argv, '--help'])
         known |= set(re.findall(r'--[a-z][\w-]*', out.getvalue()))
+    known |= {f'--no-{flag[2:]}' for flag in known}
     for page in (page for page in PAGES if page.name not in RECORDS):
         text = re.sub(r'^```.*?^```$|<!--.*?-->', '', page.read_text(encoding='utf-8'), flags=re.M | re.S)
         for code in re.findall(r'`([^`]+)`', text):

@@ -1,7 +1,9 @@
-"""Checks on a CUDA device: ``pytest -m gpu tests/gpu``.
+"""Checks on a CUDA device: ``pytest -m gpu tests/gpu``, ten minutes on one H100; each file by itself is a part of them.
 
 ``TIMM_SPINAL_GPU_TESTS_DEVICE=cpu`` runs on the CPU what can run there, to see that the tests themselves are right.
+``TIMM_SPINAL_GPU_TESTS_CSV=FILE`` gets a row for each figure that is measured.
 """
+import csv
 import json
 import os
 import subprocess
@@ -15,6 +17,7 @@ import torch
 from PIL import Image
 
 DEVICE = os.environ.get('TIMM_SPINAL_GPU_TESTS_DEVICE', 'cuda')
+CARD = torch.cuda.get_device_name() if DEVICE == 'cuda' and torch.cuda.is_available() else 'CPU'
 AMP_DTYPES = (torch.bfloat16, torch.float16)
 ENTRY = """
 import sys
@@ -83,6 +86,7 @@ class Trainings:
             before: str = '',
             launcher: tuple[str, ...] = (),
             code: int = 0,
+            said: str = '',
     ) -> dict[str, Any]:
         """Train 32-pixel images in batches of 16, 10 updates an epoch.
 
@@ -92,6 +96,7 @@ class Trainings:
             before: Lines of Python that the process begins with.
             launcher: Arguments of Python that start a launcher; without any a plain process.
             code: The exit code that the process must have.
+            said: A line that it must print.
 
         Returns:
             ``result.json``; empty where the run was stopped before.
@@ -107,8 +112,27 @@ class Trainings:
         command = [sys.executable, *launcher, str(script), *map(str, options)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == code, f'{name}: exit code {done.returncode}\n{(done.stdout + done.stderr)[-4000:]}'
+        assert said in done.stdout + done.stderr, done.stdout + done.stderr
         result = self.output / name / 'result.json'
         return json.loads(result.read_text()) if result.exists() else {}
+
+
+@pytest.fixture
+def record():
+    """``record(row, what, measure, value, unit, setting)``: keep a figure with the card and torch that gave it."""
+    def write(row: str, what: str, measure: str, value: float, unit: str, setting: str) -> None:
+        print(f'{what}, {measure}: {value:.4g} {unit} ({setting})')
+        if not (name := os.environ.get('TIMM_SPINAL_GPU_TESTS_CSV')):
+            return
+        cells = dict(row=row, what=what, measure=measure, value=f'{value:.4g}', unit=unit, setting=setting, card=CARD,
+                     torch=torch.__version__)
+        new = not Path(name).exists()
+        with open(name, 'a', newline='') as f:
+            table = csv.DictWriter(f, list(cells))
+            if new:
+                table.writeheader()
+            table.writerow(cells)
+    return write
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from .distributed import NotFinite
 from .optim import apply_settings, load_scheduler_state, scheduler_state
 from .options import option_names
 from .resume_checks import OF_OPTIMIZER, changed_settings
+from .sharded import errors_of_shards, local_tensor
 
 if TYPE_CHECKING:
     from .run import Run
@@ -48,9 +49,9 @@ def save(run: 'Run') -> None:
         NotFinite: A weight is NaN or infinite; nothing is written.
         UserError: The disk is full or refuses; the older checkpoints are kept.
     """
-    weights = [p.detach() for p in run.task.trained.parameters() if p.numel()]
+    weights = [local_tensor(p.detach()) for p in run.task.trained.parameters()]
     bad = torch.stack([~weight.isfinite().all() for weight in weights]).sum()
-    if run.accelerator.reduce(bad).item():
+    if run.accelerator.reduce(bad.to(run.accelerator.device)).item():
         raise NotFinite(f'a weight is NaN or infinite after update {run.progress.updates}')
     state = dict(
         progress=asdict(run.progress),
@@ -97,6 +98,10 @@ def save_checkpoint(
             shutil.rmtree(stale)
         temp.mkdir()
 
+    def write() -> None:
+        with errors_of_shards():
+            accelerator.save_state(str(temp))
+
     def finish() -> None:
         if ema is not None:
             save_model(ema, str(temp / EMA))
@@ -110,7 +115,7 @@ def save_checkpoint(
 
     try:
         _on_all(accelerator, begin if main else None, final)
-        _on_all(accelerator, lambda: accelerator.save_state(str(temp)), final)
+        _on_all(accelerator, write, final)
         _on_all(accelerator, finish if main else None, final)
     except UserError:
         if main:
@@ -290,10 +295,12 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, ema: nn.Module |
         UserError: The weights or the state of the optimizer are not those of this run's.
     """
     try:
-        accelerator.load_state(str(checkpoint))
+        with errors_of_shards():
+            accelerator.load_state(str(checkpoint))
         if ema is not None:
             load_model(ema, str(checkpoint / EMA))
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError, UnpicklingError) as e:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError, SafetensorError,
+            UnpicklingError) as e:
         raise UserError(f'cannot resume {checkpoint}: its state does not fit this run ({" ".join(str(e).split())[:300]}'
                         '); resume with the versions and the kind of launch that it was written with, or start a new '
                         'run from its weights with --initial-checkpoint') from e

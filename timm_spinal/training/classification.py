@@ -20,7 +20,7 @@ from timm_spinal.layers import xnor_implementation
 from .config import TrainConfig
 from .data import create_data
 from .distill import check_distillation, prepare_teacher
-from .distributed import SHARDED, on_main_process, used_precision
+from .distributed import on_main_process, used_precision
 from .model import (
     binary_signs,
     binary_weight_flips,
@@ -35,6 +35,7 @@ from .optim import apply_freeze, head_first
 from .report import how_to_load
 from .results import common_result, environment, export_model
 from .run import Problem, Run
+from .sharded import is_sharded
 from .splits import create_datasets, describe_splits
 from .task import Task, build_penalties, build_task
 
@@ -160,14 +161,12 @@ class Classification(Problem[TrainConfig]):
         config, model, teacher = self.config, unwrap_model(run.task.evaluated()), {}
         if config.kd_model_name:
             teacher = dict(teacher=config.kd_model_name, teacher_top1=run.progress.teacher_top1)
-        # a process of a sharded run holds a part of the weights only
-        whole = run.accelerator.distributed_type not in SHARDED
         return dict(
             model=config.model,
             **common_result(run),
             **teacher,
             **xnor_implementation(model),
-            sign_flips=binary_weight_flips(self.first_signs, model) if whole else None,
+            sign_flips=None if is_sharded(run.accelerator) else binary_weight_flips(self.first_signs, model),
             dataset=config.dataset or config.data_dir,
             **environment(run),
         )

@@ -9,17 +9,14 @@ from typing import Any, Callable
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, TorchDynamoPlugin, broadcast_object_list
+from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin, broadcast_object_list
 from timm.task import TrainingTask
 from timm.utils import distribute_bn
 
 from timm_spinal.errors import UserError
 
 from .config import LoopConfig
-
-# kinds of launch in which a process holds a part of the weights only
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-
+from .sharded import check_sharding, refuse_launch
 
 # ---- accelerator ------------------------------------------------------------------------------------------------
 
@@ -63,8 +60,10 @@ def create_accelerator(config: LoopConfig, need_whole_weights: list[tuple[bool, 
         need_whole_weights: Options that do not go with sharded weights: whether each was asked for, and its flag.
 
     Raises:
-        UserError: Trackers or precision that are not available; options that do not go with sharded weights.
+        UserError: Trackers or precision that are not available; a kind of sharding that is not supported, or options
+            that do not go with it.
     """
+    refuse_launch()
     kwargs: dict[str, Any] = {}
     if config.grad_accum_steps > 1:  # the plugin wins over the environment, the plain argument does not
         kwargs['gradient_accumulation_plugin'] = GradientAccumulationPlugin(num_steps=config.grad_accum_steps)
@@ -74,14 +73,7 @@ def create_accelerator(config: LoopConfig, need_whole_weights: list[tuple[bool, 
     accelerator = new_accelerator(config.mixed_precision, log_with=config.log_with or None, project_dir='.', **kwargs)
     if missing := set(config.log_with) - {str(tracker) for tracker in accelerator.log_with} - {'all'}:
         raise UserError(f'--log-with {" ".join(sorted(missing))}: its package is not installed; install it')
-    for asked, flag in (
-        (config.model_ema, '--model-ema'),
-        (config.clip_grad is not None and config.clip_mode != 'norm', f'--clip-mode {config.clip_mode}'),
-        *need_whole_weights,
-    ):
-        if asked and accelerator.distributed_type in SHARDED:
-            raise UserError(f'{flag} needs the whole weights on each device, which '
-                            f'{accelerator.distributed_type.value} splits; leave it out, or launch with --multi_gpu')
+    check_sharding(accelerator, config, need_whole_weights)
     if config.sync_bn and accelerator.device.type != 'cuda':
         raise UserError(f'--sync-bn: torch has it on CUDA only, not on {accelerator.device.type}; leave it out')
     return accelerator

@@ -16,7 +16,8 @@ from timm_spinal.models._timm import save_config_for_hf
 from timm_spinal.models.attach_head import HEAD_NAME
 
 from . import report
-from .distributed import SHARDED, on_main_process
+from .distributed import on_main_process
+from .sharded import is_sharded, load_whole
 
 if TYPE_CHECKING:
     from .run import Run
@@ -95,8 +96,8 @@ def whole_weights(run: 'Run', weights: str) -> tuple[nn.Module, dict[str, torch.
     """The unwrapped model that is evaluated, or its average (``ema``), and its state dict. Every process calls it."""
     wrapped = run.task.evaluated(ema=weights == 'ema')
     module = unwrap_model(wrapped)
-    if run.accelerator.distributed_type in SHARDED:
-        return module, run.accelerator.get_state_dict(wrapped)
+    if is_sharded(run.accelerator):
+        return module, run.accelerator.get_state_dict(wrapped)  # empty but on the main process
     return module, module.state_dict()
 
 
@@ -153,7 +154,11 @@ def environment(run: 'Run') -> dict[str, Any]:
 def evaluate_test(run: 'Run') -> dict[str, Any]:
     """The test split, once, with the best weights."""
     model = run.task.evaluated()
-    unwrap_model(model).load_state_dict(load_file(run.folder / WEIGHTS))
+    best = load_file(run.folder / WEIGHTS)
+    if is_sharded(run.accelerator):
+        load_whole(model, best)
+    else:
+        unwrap_model(model).load_state_dict(best)
     loader = run.accelerator.prepare(run.data.test_loader)
     metrics = run.problem.evaluate(run, model, loader, 'test')
     return {f'test_{k}': metrics[k] for k in (*run.problem.metrics, 'images')}

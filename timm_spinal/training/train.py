@@ -32,6 +32,7 @@ from .report import log_epoch, log_progress, plan_lines, progress_bar, write_fir
 from .results import whole_weights, write_result
 from .run import ConfigT, Problem, Progress, Run
 from .run_dir import claim_run_folder
+from .sharded import prepare, sharding_errors_named
 from .transforms import preserved_rng
 
 
@@ -69,7 +70,7 @@ def open_run(config: ConfigT, problem: type[Problem] = Classification) -> Iterat
         UserError: A loader worker was killed, and what `prepare_run` raises.
     """
     accelerator = create_accelerator(config, problem.need_whole_weights(config))
-    with contextlib.ExitStack() as held:
+    with sharding_errors_named(accelerator), contextlib.ExitStack() as held:
         try:
             with dead_workers_named(lambda: 'run it again'):
                 run = prepare_run(config, problem, accelerator, held)
@@ -120,8 +121,8 @@ def prepare_run(
         task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup, device=device)
 
     # prepare
-    task.trainable_module, optimizer, train_loader, eval_loader = accelerator.prepare(
-        task.trainable_module, optimizer, problem.data.train_loader, problem.data.eval_loader)
+    task.trainable_module, optimizer, train_loader, eval_loader = prepare(
+        accelerator, task.trained, optimizer, problem.data.train_loader, problem.data.eval_loader)
     scheduler, epochs = create_scheduler(
         config, optimizer, math.ceil(len(train_loader) / accelerator.gradient_accumulation_steps))
     run = Run(config, problem, accelerator, folder, task, optimizer, scheduler, epochs, train_loader, eval_loader)
