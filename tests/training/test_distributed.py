@@ -8,8 +8,9 @@ import threading
 import pytest
 import torch
 
-from timm_spinal.errors import StopRequested
-from timm_spinal.training.distributed import Meter, NotFinite, SignalFlag
+from timm_spinal.errors import StopRequested, UserError
+from timm_spinal.training.config import TrainConfig
+from timm_spinal.training.distributed import Meter, NotFinite, SignalFlag, create_accelerator, set_backends
 
 
 def test_flag_takes_the_first_signal_and_gives_the_handlers_back():
@@ -136,3 +137,44 @@ def test_a_scaler_that_gave_up_ends_the_run(scale, message):
         return
     with pytest.raises(NotFinite, match=message):
         meter.flush()
+
+
+# ---- what a device can do faster --------------------------------------------------------------------------------
+
+
+def test_accelerate_is_told_what_saves_time():
+    accelerator = create_accelerator(TrainConfig(), [])
+    assert accelerator.dataloader_config.non_blocking
+    handler = accelerator.ddp_handler
+    assert handler.gradient_as_bucket_view and handler.broadcast_buffers and not handler.static_graph
+    handler = create_accelerator(TrainConfig(no_ddp_bb=True, ddp_static_graph=True), []).ddp_handler
+    assert not handler.broadcast_buffers and handler.static_graph
+
+
+def test_a_static_graph_does_not_go_with_accumulation():
+    with pytest.raises(UserError, match='--ddp-static-graph: does not go with gradient accumulation'):
+        create_accelerator(TrainConfig(ddp_static_graph=True, grad_accum_steps=2), [])
+
+
+@pytest.fixture
+def backends():
+    """The switches of PyTorch; put back."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+    cudnn = torch.backends.cudnn
+    yield lambda: (torch.get_float32_matmul_precision(), cudnn.benchmark, cudnn.allow_tf32)
+    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = before[1:]
+
+
+def test_backends_of_a_cuda_device(backends):
+    before = backends()
+    set_backends(TrainConfig(), torch.device('cpu'), same_shapes=True)
+    assert backends() == before
+    set_backends(TrainConfig(), torch.device('cuda'), same_shapes=True)
+    assert backends() == ('high', True, True)
+    set_backends(TrainConfig(matmul_precision='highest'), torch.device('cuda'), same_shapes=False)
+    assert backends() == ('highest', False, False)
+    torch.use_deterministic_algorithms(True)
+    set_backends(TrainConfig(), torch.device('cuda'), same_shapes=True)
+    assert backends() == ('high', False, True)

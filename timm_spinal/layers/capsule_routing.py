@@ -7,7 +7,7 @@ sections 2 and 3).
 import math
 from contextlib import nullcontext
 from functools import lru_cache
-from typing import ContextManager
+from typing import ContextManager, Tuple
 
 import torch
 from torch import nn
@@ -20,11 +20,9 @@ MEMORY_MODES = ('auto', 'whole', 'lean')
 # elements of the prediction tensor (float32: 4 bytes each)
 WHOLE_LIMIT = 2 ** 24  # 64 MiB; above it 'auto' chooses 'lean'
 CHUNK_LIMIT = 2 ** 21  # 8 MiB, which a CPU's caches hold; the predictions that lean routing makes at a time
-COMPILED_BATCH = 32  # the batch size for which a compiled or exported model chooses, since its own may vary
 # the same on a GPU, where it counts how many kernels are started
 GPU_WHOLE_PART = 1 / 16  # of the free memory; whole routing in training holds up to 8 tensors of this size, so half
 GPU_CHUNK_LIMIT = 2 ** 27  # 512 MiB, so that chunks of whole classes have 256 MiB at least
-GPU_COMPILED_BATCH = 256
 
 
 def route_whole(
@@ -159,9 +157,16 @@ def _free_memory(device: torch.device) -> int:
 
 
 @torch.compiler.assume_constant_result
-def gpu_whole_limit(device: torch.device) -> int:
-    """Elements of the predictions up to which 'auto' keeps all of them on a GPU."""
-    return max(GPU_CHUNK_LIMIT, int(GPU_WHOLE_PART * _free_memory(device)) // 4)
+def limits(device: torch.device) -> Tuple[int, int]:
+    """Elements of the predictions up to which 'auto' keeps all of them on a device, and those of a chunk."""
+    if device.type != 'cuda':
+        return WHOLE_LIMIT, CHUNK_LIMIT
+    return max(GPU_CHUNK_LIMIT, int(GPU_WHOLE_PART * _free_memory(device)) // 4), GPU_CHUNK_LIMIT
+
+
+def compiled_batch(device: torch.device) -> int:
+    """The batch size for which a compiled or exported model chooses, since its own may vary."""
+    return 256 if device.type == 'cuda' else 32
 
 
 def without_autocast(x: torch.Tensor) -> ContextManager:
@@ -202,20 +207,15 @@ def dynamic_routing(
     Computed in float32 or wider, also under autocast, and returned in the type of W. See :class:`CapsuleRouting`
     for the arguments and the equations.
     """
-    batch, whole_limit, chunk_limit = x.shape[0], WHOLE_LIMIT, CHUNK_LIMIT
-    on_gpu = x.device.type == 'cuda'
-    if on_gpu:
-        whole_limit, chunk_limit = GPU_CHUNK_LIMIT, GPU_CHUNK_LIMIT
-    if not torch.jit.is_scripting():
-        if on_gpu:
-            whole_limit = gpu_whole_limit(x.device)
-        if torch.compiler.is_compiling():
-            batch = GPU_COMPILED_BATCH if on_gpu else COMPILED_BATCH
-    chunk = classes_per_chunk(
-        batch, weight.shape[0], weight.shape[1], weight.shape[3], memory, whole_limit, chunk_limit)
+    capsules, classes, _, dim = weight.shape
     if torch.jit.is_scripting():
+        chunk = classes_per_chunk(x.shape[0], capsules, classes, dim, memory)
         return _route(x, weight, iterations, xnor_projector, xnor_agreement, chunk)
     else:
+        batch = x.shape[0]
+        if torch.compiler.is_compiling():
+            batch = compiled_batch(x.device)
+        chunk = classes_per_chunk(batch, capsules, classes, dim, memory, *limits(x.device))
         with without_autocast(x):
             return _route(x, weight, iterations, xnor_projector, xnor_agreement, chunk)
 
