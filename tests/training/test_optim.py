@@ -194,5 +194,6 @@ def test_optimizers_are_fused_on_cuda(opt, options, fused):
     config = TrainConfig(opt=opt, opt_kwargs=options)
     assert can_fuse(config, torch.device('cuda')) == fused and not can_fuse(config, torch.device('cpu'))
     if fused:  # timm passes it on; on a CPU they can be fused as well
-        optimizer = create_optimizer(TrainConfig(opt=opt, opt_kwargs=dict(options, fused=True)), torch.nn.Linear(2, 2), 0.1)
+        config = TrainConfig(opt=opt, opt_kwargs=dict(options, fused=True))
+        optimizer = create_optimizer(config, torch.nn.Linear(2, 2), 0.1)
         assert all(group['fused'] for group in optimizer.param_groups)
