@@ -24,6 +24,9 @@ ALLOWED = {
     '._accumulate_loss': "timm's ClassificationEvaluator, of which one for two classes is derived",
     '._summary': "timm's ClassificationEvaluator, of which one for two classes is derived",
     '._prepare': "timm's ClassificationEvaluator, of which one for two classes is derived",
+    '._erase': "timm's RandomErasing, of which only the choice of places is wanted",
+    '._params_per_elem': "timm's Mixup, of which a form without waits is derived",
+    '._version': 'counts the changes of a tensor',
     '._samples': "the files of torchvision's data sets",
     '._actions': 'the options of a parser of argparse, by which an unknown one is answered',
 }

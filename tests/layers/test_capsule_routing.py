@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_spinal.layers import CapsuleRouting, dynamic_routing, sign_ste, squash
-from timm_spinal.layers.capsule_routing import WHOLE_LIMIT, _route, classes_per_chunk
+from timm_spinal.layers import CapsuleRouting, capsule_routing, create_head, dynamic_routing, sign_ste, squash
+from timm_spinal.layers.capsule_routing import WHOLE_LIMIT, _route, classes_per_chunk, limits
 
 KINDS = {'caps': (False, False), 'xnodr': (True, False), 'xnidr': (False, True)}
 
@@ -115,6 +117,72 @@ def test_memory_is_chosen_by_size():
     assert WHOLE_LIMIT // (64 * 256 * 16) == 64
 
 
+CUDA = torch.device('cuda', 0)
+
+
+@pytest.mark.parametrize('free, batch, chunk', [
+    (2 ** 36, 64, 0), (2 ** 36, 256, 0),  # of 64 GiB 4 may be predictions, and 256 images have 3.9
+    (2 ** 36, 512, 64), (2 ** 33, 64, 512), (2 ** 33, 256, 128), (0, 64, 512), (2 ** 36, 2 ** 20, 1),
+])
+def test_memory_is_chosen_by_device(monkeypatch, free, batch, chunk):
+    """On CUDA by what is free; chunks there have 256 MiB and more."""
+    monkeypatch.setattr(capsule_routing, '_free_memory', lambda device: free)
+    found = classes_per_chunk(batch, 256, 1000, 16, 'auto', *limits(CUDA))
+    assert found == chunk
+    assert not found or 4 * batch * 256 * found * 16 >= 2 ** 28
+    assert classes_per_chunk(batch, 256, 1000, 16, 'auto', *limits(torch.device('cpu'))) == classes_per_chunk(
+        batch, 256, 1000, 16, 'auto')
+
+
+def test_free_memory_decides_once(monkeypatch):
+    """What a process allocates later, or a resumed one before it first asks, changes nothing."""
+    free = [50 * 2 ** 30]
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (free[0], 2 ** 36))
+    monkeypatch.setattr(torch.cuda, 'memory_reserved', lambda device: 2 ** 30)
+    monkeypatch.setattr(torch.cuda, 'memory_allocated', lambda device: 0)
+    capsule_routing._free_memory.cache_clear()
+    try:
+        assert capsule_routing._free_memory(CUDA) == 2 ** 35
+        free[0] = 2 ** 20
+        assert capsule_routing._free_memory(CUDA) == 2 ** 35
+    finally:
+        capsule_routing._free_memory.cache_clear()
+
+
+class Starts(TorchDispatchMode):
+    """Counts the operators that start a kernel: all but views."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        returned = [value.alias_info for value in function._schema.returns]
+        self.count += not any(alias is not None and not alias.is_write for alias in returned)
+        return function(*args, **kwargs or {})
+
+
+def kernel_starts(batch, classes=1000, **kwargs) -> int:
+    """Of forward and backward of the capsule layer of resnet50_xnodr, on tensors without data."""
+    layer = CapsuleRouting(256, 8, classes, xnor_projector=True, device='meta', **kwargs)
+    x = torch.empty(batch, 256, 8, device='meta', requires_grad=True)
+    with Starts() as starts:
+        layer(x).sum().backward()
+    return starts.count
+
+
+def test_kernel_starts(monkeypatch):
+    """On a GPU the start of a kernel takes longer than what a CPU's chunk of 8 MiB gives it to compute."""
+    on_cpu = kernel_starts(64, classes=100)  # 8 at a time
+    monkeypatch.setattr(capsule_routing, '_free_memory', lambda device: 2 ** 36)
+    monkeypatch.setattr(capsule_routing, 'limits', lambda device: limits(CUDA))
+    whole, chunks = kernel_starts(256), kernel_starts(512)
+    assert whole == kernel_starts(64, classes=100) == kernel_starts(64, memory='whole') < 200
+    assert chunks < 20 * 250  # 64 classes at a time
+    assert on_cpu > 13 * 200
+
+
 def saved_elements(function) -> int:
     """Elements of the tensors that autograd keeps for the backward pass, each storage once."""
     kept = {}
@@ -166,6 +234,24 @@ def test_script_compile_export(memory):
         exported = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},)).module()
     more = inputs(batch=9, dtype=torch.float32)[0]
     torch.testing.assert_close(exported(more), layer(more))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('head, memory', [('xnodr', 'auto'), ('xnidr', 'lean'), ('caps', 'lean')])
+def test_heads_compile_with_a_dynamic_batch(head, memory):
+    """Forward and gradients of other batch sizes, without a graph for each."""
+    torch.manual_seed(0)
+    net = create_head(head, 24, 5, capsule_dim=4, capsules=6, memory=memory)
+    counted = CompileCounterWithBackend('aot_eager')
+    torch._dynamo.reset()
+    compiled = torch.compile(net, dynamic=True, fullgraph=True, backend=counted)
+    for batch in (6, 9, 4, 11):
+        x = torch.randn(batch, 24, 3, 3)
+        found = torch.autograd.grad(compiled(x).square().sum(), list(net.parameters()))
+        expected = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
+        for a, b in zip(found, expected):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+    assert counted.frame_count <= 2
 
 
 def test_weights_start_as_keras_starts_them():

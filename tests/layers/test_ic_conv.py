@@ -252,3 +252,36 @@ def test_meta_device():
 def test_unknown_options(options, message):
     with pytest.raises(ValueError, match=message):
         ICConv2d(8, 12, 3, **options)
+
+
+def collision(dtype, n=4, filters=6, side=40):
+    """z, s, w, b1 of a collision whose weights are float32 and whose maps are of a type."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(n, filters, side, side, generator=generator).to(dtype).requires_grad_()
+    s = torch.randn(n, 1, side, side, generator=generator).to(dtype).requires_grad_()
+    w, b1 = (torch.randn(filters, generator=generator).requires_grad_() for _ in range(2))
+    return z, s, w, b1
+
+
+def gradients(function, inputs, upstream):
+    z, s, w, b1 = inputs
+    return torch.autograd.grad(function(z, s, w, 1, b1), inputs, upstream)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_sums_of_gradients_are_float32(dtype, compiled):
+    """Those of w and b1 are sums over 6,400 places, which in half precision would be rounded, or above 65,504."""
+    inputs = collision(dtype)
+    upstream = 50 * torch.ones_like(inputs[0])
+    function = torch.compile(collide, backend='aot_eager') if compiled else collide
+    found = gradients(function, inputs, upstream)
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    # the same places are active, so that only the sums differ
+    w, b1 = (t.detach().to(dtype)[:, None, None] for t in inputs[2:])
+    du = (torch.addcmul(inputs[0].detach(), inputs[1].detach(), w, value=-1) + b1 > 0).double() * 50
+    assert found[2].dtype == found[3].dtype == torch.float32 and found[0].dtype == dtype
+    dw, db = -(du * wide[1]).sum((0, 2, 3)), du.sum((0, 2, 3))
+    assert db.max() > 65_504 and found[3].isfinite().all()
+    torch.testing.assert_close(found[3].double(), db, rtol=0.01 if compiled else 1e-6, atol=0.)
+    torch.testing.assert_close(found[2].double(), dw, rtol=0.01, atol=0.01 * dw.abs().max().item())

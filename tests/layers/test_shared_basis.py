@@ -1,7 +1,11 @@
+import copy
+import io
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_spinal.layers import SharedBasisConv2d, SharedConv2d, basis_product, check_ranks
 
@@ -125,3 +129,70 @@ def test_shared_convolution_is_the_convolution():
     conv = SharedConv2d(6, 5, 3, dilation=2)
     assert not list(conv.parameters())
     assert torch.equal(conv(x, basis), F.conv2d(x, basis, padding=2, dilation=2))
+
+
+# ---- folded, in inference ---------------------------------------------------------------------------------------
+
+
+class Operators(TorchDispatchMode):
+    """The operators that compute something, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function not in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            self.names.append(str(function.overloadpacket).removeprefix('aten.').replace('conv2d', 'convolution'))
+        return function(*args, **kwargs or {})
+
+
+def operators(function, *args):
+    with Operators() as seen:
+        function(*args)
+    return seen.names
+
+
+@pytest.mark.parametrize('context', [torch.no_grad, torch.inference_mode])
+def test_folded_filters_are_joined_once(context):
+    conv, x, basis = SharedBasisConv2d(6, 7, 5, 2, folded=True).eval(), randn(2, 6, 8, 8), randn(5, 6, 3, 3, seed=2)
+    expected = conv(x, basis).detach()
+    with context():
+        assert operators(conv, x, basis) == ['cat', 'convolution', 'convolution']
+        assert operators(conv, x, basis.detach()) == ['convolution', 'convolution']
+        assert torch.equal(conv(x, basis), expected)
+    assert 'cat' in operators(conv, x, basis)  # with gradients
+
+
+@pytest.mark.parametrize('change', [
+    lambda conv, basis: conv.unique.mul_(2.),
+    lambda conv, basis: basis.add_(1.),
+    lambda conv, basis: conv.load_state_dict({k: v + 1. for k, v in conv.state_dict().items()}),
+    lambda conv, basis: setattr(conv, 'unique', nn.Parameter(conv.unique + 1.)),
+    lambda conv, basis: conv.double(),
+], ids=['unique', 'basis', 'load', 'set', 'double'])
+def test_changed_filters_are_joined_anew(change):
+    conv, x, basis = SharedBasisConv2d(6, 7, 5, 2, folded=True).eval(), randn(2, 6, 8, 8), randn(5, 6, 3, 3, seed=2)
+    with torch.no_grad():
+        before = conv(x, basis)
+        change(conv, basis)
+        x, basis = (t.to(conv.coeff.dtype) for t in (x, basis))
+        found = conv(x, basis)
+    expected = conv(x, basis)  # with gradients nothing is kept
+    torch.testing.assert_close(found, expected.detach())
+    assert found.dtype != before.dtype or (found - before).abs().max() > 1e-3
+
+
+def test_joined_filters_are_not_copied_or_saved():
+    conv, x, basis = SharedBasisConv2d(6, 7, 5, 2, folded=True).eval(), randn(2, 6, 8, 8), randn(5, 6, 3, 3, seed=2)
+    keys, size = set(conv.state_dict()), io.BytesIO()
+    torch.save(conv, size)
+    with torch.no_grad():
+        expected = conv(x, basis)
+    again = io.BytesIO()
+    torch.save(conv, again)
+    assert set(conv.state_dict()) == keys and len(again.getvalue()) == len(size.getvalue())
+    other = copy.deepcopy(conv)
+    assert other.joined.filters is None
+    with torch.no_grad():
+        assert torch.equal(other(x, basis), expected)

@@ -11,6 +11,7 @@ from timm_spinal.errors import UserError
 from timm_spinal.training.config import TrainConfig
 from timm_spinal.training.optim import (
     apply_freeze,
+    can_fuse,
     clip_gradients,
     create_optimizer,
     create_scheduler,
@@ -183,3 +184,16 @@ def test_clip_agc_leaves_the_head():
     weight = task.trainable_module[0].weight.detach()
     assert torch.equal(before[2], after[2]) and torch.equal(before[3], after[3])
     assert torch.all(after[0].norm(dim=1) <= 0.01 * weight.norm(dim=1).clamp(min=1e-3) * 1.001)
+
+
+@pytest.mark.parametrize('opt, options, fused', [
+    ('adamw', {}, True), ('sgd', {}, True), ('momentum', {}, True), ('lookahead_adamw', {}, True), ('lamb', {}, False),
+    ('adamw', dict(foreach=True), False), ('adamw', dict(fused=False), False), ('adamw', dict(amsgrad=True), True),
+])
+def test_optimizers_are_fused_on_cuda(opt, options, fused):
+    config = TrainConfig(opt=opt, opt_kwargs=options)
+    assert can_fuse(config, torch.device('cuda')) == fused and not can_fuse(config, torch.device('cpu'))
+    if fused:  # timm passes it on; on a CPU they can be fused as well
+        config = TrainConfig(opt=opt, opt_kwargs=dict(options, fused=True))
+        optimizer = create_optimizer(config, torch.nn.Linear(2, 2), 0.1)
+        assert all(group['fused'] for group in optimizer.param_groups)

@@ -173,3 +173,20 @@ def test_features_of_a_teacher_with_other_classes(tmp_path):
     task = build_task(config, make('test_efficientnet'), False, torch.device('cpu'))
     parts = task(images(), torch.zeros(4, dtype=torch.int64))
     assert parts['kd_loss'].item() > 0
+
+
+def test_a_teacher_is_compiled_with_the_student():
+    """The forward that the kind of distillation uses, with the same answers."""
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 32, 32)
+    for kind in ('logit', 'wld', 'feature'):
+        teacher = open_teacher(timm.create_model('test_vit', num_classes=4), timm.create_model(
+            'test_vit', num_classes=4), features=kind == 'feature')
+        features = kind == 'feature'
+        expected = teacher(images, return_features=features)
+        assert teacher.compile_for(TrainConfig(kd_distill_type=kind)) is teacher
+        assert not isinstance(teacher.model, torch._dynamo.OptimizedModule)
+        teacher.compile_for(TrainConfig(kd_distill_type=kind, torchcompile='eager'))
+        assert isinstance(teacher.model, torch._dynamo.OptimizedModule) != features
+        assert (teacher._compiled_forward_features is not None) == features
+        torch.testing.assert_close(teacher(images, return_features=features), expected)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from timm_spinal.errors import StopRequested, UserError
 from timm_spinal.training import task as task_module
+from timm_spinal.training import train as train_module
 from timm_spinal.training.checkpoint import damage, find_checkpoints
 from timm_spinal.training.config import to_yaml
 from timm_spinal.training.train import train
@@ -212,6 +213,53 @@ def test_loss_that_becomes_nan_later_is_noticed_before_a_checkpoint(tmp_path, mo
     assert [c.name for c in find_checkpoints(tmp_path / 'run' / 'last')] == [f'step-0000000{i}' for i in (3, 2, 1)]
 
 
+def overflow(monkeypatch, model, first, last):
+    """Give a run the scaler of fp16, and losses that are infinite in some updates."""
+    updates = []
+    create = train_module.create_accelerator
+
+    def with_scaler(*args):
+        accelerator = create(*args)
+        accelerator.scaler = torch.amp.GradScaler('cpu', init_scale=4., growth_interval=1000)
+        return accelerator
+
+    def factory(config, model):
+        def penalty():
+            updates.append(1)
+            weight = next(model.parameters())
+            return weight.sum() * (math.inf if first <= len(updates) <= last else 0.)
+        return penalty
+
+    monkeypatch.setattr(train_module, 'create_accelerator', with_scaler)
+    monkeypatch.setitem(task_module.PENALTIES, 'much', factory)
+    return updates
+
+
+def test_overflow_under_fp16_ends_nothing_before_the_scaler_gives_up(tmp_path, monkeypatch):
+    """The scale falls from 4 to 2 and 1, which the run survives; the updates are skipped and not in the means."""
+    config = small_config(tmp_path, epochs=1)
+    with monkeypatch.context() as patch:
+        overflow(patch, 'test_efficientnet', 2, 3)
+        result = train(config)
+    row, = rows(config)
+    assert result['updates'] == 5 and math.isfinite(row['train_loss']) and row['train_much'] == 0.
+    assert all(v.isfinite().all() for v in last_state(config).values())
+    plain = replace(config, experiment='plain')
+    train(plain)
+    assert difference(config, plain) > 0.
+
+
+def test_overflow_in_every_update_ends_the_run(tmp_path, monkeypatch):
+    """4, 2, 1, then 0.5 after the third skipped update."""
+    config = small_config(tmp_path, epochs=1, checkpoint_steps=1, checkpoint_hist=9)
+    with monkeypatch.context() as patch:
+        updates = overflow(patch, 'test_efficientnet', 1, 100)
+        with pytest.raises(UserError, match='at update 3, and the loss scale of fp16 has fallen to 0.5: training stop'):
+            train(config)
+    assert len(updates) == 3
+    assert [c.name for c in find_checkpoints(tmp_path / 'run' / 'last')] == ['step-00000002', 'step-00000001']
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize('update', [2, 3])
@@ -229,7 +277,7 @@ def test_signal_writes_a_checkpoint_and_stops(tmp_path, monkeypatch, signum, upd
     assert stop.value.signum == signum
     assert signal.getsignal(signum) is before
     newest = find_checkpoints(tmp_path / 'broken' / 'last')[0]
-    assert damage(newest) is None and newest.name == 'step-00000003'
+    assert damage(newest) is None and newest.name == f'step-0000000{update}'
     train(resumed(broken))
     assert_same_state(whole, broken)
 

@@ -72,6 +72,7 @@ class Detection(Problem[DetectionConfig]):
         UserError: Data that cannot be used.
     """
     metrics = METRICS
+    same_shapes = False
 
     def __init__(self, config: DetectionConfig, accelerator: Accelerator):
         self.config = config = replace(

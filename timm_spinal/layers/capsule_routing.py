@@ -6,7 +6,8 @@ sections 2 and 3).
 
 import math
 from contextlib import nullcontext
-from typing import ContextManager
+from functools import lru_cache
+from typing import ContextManager, Tuple
 
 import torch
 from torch import nn
@@ -18,8 +19,10 @@ from .classifier_head import check_positive
 MEMORY_MODES = ('auto', 'whole', 'lean')
 # elements of the prediction tensor (float32: 4 bytes each)
 WHOLE_LIMIT = 2 ** 24  # 64 MiB; above it 'auto' chooses 'lean'
-CHUNK_LIMIT = 2 ** 21  # 8 MiB; the predictions that lean routing makes at a time
-COMPILED_BATCH = 32  # the batch size for which a compiled or exported model chooses, since its own may vary
+CHUNK_LIMIT = 2 ** 21  # 8 MiB, which a CPU's caches hold; the predictions that lean routing makes at a time
+# the same on a GPU, where it counts how many kernels are started
+GPU_WHOLE_PART = 1 / 16  # of the free memory; whole routing in training holds up to 8 tensors of this size, so half
+GPU_CHUNK_LIMIT = 2 ** 27  # 512 MiB, so that chunks of whole classes have 256 MiB at least
 
 
 def route_whole(
@@ -144,6 +147,28 @@ def classes_per_chunk(
     return max(1, min(classes, chunk_limit // (rows * capsules * dim)))
 
 
+@lru_cache
+def _free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU when first asked, down to a power of two: a resumed run then decides as before."""
+    if not torch.cuda.is_available():
+        return 0
+    free, _ = torch.cuda.mem_get_info(device)
+    return 2 ** int(math.log2(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)))
+
+
+@torch.compiler.assume_constant_result
+def limits(device: torch.device) -> Tuple[int, int]:
+    """Elements of the predictions up to which 'auto' keeps all of them on a device, and those of a chunk."""
+    if device.type != 'cuda':
+        return WHOLE_LIMIT, CHUNK_LIMIT
+    return max(GPU_CHUNK_LIMIT, int(GPU_WHOLE_PART * _free_memory(device)) // 4), GPU_CHUNK_LIMIT
+
+
+def compiled_batch(device: torch.device) -> int:
+    """The batch size for which a compiled or exported model chooses, since its own may vary."""
+    return 256 if device.type == 'cuda' else 32
+
+
 def without_autocast(x: torch.Tensor) -> ContextManager:
     device = x.device.type
     # a meta tensor has no autocast; older releases cannot compile torch.amp.is_autocast_available
@@ -182,13 +207,15 @@ def dynamic_routing(
     Computed in float32 or wider, also under autocast, and returned in the type of W. See :class:`CapsuleRouting`
     for the arguments and the equations.
     """
-    batch = x.shape[0]
-    if not torch.jit.is_scripting() and torch.compiler.is_compiling():
-        batch = COMPILED_BATCH
-    chunk = classes_per_chunk(batch, weight.shape[0], weight.shape[1], weight.shape[3], memory)
+    capsules, classes, _, dim = weight.shape
     if torch.jit.is_scripting():
+        chunk = classes_per_chunk(x.shape[0], capsules, classes, dim, memory)
         return _route(x, weight, iterations, xnor_projector, xnor_agreement, chunk)
     else:
+        batch = x.shape[0]
+        if torch.compiler.is_compiling():
+            batch = compiled_batch(x.device)
+        chunk = classes_per_chunk(batch, capsules, classes, dim, memory, *limits(x.device))
         with without_autocast(x):
             return _route(x, weight, iterations, xnor_projector, xnor_agreement, chunk)
 
@@ -227,8 +254,9 @@ class CapsuleRouting(nn.Module):
         xnor_projector: Binarise x and W (XnODR).
         xnor_agreement: Binarise u_hat and v in the agreement (XnIDR).
         memory: 'whole' keeps the predictions (B, N, J, D); 'lean' makes them in chunks of classes, again in the
-            backward pass, and keeps (B, N, J); 'auto' is lean above 2 ** 24 predictions. Both give the same.
-            In compiled and exported models 'auto' decides as for a batch of 32.
+            backward pass, and keeps (B, N, J). Both give the same. 'auto' is lean above 2 ** 24 predictions, on a
+            CUDA device where they take more than a sixteenth of the memory that is free at the first call. In compiled
+            and exported models it decides as for a batch of 32, on CUDA of 256.
 
     Raises:
         ValueError: A size out of range, or an unknown ``memory``.

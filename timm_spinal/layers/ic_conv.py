@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from .capsule import float32_or_wider
+
 IC_CHOICES = {
     'mode': ('filter', 'layer', 'pair'),
     'scale': ('mean', 'raw'),
@@ -76,7 +78,7 @@ class _AddReLU(torch.autograd.Function):
             w: torch.Tensor,
             b1: Optional[torch.Tensor],
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        u = pre_activation(z, s, w, b1)
+        u = pre_activation(z, s, w.to(z.dtype), None if b1 is None else b1.to(z.dtype))
         active = u > 0
         return u.relu_().add_(z), active
 
@@ -90,9 +92,14 @@ class _AddReLU(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor, _: Any) -> Tuple[Optional[torch.Tensor], ...]:  # type: ignore[override]
         active, s, w = ctx.saved_tensors
         du = active.view(torch.uint8).to(grad.dtype).mul_(grad)  # faster on a CPU than torch.where
-        ds = -torch.einsum('ngkhw,gk->nghw', du, w)
-        dw = -torch.einsum('ngkhw,nghw->gk', du, s)
-        return grad + du, ds, dw, du.sum((0, 3, 4)) if ctx.needs_input_grad[3] else None
+        wide = float32_or_wider(du[:0]).dtype
+        if du.dtype == wide and du.device.type == 'cpu':
+            ds = -torch.einsum('ngkhw,gk->nghw', du, w)
+            dw = -torch.einsum('ngkhw,nghw->gk', du, s)
+        else:  # a product of matrices would round its sums to half precision or, of float32, its factors to TF32
+            ds = -(du * w.to(du.dtype).unsqueeze(2).unsqueeze(3)).sum(2, dtype=wide)
+            dw = -(du * s.unsqueeze(2)).sum((0, 3, 4), dtype=wide)
+        return grad + du, ds, dw, du.sum((0, 3, 4), dtype=wide) if ctx.needs_input_grad[3] else None
 
 
 @torch.jit.unused
@@ -101,6 +108,11 @@ def _is_recorded(tensors: List[Optional[torch.Tensor]]) -> bool:
     if torch.jit.is_tracing() or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
     return any(t is not None and t.requires_grad for t in tensors)
+
+
+@torch.jit.unused
+def _is_compiled_training() -> bool:
+    return torch.compiler.is_compiling() and torch.is_grad_enabled()
 
 
 @torch.jit.unused
@@ -127,13 +139,17 @@ def collide(
         b1: (C,).
         b2: (C,).
     """
-    grouped, s, w = z.unflatten(1, (groups, -1)), s.to(z.dtype), w.to(z.dtype).view(groups, -1)
+    grouped, s, w = z.unflatten(1, (groups, -1)), s.to(z.dtype), w.view(groups, -1)
     if b1 is not None:
-        b1 = b1.to(z.dtype).view(groups, -1)
+        b1 = b1.view(groups, -1)
     if not torch.jit.is_scripting() and _is_recorded([z, s, w, b1]):
         y = _add_relu(grouped, s, w, b1)
+    elif not torch.jit.is_scripting() and _is_compiled_training():
+        # one kernel: what is wider in between is never stored, and sums of the gradients of w and b1 are as wide
+        y = (grouped + F.relu(pre_activation(float32_or_wider(grouped), float32_or_wider(s), w, b1))).to(z.dtype)
     else:
-        y = grouped + F.relu(pre_activation(grouped, s, w, b1), inplace=True)
+        b1 = None if b1 is None else b1.to(z.dtype)
+        y = grouped + F.relu(pre_activation(grouped, s, w.to(z.dtype), b1), inplace=True)
     y = y.flatten(1, 2)
     return y if b2 is None else y + b2.to(z.dtype).view(-1, 1, 1)
 

@@ -6,7 +6,7 @@ filters, B the basis of R filters, u of them unique to one convolution (U) and s
 coefficients.
 """
 
-from typing import TYPE_CHECKING, Any, Optional, Tuple, Type
+from typing import TYPE_CHECKING, Any, List, Optional, Tuple, Type
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,33 @@ def basis_product(
     return F.conv2d(x, filters, None, 1, dilation * (filters.shape[2] - 1) // 2, dilation)
 
 
+class JoinedFilters:
+    """[U; B_s] of a convolution, joined anew only when one of the two has changed.
+
+    A change by ``weight.data``, which PyTorch does not count, is not seen unless it gives the weight other memory.
+    """
+
+    def __init__(self) -> None:
+        self.state: List[Any] = []
+        self.parts: Tuple[torch.Tensor, ...] = ()  # held, so that no other tensor gets their memory
+        self.filters: Optional[torch.Tensor] = None
+
+    def __reduce__(self) -> Any:
+        return JoinedFilters, ()  # copied and saved without what it holds
+
+    def join(self, *parts: Any) -> Optional[torch.Tensor]:
+        """The filters; None where a part is missing, or has no memory or no count of changes of its own."""
+        if any(type(part) not in (torch.Tensor, nn.Parameter) or part.is_inference() for part in parts):
+            return None
+        try:
+            state = [(p.data_ptr(), p._version, p.shape, p.stride(), p.dtype, p.device) for p in parts]
+        except RuntimeError:  # as torch.func has them
+            return None
+        if state != self.state:
+            self.state, self.parts, self.filters = state, parts, torch.cat(parts).detach()
+        return self.filters
+
+
 class SharedBasisConv2d(nn.Module):
     """A convolution decomposed over a basis of which a part is shared, and its norm: (N, C, H, W) -> (N, T, H, W).
 
@@ -51,7 +78,7 @@ class SharedBasisConv2d(nn.Module):
 
     Stride 1, padding that keeps H and W (docs/papers/shared_bases.md, section 2). U, A and both norms are its own; B_s
     belongs to the stage and is passed to each call. In eval mode each call folds the norms into A and a bias
-    (docs/papers/shared_bases.md, section 8).
+    (docs/papers/shared_bases.md, section 8). A folded one keeps [U; B_s] joined from call to call without gradients.
 
     Args:
         in_channels: C.
@@ -99,6 +126,7 @@ class SharedBasisConv2d(nn.Module):
         self.coeff = nn.Parameter(torch.empty(out_channels, rank, 1, 1, **dd))
         self.register_parameter('bias', nn.Parameter(torch.zeros(out_channels, **dd)) if folded else None)
         self.norm = None if folded else norm_layer(out_channels, **dd)
+        self.joined = JoinedFilters()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -111,7 +139,12 @@ class SharedBasisConv2d(nn.Module):
                 nn.init.kaiming_normal_(filters, mode='fan_out', nonlinearity='relu')
 
     def forward(self, x: torch.Tensor, basis: Optional[torch.Tensor] = None) -> torch.Tensor:
-        z = basis_product(x, self.unique, basis, self.dilation)
+        unique = self.unique
+        if not torch.jit.is_scripting() and self.basis_norm is None and _is_plain_inference():
+            filters = self.joined.join(unique, basis)
+            if filters is not None:
+                unique, basis = None, filters
+        z = basis_product(x, unique, basis, self.dilation)
         if self.basis_norm is None:
             return F.conv2d(z, self.coeff, self.bias)
         elif hasattr(self.basis_norm, 'running_var') and not (self.basis_norm.training or self.norm.training):
@@ -158,6 +191,11 @@ def check_ranks(shared: int, unique: int, width: int) -> int:
             f'{shared} shared and {unique} unique filters are more than the {width} that can be independent in this '
             'width; lower one of them.')
     return shared + unique
+
+
+def _is_plain_inference() -> bool:
+    """Whether tensors are computed without gradients, and nothing traces how."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 class SharedConv2d(nn.Module):

@@ -17,6 +17,7 @@ from timm_spinal.evaluation.metrics import accuracies, choosing_metric
 from timm_spinal.evaluation.predictions import Predictions
 from timm_spinal.layers import xnor_implementation
 
+from .batches import Finished
 from .config import TrainConfig
 from .data import create_data
 from .distill import check_distillation, prepare_teacher
@@ -76,7 +77,7 @@ class Classification(Problem[TrainConfig]):
     def create_data(self, model: Any, accelerator: Accelerator) -> None:
         self.data = create_data(
             self.config, model, self.datasets, num_processes=accelerator.num_processes,
-            accum=accelerator.gradient_accumulation_steps)
+            accum=accelerator.gradient_accumulation_steps, on_device=accelerator.device.type != 'cpu')
         size = self.data.data_config['input_size'][-1]
         self.name = f'{safe_model_name(self.config.model)}-{size}'
         self.first_signs = binary_signs(model)
@@ -108,8 +109,10 @@ class Classification(Problem[TrainConfig]):
         """
         assert self.config.ic_warm_start is not None
         self.data.set_epoch(0)
+        loader, finish = self.data.train_loader, self.data.finish
+        batches = loader if finish is None else Finished(loader, finish)
         try:
-            shares = timm_spinal.ic_warm_start(model, self.data.train_loader, self.config.ic_warm_start)
+            shares = timm_spinal.ic_warm_start(model, batches, self.config.ic_warm_start)
         except ValueError as e:
             raise UserError(f'--ic-warm-start: {e}') from e
         accelerator.print(f'warm start: {len(shares)} collisions, active at {100 * min(shares.values()):.1f} to '

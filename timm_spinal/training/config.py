@@ -146,6 +146,20 @@ class LoaderOptions(Options):
 
 
 @dataclass
+class DeviceOptions(Options, applies_to=('training', 'detection')):
+    """Devices and processes"""
+    matmul_precision: str = option(
+        'high', "torch's precision of float32 products on a GPU; 'high' is TF32, as in timm; 'highest' is float32",
+        choices=('highest', 'high', 'medium'))
+    no_ddp_bb: bool = option(
+        False, 'several processes: do not copy the buffers of the first one (BatchNorm statistics) before each forward '
+        'pass')
+    ddp_static_graph: bool = option(
+        False, 'several processes: tell DistributedDataParallel that every update uses the same weights in the same '
+        'way, which saves time and memory; not with --grad-accum-steps', recipe=False, on_resume='silent')
+
+
+@dataclass
 class OptimizerOptions(Options, applies_to=('training', 'detection')):
     """Optimizer"""
     opt: str = option('sgd', 'optimizer, any of timm', on_resume='fixed')
@@ -361,7 +375,7 @@ class RunOptions(Options, applies_to=('training', 'detection')):
 
 # the last base is the first group of fields
 @dataclass
-class LoopConfig(RunOptions, AverageOptions, ScheduleOptions, OptimizerOptions, LoaderOptions):
+class LoopConfig(RunOptions, AverageOptions, ScheduleOptions, OptimizerOptions, DeviceOptions, LoaderOptions):
     """What the loop depends on, whatever it trains."""
 
 

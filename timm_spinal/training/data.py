@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import Any, Callable
 
 import torch
-from timm.data import Mixup
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from timm_spinal.errors import UserError
 
+from .batches import BatchMixup, Finish
 from .config import LoaderOptions, LoopConfig, TrainConfig, ValidateConfig
 from .dataset import EvalSampler, ImageData, Split, StreamData, TrainSampler, epoch_length, images_of_passes
 from .pixels import Decoder
@@ -45,11 +45,12 @@ class TrainData:
         multi_label: Images have several classes.
         mixup_off_epoch: No mixing from this epoch on, when above 0.
         channels_last: Training images get torch's channels-last memory format.
+        finish: What is left of the transform for batches on the device; None where the loader does all of it.
     """
     train_loader: DataLoader
     eval_loader: DataLoader
     test_loader: DataLoader | None
-    mixup: Mixup | None
+    mixup: BatchMixup | None
     num_classes: int
     class_names: list[str] | None
     data_config: dict[str, Any]
@@ -60,6 +61,12 @@ class TrainData:
     multi_label: bool = False
     mixup_off_epoch: int = 0
     channels_last: bool = False
+    finish: Finish | None = None
+
+    @property
+    def loaders(self) -> list[DataLoader]:
+        """All that there are."""
+        return [x for x in (self.train_loader, self.eval_loader, self.test_loader) if x is not None]
 
     def set_epoch(self, epoch: int) -> None:
         """Set order and augmentation of the epoch that is iterated next; also after `accelerator.prepare`."""
@@ -68,16 +75,25 @@ class TrainData:
         if self.mixup is not None and self.mixup_off_epoch:
             self.mixup.mixup_enabled = epoch < self.mixup_off_epoch
 
-    def to_batch(self, images: Any, target: Any) -> tuple[Any, Any]:
-        """Images and targets of a training batch as the task gets them: in the memory format of the run, and mixed."""
-        if self.channels_last:
+    def to_batch(self, images: Any, target: Any, *given: torch.Tensor) -> tuple:
+        """A training batch as the task gets it: normalised, in the memory format of the run, and mixed.
+
+        Args:
+            images: As the loader gives them, on the device.
+            target: Their targets.
+            given: What the loader gives beside them; boxes to erase are used up.
+        """
+        if self.channels_last:  # while they are bytes, a quarter of the size of floats
             images = images.contiguous(memory_format=torch.channels_last)
-        return (images, target) if self.mixup is None else self.mixup(images, target)
+        if self.finish is not None:
+            images, *rest = self.finish(images, *given)
+            given = tuple(rest)
+        images, target = (images, target) if self.mixup is None else self.mixup(images, target)
+        return images, target, *given
 
     def skipped(self) -> int:
         """Different images found to be unreadable so far, by this process and its workers."""
-        loaders = (self.train_loader, self.eval_loader, self.test_loader)
-        return sum(count_skipped(loader) for loader in loaders if loader is not None)
+        return sum(map(count_skipped, self.loaders))
 
 
 def count_skipped(loader: DataLoader) -> int:
@@ -93,6 +109,7 @@ def create_data(
         seed: int | None = None,
         num_processes: int = 1,
         accum: int = 1,
+        on_device: bool = False,
 ) -> TrainData:
     """Loaders for a run.
 
@@ -103,6 +120,7 @@ def create_data(
         seed: Of order and augmentation, the same in every process; ``config.seed`` when None.
         num_processes: Processes that `accelerator.prepare` will share the batches out to.
         accum: Batches of an update.
+        on_device: The training loader gives bytes, which `TrainData.to_batch` normalises and erases on the device.
 
     Raises:
         UserError: A batch size that leaves no full batch, or does not fit mixing; augmentation that timm refuses; a
@@ -116,10 +134,10 @@ def create_data(
     decode = create_decoder(config, data_config['input_size'][0])
     transform = train_transform(config, data_config)
     if train.streamed:
-        dataset: Dataset = StreamData(train, transform, decode, seed)
+        dataset: StreamData | ImageData = StreamData(train, transform, decode, seed, on_device)
         sampler = None
     else:
-        dataset = ImageData(train, transform, decode, 'replace' if config.skip_unreadable else 'raise')
+        dataset = ImageData(train, transform, decode, 'replace' if config.skip_unreadable else 'raise', on_device)
         sampler = create_sampler(config, len(train), seed, num_processes, accum, config.aug_repeats)
     mixing = config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None
     return TrainData(
@@ -137,6 +155,7 @@ def create_data(
         multi_label=datasets.multi_label,
         mixup_off_epoch=config.mixup_off_epoch,
         channels_last=config.channels_last,
+        finish=dataset.finish if on_device else None,
     )
 
 
@@ -205,8 +224,8 @@ def _check_batches(config: TrainConfig, train: Split, num_processes: int) -> Non
         raise UserError(f'--batch-size {batch}: mixup and cutmix pair the images of a batch; use an even number')
 
 
-def _mixup(config: TrainConfig, datasets: Datasets) -> Mixup:
-    return Mixup(
+def _mixup(config: TrainConfig, datasets: Datasets) -> BatchMixup:
+    return BatchMixup(
         mixup_alpha=config.mixup,
         cutmix_alpha=config.cutmix,
         cutmix_minmax=config.cutmix_minmax,

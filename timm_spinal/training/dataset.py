@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from timm_spinal.errors import UserError
 
+from .batches import Finish, split_for_device
 from .pixels import UNREADABLE, Decoder, open_image
 from .transforms import preserved_rng, seed_rng, split_transform
 
@@ -119,8 +120,10 @@ class ImageData(Dataset):
         decode: Gives the transform its images, in one mode; `Decoder()` when None.
         on_unreadable: 'raise'; 'replace' takes the next image that can be read; 'mark' gives zeros and
             `SKIPPED_TARGET`.
+        on_device: Batches stay bytes, where the transform lets them be, and are left to `finish`.
 
     Attributes:
+        finish: The rest of the transform, for batches; see `batches.split_for_device`.
         rows: When set, ``rows[i]``, with i the number of an image in ``split.dataset``, is a tensor that comes with
             the image, and batches have a third part.
 
@@ -135,9 +138,15 @@ class ImageData(Dataset):
             transform: Callable,
             decode: Decoder | None = None,
             on_unreadable: str = 'raise',
+            on_device: bool = False,
     ):
         self.split = split
-        self.transform, self.finish = split_transform(transform)
+        if on_device:
+            self.transform, self.finish = split_for_device(transform)
+        else:
+            self.transform, normalize = split_transform(transform)
+            self.finish = Finish(normalize)
+        self.on_device = on_device
         self.decode = decode or Decoder()
         self.on_unreadable = on_unreadable
         self.rows: Any = None
@@ -157,7 +166,10 @@ class ImageData(Dataset):
         Targets are classes (B,), or memberships (B, classes).
         """
         images, targets, *rows = zip(*samples)
-        return self.finish(torch.stack(images)), torch.from_numpy(np.asarray(targets)), *map(torch.stack, rows)
+        batch = torch.stack(images)
+        if not self.on_device:
+            batch = self.finish.normalize(batch)
+        return batch, torch.from_numpy(np.asarray(targets)), *map(torch.stack, rows)
 
     def __getitems__(self, items: list[tuple[int, int | None]]) -> list[tuple]:
         seed = items[0][1]
@@ -187,9 +199,9 @@ class ImageData(Dataset):
             raise UnreadableImage(
                 f'{self.max_tries} images in a row cannot be read from {self.split.describe(index)} on; '
                 f'check the data')
-        if self.rows is None:
-            return self.transform(image), target
-        return self.transform(image), target, self.rows[self.split.number(place)]
+        image = self.transform(image)
+        sample = image, target, *self.finish.draw(image)
+        return sample if self.rows is None else (*sample, self.rows[self.split.number(place)])
 
 
 class StreamData(IterableDataset):
@@ -198,9 +210,9 @@ class StreamData(IterableDataset):
     Augmentation is seeded by (seed, epoch, worker, count): reproducible with the same number of workers.
     """
 
-    def __init__(self, split: Split, transform: Callable, decode: Decoder, seed: int):
+    def __init__(self, split: Split, transform: Callable, decode: Decoder, seed: int, on_device: bool = False):
         self.split = split
-        self.transform = transform
+        self.transform, self.finish = split_for_device(transform) if on_device else (transform, Finish())
         self.decode = decode
         self.seed = seed
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # read by workers that outlive an epoch
@@ -212,7 +224,7 @@ class StreamData(IterableDataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+    def __iter__(self) -> Iterator[tuple]:
         worker = get_worker_info()
         entropy = [self.seed, int(self.epoch), worker.id if worker else 0]
         seeds = np.random.default_rng(entropy)
@@ -220,7 +232,8 @@ class StreamData(IterableDataset):
             image = self.decode(image, lambda: f'of {self.split.name}')
             with preserved_rng():
                 seed_rng(int(seeds.integers(2 ** 32)))
-                sample = self.transform(image), int(target)
+                image = self.transform(image)
+                sample = image, int(target), *self.finish.draw(image)
             yield sample
 
 

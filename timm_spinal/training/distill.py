@@ -124,7 +124,7 @@ def prepare_teacher(
                 data.class_names)
         teacher.to(accelerator.device)
         if config.kd_cache is None:
-            task.teacher = teacher
+            task.teacher = teacher.compile_for(config)
     top1 = None
     if config.kd_check is not None and not resuming:
         top1 = _check_accuracy(config, accelerator, teacher, eval_loader, data.num_classes)

@@ -2,14 +2,21 @@
 import math
 import os
 import signal
-from collections import deque
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin, broadcast_object_list
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    TorchDynamoPlugin,
+    broadcast_object_list,
+)
 from timm.task import TrainingTask
 from timm.utils import distribute_bn
 
@@ -17,6 +24,10 @@ from timm_spinal.errors import UserError
 
 from .config import LoopConfig
 from .sharded import check_sharding, refuse_launch
+
+SIGNAL_STEPS = 10  # updates from one agreement of several processes on signals to the next
+MIN_SCALE = 1.  # of fp16's losses; below it gradients that overflow are no fault of the scale
+
 
 # ---- accelerator ------------------------------------------------------------------------------------------------
 
@@ -64,7 +75,12 @@ def create_accelerator(config: LoopConfig, need_whole_weights: list[tuple[bool, 
             that do not go with it.
     """
     refuse_launch()
-    kwargs: dict[str, Any] = {}
+    kwargs: dict[str, Any] = dict(
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        kwargs_handlers=[DistributedDataParallelKwargs(
+            gradient_as_bucket_view=True, broadcast_buffers=not config.no_ddp_bb, static_graph=config.ddp_static_graph,
+        )],
+    )
     if config.grad_accum_steps > 1:  # the plugin wins over the environment, the plain argument does not
         kwargs['gradient_accumulation_plugin'] = GradientAccumulationPlugin(num_steps=config.grad_accum_steps)
     if backend := getattr(config, 'torchcompile', None):
@@ -74,9 +90,27 @@ def create_accelerator(config: LoopConfig, need_whole_weights: list[tuple[bool, 
     if missing := set(config.log_with) - {str(tracker) for tracker in accelerator.log_with} - {'all'}:
         raise UserError(f'--log-with {" ".join(sorted(missing))}: its package is not installed; install it')
     check_sharding(accelerator, config, need_whole_weights)
+    if config.ddp_static_graph and accelerator.gradient_accumulation_steps > 1:
+        raise UserError('--ddp-static-graph: does not go with gradient accumulation, where only some batches share '
+                        'their gradients; leave one of them out')
     if config.sync_bn and accelerator.device.type != 'cuda':
         raise UserError(f'--sync-bn: torch has it on CUDA only, not on {accelerator.device.type}; leave it out')
     return accelerator
+
+
+def set_backends(config: LoopConfig, device: torch.device, same_shapes: bool) -> None:
+    """Let a CUDA device choose fast kernels, for the rest of the process, as timm does.
+
+    Args:
+        config: Its ``matmul_precision``.
+        device: Nothing changes unless it is a CUDA device.
+        same_shapes: All batches have the same shape, so that cuDNN may try which convolution is the fastest for it;
+            not where deterministic algorithms are asked for.
+    """
+    if device.type == 'cuda':
+        torch.backends.cudnn.benchmark = same_shapes and not torch.are_deterministic_algorithms_enabled()
+        torch.backends.cudnn.allow_tf32 = config.matmul_precision != 'highest'
+        torch.set_float32_matmul_precision(config.matmul_precision)
 
 
 def used_precision(config: LoopConfig, accelerator: Accelerator) -> str | None:
@@ -105,9 +139,32 @@ def on_main_process(accelerator: Accelerator, choose: Callable[[], Any]) -> Any:
 
 def on_any_process(accelerator: Accelerator, condition: bool) -> bool:
     """Whether a condition holds on any process; every process gets the same answer."""
-    if condition:
-        accelerator.set_trigger()
-    return accelerator.check_trigger()
+    return over_processes(accelerator, [condition], highest=True) != [0.]
+
+
+def over_processes(accelerator: Accelerator, values: Sequence[float], highest: bool = False) -> list[float]:
+    """Sums of numbers over all processes, or the highest of each. The processes wait for each other, not for a device.
+
+    Args:
+        accelerator: Of the run. Every process must call it, with as many numbers.
+        values: Of this process.
+        highest: Maxima in place of sums.
+    """
+    if accelerator.num_processes == 1:
+        return [float(value) for value in values]
+    numbers = torch.tensor(values, dtype=torch.float64)
+    if not dist.is_initialized():  # TPUs
+        every = accelerator.gather(numbers.to(accelerator.device, torch.float32)[None])
+        return (every.amax(0) if highest else every.sum(0)).tolist()
+    group = dist.group.WORLD if accelerator.device.type == 'cpu' else _cpu_group(dist.group.WORLD)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX if highest else dist.ReduceOp.SUM, group)
+    return numbers.tolist()
+
+
+@lru_cache
+def _cpu_group(world: Any) -> Any:
+    """The processes of the launch as a group that talks about numbers on the CPU."""
+    return dist.new_group(backend='gloo')
 
 
 def share_statistics(accelerator: Accelerator, task: TrainingTask, optimizer: Any, how: str) -> None:
@@ -153,6 +210,20 @@ class SignalFlag:
             self._signum = signal.SIGTERM
         return self._signum
 
+    def agreed(self, accelerator: Accelerator, update: int = 0) -> int:
+        """The first signal that came to any process, or 0; every process of a launch gets the same answer.
+
+        Args:
+            accelerator: Of the run.
+            update: Updates done. Several processes ask each other after every `SIGNAL_STEPS` of them, and after 0.
+        """
+        if accelerator.num_processes == 1:
+            return self.signum
+        if update % SIGNAL_STEPS:
+            return 0
+        came = over_processes(accelerator, [self.signum == number for number in self.SIGNALS], highest=True)
+        return next((int(number) for number, any_process in zip(self.SIGNALS, came) if any_process), 0)
+
     def __enter__(self) -> 'SignalFlag':
         try:
             self._before = {s: signal.signal(s, self._set) for s in self.SIGNALS}
@@ -185,73 +256,85 @@ class NotFinite(UserError):
 
 
 class Meter:
-    """Sums the parts of the loss over an epoch and passes signals from any process to all.
+    """Sums the parts of the loss over an epoch.
 
-    Per update one small tensor (sums over images, images, SIGINT, SIGTERM) is summed over the processes. It is read
-    when the next update has been queued, so a device never idles for it; a NaN is therefore noticed one update
-    later, and before anything is saved.
+    Losses stay on the device until `flush` reads all of them at once and sums them over the processes. So a device
+    never idles for them between two log lines. A NaN is noticed by then, and before anything is saved.
 
     Args:
         accelerator: Sums over its processes.
-        flag: The signals of this process.
-        sums: Sums of the epoch so far, by name, with ``images`` (from a checkpoint; changed in place).
+        sums: Sums of the epoch so far, by name, with ``images`` and, under fp16, ``overflowed``, the images among them
+            whose loss was not finite and is in no sum (from a checkpoint; changed in place).
     """
 
-    def __init__(self, accelerator: Accelerator, flag: SignalFlag, sums: dict[str, float]):
+    def __init__(self, accelerator: Accelerator, sums: dict[str, float]):
         self.accelerator = accelerator
-        self.flag = flag
         self.sums = sums
-        self.signum = 0
-        self.last: dict[str, float] = {}
-        self._window: dict[str, torch.Tensor] = {}
+        self.last: dict[str, float] = {}  # means of the last update that was read
+        self._window: list[tuple[str, torch.Tensor, int]] = []  # losses of the current update and their images
         self._images = 0
-        self._queue: deque[tuple[int, list[str], torch.Tensor]] = deque()
-        # MPS has no float64
-        self._dtype = torch.float32 if accelerator.device.type == 'mps' else torch.float64
+        self._updates: list[tuple[int, int, list[tuple[str, torch.Tensor, int]]]] = []
 
     def add(self, parts: dict[str, torch.Tensor], images: int) -> None:
         """Count one micro-batch: mean losses by name and the number of images."""
-        for name, value in parts.items():
-            value = value.detach().to(self._dtype) * images
-            self._window[name] = self._window[name] + value if name in self._window else value
+        self._window += [(name, value.detach(), images) for name, value in parts.items()]
         self._images += images
 
     def add_penalty(self, name: str, value: torch.Tensor) -> None:
         """Count a penalty of the update that `close` is about to end."""
-        self._window[name] = value.detach().to(self._dtype) * self._images
+        self._window.append((name, value.detach(), self._images))
 
     def close(self, update: int) -> None:
-        """End an update: queue its sums, and read those of the update before."""
-        signals = [float(self.flag.signum == s) for s in SignalFlag.SIGNALS]
-        counts = torch.tensor([self._images, *signals], dtype=self._dtype, device=self.accelerator.device)
-        values = torch.cat([torch.stack(list(self._window.values())), counts])
-        self._queue.append((update, list(self._window), self.accelerator.reduce(values)))
-        self._window, self._images = {}, 0
-        self._read(leave=1)
+        """End an update."""
+        self._updates.append((update, self._images, self._window))
+        self._window, self._images = [], 0
 
     def flush(self) -> None:
-        """Read everything that is queued.
+        """Read the updates since the last call.
 
         Raises:
-            NotFinite: A loss was NaN or infinite.
+            NotFinite: A loss was NaN or infinite, and there is no scaler of fp16 that may still make up for it.
         """
-        self._read(leave=0)
+        updates, self._updates = self._updates, []
+        if not updates:
+            return
+        losses = [value for _, _, window in updates for _, value, _ in window]
+        values = iter(torch.stack(losses).tolist())
+        rows: list[dict[str, float]] = []
+        for _, count, window in updates:
+            row = dict(images=float(count))
+            for name, _, images in window:
+                row[name] = row.get(name, 0.) + next(values) * images
+            rows.append(row)
+        numbers = iter(over_processes(self.accelerator, [number for row in rows for number in row.values()]))
+        for (update, _, _), row in zip(updates, rows):
+            self._count(update, {name: next(numbers) for name in row})
 
     def means(self) -> dict[str, float]:
-        """Mean per image of each part since the start of the epoch."""
-        images = max(self.sums.get('images', 0.), 1.)
-        return {name: value / images for name, value in self.sums.items() if name != 'images'}
+        """Mean per image of each part since the start of the epoch; NaN where no loss was finite."""
+        counts = ('images', 'overflowed')
+        images = self.sums.get('images', 0.) - self.sums.get('overflowed', 0.)
+        return {k: value / images if images else math.nan for k, value in self.sums.items() if k not in counts}
 
-    def _read(self, leave: int) -> None:
-        while len(self._queue) > leave:
-            update, names, tensor = self._queue.popleft()
-            *sums, images, sigint, sigterm = tensor.tolist()
-            self.last = {name: value / images for name, value in zip(names, sums)}
-            for name, value in self.last.items():
-                if not math.isfinite(value):
-                    raise NotFinite(f'{name} is {value} at update {update}')
-            for name, value in zip([*names, 'images'], [*sums, images]):
-                self.sums[name] = self.sums.get(name, 0.) + value
-            for signum, count in zip(SignalFlag.SIGNALS, (sigint, sigterm)):
-                if count:
-                    self.signum = self.signum or int(signum)
+    def _count(self, update: int, row: dict[str, float]) -> None:
+        images = row['images']
+        self.last = {name: value / images for name, value in row.items() if name != 'images'}
+        bad = next((name for name, value in self.last.items() if not math.isfinite(value)), None)
+        if bad:
+            check_scaler(self.accelerator, f'{bad} is {self.last[bad]} at update {update}')
+            row = dict.fromkeys(self.last, 0.) | dict(images=images, overflowed=images)
+        for name, value in row.items():
+            self.sums[name] = self.sums.get(name, 0.) + value
+
+
+def check_scaler(accelerator: Accelerator, what: str) -> None:
+    """Refuse to go on after a loss that is not finite, unless a scaler of fp16 leaves such updates out.
+
+    Raises:
+        NotFinite: There is none, or it has given up: its scale is below `MIN_SCALE`.
+    """
+    scaler = accelerator.scaler
+    if scaler is None and accelerator.mixed_precision != 'fp16':  # DeepSpeed has its own, which stops by itself
+        raise NotFinite(what)
+    if scaler is not None and scaler.get_scale() < MIN_SCALE:
+        raise NotFinite(f'{what}, and the loss scale of fp16 has fallen to {scaler.get_scale():g}')

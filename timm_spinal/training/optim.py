@@ -4,6 +4,7 @@ The head of a model is the submodule `attached_head` of models made by `timm_spi
 hidden layers as the small nets' have, else what timm's `get_classifier()` returns. Everything else is the backbone.
 """
 import difflib
+import inspect
 import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Iterable, Sequence
@@ -11,7 +12,7 @@ from typing import Any, Iterable, Sequence
 import torch
 import torch.nn as nn
 from accelerate import Accelerator
-from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
@@ -184,11 +185,15 @@ def resolve_lr(config: LoopConfig, global_batch_size: int) -> float:
 def create_optimizer(config: LoopConfig, module: nn.Module, lr: float) -> torch.optim.Optimizer:
     """timm's optimizer over the trainable parameters of a module, grouped by weight decay or layer decay.
 
+    On a CUDA device PyTorch's optimizers that can run as one kernel do so, unless ``opt_kwargs`` say otherwise.
+
     Raises:
         UserError: Unknown optimizer or optimizer argument.
     """
     kwargs = {**optimizer_kwargs(replace(config, lr=lr)), **config.opt_kwargs}
     try:
+        if can_fuse(config, next(module.parameters()).device):
+            kwargs['fused'] = True
         return create_optimizer_v2(module, **kwargs)
     except (TypeError, ValueError, AssertionError, ImportError) as e:
         known = [str(name) for name in list_optimizers()]
@@ -197,6 +202,14 @@ def create_optimizer(config: LoopConfig, module: nn.Module, lr: float) -> torch.
             raise UserError(f'unknown optimizer {config.opt!r}; the nearest are {", ".join(near or ["sgd", "adamw"])}'
                             ) from e
         raise UserError(f'optimizer {config.opt}: {" ".join(str(e).split())}; see --opt-kwargs') from e
+
+
+def can_fuse(config: LoopConfig, device: torch.device) -> bool:
+    """Whether the optimizer of a config has a fused form on a device, and ``opt_kwargs`` leave the form open."""
+    if device.type != 'cuda' or config.opt_kwargs.keys() & {'fused', 'foreach', 'capturable', 'differentiable'}:
+        return False
+    optimizer = get_optimizer_class(config.opt.lower().removeprefix('lookahead_'), bind_defaults=False)
+    return 'fused' in inspect.signature(optimizer).parameters
 
 
 def create_scheduler(

@@ -248,11 +248,13 @@ def progress_bar(run: 'Run') -> tqdm:
 
 
 def log_progress(run: 'Run', bar: tqdm, meter: 'Meter', lr: float) -> None:
-    """Move the bar by one update; every ``log_interval`` updates print losses and speed and feed the trackers."""
+    """Move the bar by one update; every ``log_interval`` updates print losses and speed and feed the trackers.
+
+    The meter must have been flushed where it prints.
+    """
     bar.update()
     if run.progress.updates % run.config.log_interval:
         return
-    meter.flush()
     progress = run.progress
     speed = progress.sums['images'] / progress.epoch_seconds
     values = {**{f'train/{k}': v for k, v in meter.last.items()}, 'lr': lr, 'images_per_second': speed}

@@ -1,5 +1,6 @@
 """What a run consists of: what is trained (`Problem`), how far it is (`Progress`), and all of it (`Run`)."""
 import math
+import time
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
@@ -39,7 +40,9 @@ class Problem(ABC, Generic[ConfigT]):
         data: Loaders and sizes; there from `create_data` on.
         metrics: What `evaluate` measures for ``summary.csv``.
         metric: The one that chooses the best epoch.
+        same_shapes: All training batches have the same shape.
     """
+    same_shapes = True
     config: ConfigT
     name: str
     data: TrainData
@@ -182,6 +185,12 @@ class Progress:
     def images_per_second(self) -> float:
         """Training speed over the epochs done."""
         return self.images / self.train_seconds if self.train_seconds else 0.
+
+    def count_time(self, since: float) -> float:
+        """Count the training time since a moment of `time.perf_counter`; returns this moment."""
+        now = time.perf_counter()
+        self.epoch_seconds += now - since
+        return now
 
     def end_epoch(self, row: dict[str, Any]) -> None:
         """Close the current epoch with its row of the summary."""

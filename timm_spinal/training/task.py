@@ -10,12 +10,11 @@ from typing import Any, Callable
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm import task as timm_task
 
 from timm_spinal.errors import UserError
 
-from .config import TrainConfig
+from .config import LoopConfig, TrainConfig
 from .optim import Frozen
 from .teacher import check_logits, open_teacher
 from .transforms import resolve_data
@@ -39,6 +38,12 @@ class Task(timm_task.TrainingTask):
         module = self.get_trainable_module()
         assert module is not None
         return module
+
+    def setup_average(self, config: LoopConfig) -> None:
+        """Start the moving average of the weights when a config asks for one."""
+        if config.model_ema:
+            device = torch.device('cpu') if config.model_ema_force_cpu else None
+            self.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup, device=device)
 
     def evaluated(self, ema: bool = False) -> nn.Module:
         """The model that is evaluated; with ``ema`` its average, which must have been set up."""
@@ -106,7 +111,7 @@ class CapsuleLoss(nn.Module):
         """Targets (B,) or (B, C) as (B, C)."""
         if target.ndim == scores.ndim:
             return target.to(scores.dtype) * (1. - self.smoothing) + 0.5 * self.smoothing
-        one_hot = F.one_hot(target, scores.shape[-1]).to(scores.dtype)
+        one_hot = torch.zeros_like(scores).scatter_(-1, target.unsqueeze(-1), 1.)  # F.one_hot reads numbers on a CPU
         return one_hot * (1. - self.smoothing) + self.smoothing / scores.shape[-1]
 
 
@@ -310,7 +315,7 @@ def build_task(
         assert config.kd_model_name is not None
         common['teacher_model'] = open_teacher(
             config.kd_model_name, model, data_config, renormalize=True, class_names=class_names,
-            features=name == 'feature').to(device)
+            features=name == 'feature').to(device).compile_for(config)
     try:
         return OBJECTIVES[name](config, model, common)
     except (ValueError, RuntimeError, OSError) as e:

@@ -61,6 +61,14 @@ class Teacher(DistillationTeacher):
         """Images as they are: `forward` converts them."""
         return input
 
+    def compile_for(self, config: TrainConfig) -> 'Teacher':
+        """Compile what the distillation of a config uses, when it asks for compilation."""
+        if config.torchcompile:
+            features = config.kd_distill_type == 'feature'
+            self.compile(
+                config.torchcompile, config.torchcompile_mode, compile_model=not features, compile_features=features)
+        return self
+
     @torch.no_grad()
     def forward(self, input: torch.Tensor, return_features: bool = False) -> torch.Tensor:
         """Logits (B, K), or pooled features (B, F), of images (B, C, H, W)."""

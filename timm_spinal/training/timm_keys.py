@@ -31,7 +31,6 @@ NOT_OURS: dict[str, tuple[Any, str]] = {
     'amp_dtype': (ANY, f'use {_PRECISION}'),
     'amp_impl': (ANY, f'use {_PRECISION}'),
     'model_dtype': ((None, 'float32'), f'use {_PRECISION}'),
-    'no_ddp_bb': ((False,), _LAUNCH),
     'synchronize_step': ((False,), _LAUNCH),
     'torchscript': ((False,), 'use torchcompile'),
     'aot_autograd': ((False,), 'use torchcompile'),

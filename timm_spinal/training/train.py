@@ -5,7 +5,6 @@ Every process of a launch runs the same lines; Accelerate shares the batches out
 """
 import contextlib
 import math
-import signal
 import time
 from typing import Any, Callable, Iterator
 
@@ -16,6 +15,7 @@ from timm.layers import convert_sync_batchnorm
 
 from timm_spinal.errors import StopRequested, UserError, dead_workers_named
 
+from .batches import on_device, pin_memory
 from .checkpoint import find_checkpoints, restore, save
 from .classification import Classification
 from .distributed import (
@@ -25,6 +25,7 @@ from .distributed import (
     create_accelerator,
     on_any_process,
     on_main_process,
+    set_backends,
     share_statistics,
 )
 from .optim import clip_gradients, create_optimizer, create_scheduler, mean_lr, resolve_lr
@@ -100,10 +101,12 @@ def prepare_run(
     config = problem.config
 
     # model
+    set_backends(config, accelerator.device, kind.same_shapes)
     set_seed(config.seed)
     with accelerator.main_process_first():
         model = problem.create_model(accelerator)
     problem.create_data(model, accelerator)
+    pin_memory(problem.data.loaders, accelerator.device)
     if config.sync_bn and accelerator.num_processes > 1:
         model = convert_sync_batchnorm(model)
     folder, checkpoint = on_main_process(accelerator, lambda: claim_run_folder(
@@ -113,12 +116,10 @@ def prepare_run(
     # task
     task = problem.create_task(model, accelerator, resuming=checkpoint is not None)
 
-    # optimizer and moving average
+    # optimizer, moving average and schedule
     images = config.batch_size * accelerator.num_processes * accelerator.gradient_accumulation_steps
     optimizer = create_optimizer(config, task.trained, resolve_lr(config, images))
-    if config.model_ema:
-        device = torch.device('cpu') if config.model_ema_force_cpu else None
-        task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup, device=device)
+    task.setup_average(config)
 
     # prepare
     task.trainable_module, optimizer, train_loader, eval_loader = prepare(
@@ -172,8 +173,8 @@ def train_epochs(run: Run, after_epoch: Callable[[Run], None] | None = None) -> 
             drawn_at = log_epoch(run, drawn_at)
             if after_epoch is not None:
                 after_epoch(run)
-            if on_any_process(run.accelerator, flag.signum != 0):
-                raise StopRequested(flag.signum or signal.SIGTERM)
+            if signum := flag.agreed(run.accelerator):
+                raise StopRequested(signum)
 
 
 def train_epoch(run: Run, flag: SignalFlag) -> dict[str, float]:
@@ -183,9 +184,9 @@ def train_epoch(run: Run, flag: SignalFlag) -> dict[str, float]:
         NotFinite: A loss was NaN or infinite.
         StopRequested: A signal came; a checkpoint has been written.
     """
-    accelerator, progress, steps = run.accelerator, run.progress, run.config.checkpoint_steps
+    accelerator, config, progress = run.accelerator, run.config, run.progress
     batches, first, lr = len(run.train_loader), progress.batch, mean_lr(run.optimizer)
-    loader, meter = epoch_batches(run), Meter(accelerator, flag, progress.sums)
+    loader, meter = epoch_batches(run), Meter(accelerator, progress.sums)
     with progress_bar(run) as bar:
         mark = time.perf_counter()
         for batch, (images, target, *given) in enumerate(loader, start=first):
@@ -198,23 +199,25 @@ def train_epoch(run: Run, flag: SignalFlag) -> dict[str, float]:
                 run.task.update_ema(step=progress.updates)
             meter.close(progress.updates)
             if run.scheduler is not None:
-                run.scheduler.step_update(progress.updates, metric=meter.last.get('loss'))
-            now = time.perf_counter()
-            progress.epoch_seconds, mark = progress.epoch_seconds + now - mark, now
+                run.scheduler.step_update(progress.updates)
+            signum = flag.agreed(accelerator, progress.updates)
+            due = bool(signum or config.checkpoint_steps and progress.updates % config.checkpoint_steps == 0)
+            if due or progress.updates % config.log_interval == 0:
+                meter.flush()  # here, and nowhere between, the process waits for its device
+            mark = progress.count_time(mark)
             log_progress(run, bar, meter, lr)
-            due = bool(steps) and progress.updates % steps == 0
-            if (due or meter.signum) and batch + 1 < batches:
-                meter.flush()
+            if due and batch + 1 < batches:
                 save(run)
                 mark = time.perf_counter()
-                if meter.signum:
-                    raise StopRequested(meter.signum)
+                if signum:
+                    raise StopRequested(signum)
         meter.flush()
+        progress.count_time(mark)
     if first < batches:
-        share_statistics(accelerator, run.task, run.optimizer, run.config.dist_bn)
-    if meter.signum:
+        share_statistics(accelerator, run.task, run.optimizer, config.dist_bn)
+    if signum := flag.agreed(accelerator):
         save(run)
-        raise StopRequested(meter.signum)
+        raise StopRequested(signum)
     speed = progress.sums['images'] / max(progress.epoch_seconds, 1e-9)
     return {**{f'train_{k}': v for k, v in meter.means().items()}, 'lr': lr, 'images_per_second': speed}
 
@@ -230,7 +233,7 @@ def epoch_batches(run: Run) -> Iterator[tuple]:
     if progress.batch:
         loader = run.accelerator.skip_first_batches(loader, progress.batch)
     try:
-        yield from loader
+        yield from on_device(loader, run.accelerator.device)
     except UserError as e:  # of the data of this process; the others do not know of it
         e.local = True  # type: ignore[attr-defined]
         raise
@@ -251,10 +254,10 @@ def train_batch(
     config, accelerator, task, optimizer = run.config, run.accelerator, run.task, run.optimizer
     accum = accelerator.gradient_accumulation_steps
     window = min(accum, len(run.train_loader) - batch // accum * accum)  # batches of this update: the last has fewer
-    images, target = run.data.to_batch(images, target)
+    images, target, *rest = run.data.to_batch(images, target, *given)
     with accelerator.accumulate(task.trained):
         with accelerator.autocast():
-            parts = task(images, target, *given)
+            parts = task(images, target, *rest)
         meter.add({k: v for k, v in parts.items() if k != 'output'}, len(images))
         loss = parts['loss'] * (accum / window)  # backward() divides by accum
         if accelerator.sync_gradients:

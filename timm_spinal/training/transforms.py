@@ -178,8 +178,9 @@ class BatchNormalize:
         self.std = torch.as_tensor(std).view(-1, 1, 1)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        device = images.device
-        return images.float().div_(255).sub_(self.mean.to(device)).div_(self.std.to(device))
+        if self.mean.device != images.device:  # once: a copy to a device may wait for it
+            self.mean, self.std = (x.to(images.device, non_blocking=True) for x in (self.mean, self.std))
+        return images.float().div_(255).sub_(self.mean).div_(self.std)
 
 
 def split_transform(transform: Callable) -> tuple[Callable, Callable[[torch.Tensor], torch.Tensor]]:

@@ -198,7 +198,7 @@ class WLDTask(Task):
         self.batches += self.training
         output = self.trainable_module(input)
         task_loss = self.criterion(output, target)
-        parts = dict(loss=task_loss, output=output, task_loss=task_loss, kd_weight=task_loss.new_tensor(weight))
+        parts = dict(loss=task_loss, output=output, task_loss=task_loss, kd_weight=task_loss.new_full((), weight))
         if not weight:
             self.teacher = None
             return parts
