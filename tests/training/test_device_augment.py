@@ -24,7 +24,7 @@ from timm_spinal.training.device_augment import (
     Perspective,
     ResizedCrop,
     Rotation,
-    split_for_device,
+    to_device_steps,
 )
 from timm_spinal.training.transforms import resolve_data, seed_rng, train_transform
 
@@ -240,7 +240,7 @@ def test_images_have_the_moments_of_the_ordinary_path(options):
     """Mean and deviation of each pixel over many epochs of one image."""
     pytest.importorskip('kornia')
     transform, count = transform_of(**options), 1500
-    once, augment = split_for_device(transform, 'RGB', CPU)
+    once, augment = to_device_steps(transform, 'RGB', CPU)
     image = photo()
     for step in once:
         image = step(image)
@@ -265,27 +265,27 @@ def test_images_have_the_moments_of_the_ordinary_path(options):
 ])
 def test_what_the_device_cannot_do_is_named(options, reason):
     with pytest.raises(NotOnDevice, match=reason):
-        split_for_device(transform_of(**options), 'RGB', CPU)
+        to_device_steps(transform_of(**options), 'RGB', CPU)
 
 
 def test_modes_other_than_grey_and_rgb_are_left_to_the_loader():
     with pytest.raises(NotOnDevice, match='HSV'):
-        split_for_device(transform_of(), 'HSV', CPU)
-    once, augment = split_for_device(transform_of(no_aug=True), 'HSV', CPU)
+        to_device_steps(transform_of(), 'HSV', CPU)
+    once, augment = to_device_steps(transform_of(no_aug=True), 'HSV', CPU)
     assert len(once) == 2 and not augment.steps
 
 
 def test_without_kornia_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(device_augment.importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(NotOnDevice, match=r"Rotation on the device needs kornia; pip install 'timm-spinal\[device\]'"):
-        split_for_device(transform_of(rotation=5.), 'RGB', CPU)
-    assert split_for_device(transform_of(), 'RGB', CPU)[1].side == 20
+        to_device_steps(transform_of(rotation=5.), 'RGB', CPU)
+    assert to_device_steps(transform_of(), 'RGB', CPU)[1].side == 20
 
 
 def test_python_and_torch_draw_nothing():
     """What is drawn on the device does not disturb the streams that dropout and others draw from."""
     random.seed(1)
     before = random.getstate(), torch.get_rng_state()
-    augment = split_for_device(transform_of(reprob=0.5, remode='pixel'), 'RGB', CPU)[1]
+    augment = to_device_steps(transform_of(reprob=0.5, remode='pixel'), 'RGB', CPU)[1]
     augment(batch(photo(), 4), augment.draw(4, SIZE, 0, 0))
     assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])

@@ -1,6 +1,6 @@
 """Augmentation of whole batches on the device, with parameters that are drawn for an epoch at its start.
 
-`split_for_device` turns a training transform of timm and torchvision into steps of this file. A step has the
+`to_device_steps` turns a training transform of timm and torchvision into steps of this file. A step has the
 distribution of the transform that it stands for, and computes what Pillow computes, on floats that hold the levels
 0 .. 255. Images are warped and blurred by kornia. Crops without resizing and flips are plain indexing. Resizing is a
 product with matrices of Pillow's weights: kornia's resized crops do not average over the pixels that they shrink, and
@@ -80,21 +80,27 @@ class Step:
 
 
 def _bicubic(x: torch.Tensor) -> torch.Tensor:
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    return torch.where(x < 1, near, torch.where(x < 2, far, 0.))
+    x = x.clamp(max=2)
+    return torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
 
 
-# Pillow's filters of the distance, and how far they reach
-FILTERS: dict[str, tuple[float, Callable[[torch.Tensor], torch.Tensor]]] = {
-    'bilinear': (1., lambda x: (1 - x).clamp(min=0)),
-    'bicubic': (2., _bicubic),
-    'lanczos': (3., lambda x: torch.where(x < 3, torch.sinc(x) * torch.sinc(x / 3), 0.)),
-    'hamming': (1., lambda x: torch.where(x < 1, torch.sinc(x) * (0.54 + 0.46 * (math.pi * x).cos()), 0.)),
+# Pillow's filters of the distance between pixels; each ends in 0
+FILTERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    'bilinear': lambda x: (1 - x).clamp_(min=0),
+    'bicubic': _bicubic,
+    'lanczos': lambda x: torch.where(x < 3, torch.sinc(x) * torch.sinc(x / 3), 0.),
+    'hamming': lambda x: torch.where(x < 1, torch.sinc(x) * (0.54 + 0.46 * (math.pi * x).cos()), 0.),
 }
 
 
-def resample_matrix(start: torch.Tensor, length: torch.Tensor, source: int, target: int, kind: str) -> torch.Tensor:
+def resample_matrix(
+        start: torch.Tensor,
+        length: torch.Tensor,
+        source: int,
+        target: int,
+        kinds: list[str],
+        kind: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Pillow's weights of resizing a part of each row of pixels, (B, target, source).
 
     Args:
@@ -102,19 +108,20 @@ def resample_matrix(start: torch.Tensor, length: torch.Tensor, source: int, targ
         length: Pixels of the part, (B,).
         source: Pixels of the row.
         target: Pixels to come out.
-        kind: Of `FILTERS`.
+        kinds: Of `FILTERS`.
+        kind: Number of the filter in ``kinds``, (B,); the first when not given.
     """
-    reach, weigh = FILTERS[kind]
     start, length = start.float()[:, None, None], length.float()[:, None, None]
     scale = length / target
-    stretch = scale.clamp(min=1)
     centre = (torch.arange(target, device=start.device)[:, None] + 0.5) * scale
-    low = (centre - reach * stretch + 0.5).floor().clamp(min=0)
-    high = (centre + reach * stretch + 0.5).floor().minimum(length)
     place = torch.arange(source, device=start.device) - start
-    weights = weigh(((place - centre + 0.5) / stretch).abs())
-    weights = weights * ((place >= low) & (place < high))
-    return weights / weights.sum(-1, keepdim=True)
+    distance = (place + 0.5 - centre).div_(scale.clamp(min=1)).abs_()
+    weights = FILTERS[kinds[0]](distance)
+    for number, name in enumerate(kinds[1:], 1):
+        assert kind is not None
+        weights = torch.where((kind == number)[:, None, None], FILTERS[name](distance), weights)
+    weights *= (place >= 0) & (place < length)
+    return weights.div_(weights.sum(-1, keepdim=True))
 
 
 class ResizedCrop(Step):
@@ -144,17 +151,9 @@ class ResizedCrop(Step):
 
     def __call__(self, images: torch.Tensor, drawn: Drawn) -> torch.Tensor:
         rows, columns = (
-            self._matrix(drawn[start], drawn[length], drawn['kind'], images.shape[dim], self.size[dim])
+            resample_matrix(drawn[start], drawn[length], images.shape[dim], self.size[dim], self.kinds, drawn['kind'])
             for start, length, dim in (('top', 'high', -2), ('left', 'wide', -1)))
         return _resample(images, rows, columns)
-
-    def _matrix(
-            self, start: torch.Tensor, length: torch.Tensor, kind: torch.Tensor, source: int, target: int,
-    ) -> torch.Tensor:
-        first, *others = (resample_matrix(start, length, source, target, name) for name in self.kinds)
-        for i, other in enumerate(others, 1):
-            first = torch.where((kind == i)[:, None, None], other, first)
-        return first
 
 
 class Resize(Step):
@@ -164,7 +163,7 @@ class Resize(Step):
         if isinstance(resize.size, int) or len(resize.size) != 2:
             raise NotOnDevice('a resizing by one side has no step on the device')
         self.size: Size = tuple(resize.size)
-        self.kind = _known_filters([resize.interpolation])[0]
+        self.kinds = _known_filters([resize.interpolation])
 
     def new_size(self, size: Size) -> Size:
         return self.size
@@ -174,7 +173,7 @@ class Resize(Step):
             return images
         start = torch.zeros(1, device=images.device)
         rows, columns = (
-            resample_matrix(start, start + images.shape[dim], images.shape[dim], self.size[dim], self.kind)
+            resample_matrix(start, start + images.shape[dim], images.shape[dim], self.size[dim], self.kinds)
             for dim in (-2, -1))
         return _resample(images, rows.expand(len(images), -1, -1), columns.expand(len(images), -1, -1))
 
@@ -515,7 +514,7 @@ class Augment:
         return images
 
 
-def split_for_device(transform: Any, mode: str, device: torch.device) -> tuple[list[Any], Augment]:
+def to_device_steps(transform: Any, mode: str, device: torch.device) -> tuple[list[Any], Augment]:
     """A transform in two: what is done to an image once, and what the device does to batches in every epoch.
 
     Args:

@@ -35,7 +35,7 @@ from timm_spinal.files import write_atomically
 
 from .config import TrainConfig
 from .dataset import ImageData, Split, TrainSampler
-from .device_augment import Augment, NotOnDevice, split_for_device
+from .device_augment import Augment, NotOnDevice, to_device_steps
 from .distributed import on_main_process
 from .image_folder import hash_split
 from .pixels import Decoder
@@ -193,7 +193,7 @@ def open_on_device(
     try:
         if split.streamed:
             raise NotOnDevice('its images come from a stream')
-        once, augment = split_for_device(transform, decode.mode, accelerator.device)
+        once, augment = to_device_steps(transform, decode.mode, accelerator.device)
         if augment.steps and begun is False:
             raise NotOnDevice('the run was begun so')
         source = Source(config, split, decode, once, augment, accelerator, bool(augment.steps and begun))
