@@ -108,8 +108,10 @@ def bare_steps(setting: Setting, model: str) -> Epochs:
             while True:
                 for _ in range(len(run.train_loader)):
                     run.optimizer.optimizer.zero_grad()
-                    run.task(images, target)['loss'].backward()
+                    loss = run.task(images, target)['loss']
+                    loss.backward()
                     run.optimizer.optimizer.step()
+                loss.item()  # waits for a GPU, as the end of an epoch does
                 yield
 
     started = epochs()

@@ -292,7 +292,7 @@ class Rotation(Warp):
         zero, one = torch.zeros_like(angle), torch.ones_like(angle)
         rows = [(cos, sin, x - cos * x - sin * y), (-sin, cos, y + sin * x - cos * y), (zero, zero, one)]
         matrices = torch.stack([torch.stack(row, -1) for row in rows], -2)
-        return dict(angle=angle, warp=_between_centres(matrices, size))
+        return dict(angle=angle.float(), warp=_between_centres(matrices, size))
 
 
 class Perspective(Warp):
@@ -310,7 +310,7 @@ class Perspective(Warp):
         inward = torch.stack([draws.integers(0, limit, 4) for limit in most], -1)  # of each corner, (count, 4, 2)
         end = start + inward * torch.where(start > 0, -1, 1)
         matrices = get_perspective_transform(end, start.expand_as(end))
-        return dict(apply=draws.happens(self.p), ends=end, warp=_between_centres(matrices, size))
+        return dict(apply=draws.happens(self.p), ends=end.float(), warp=_between_centres(matrices, size))
 
     def __call__(self, images: torch.Tensor, drawn: Drawn) -> torch.Tensor:
         return torch.where(_per_image(drawn['apply']), super().__call__(images, drawn), images)
@@ -340,9 +340,9 @@ class ColorJitter(Step):
         self.p = p
 
     def draw(self, draws: Draws, size: Size) -> Drawn:
-        factors = torch.stack([draws.uniform(*bounds) for bounds in self.ranges], -1)
-        factors[~draws.happens(self.p)] = 1.
-        return dict(factors=factors.float(), order=draws.uniform(0., 1., 3).argsort(-1))
+        factors = torch.stack([draws.uniform(*bounds) for bounds in self.ranges], -1).float()
+        factors = torch.where(draws.happens(self.p)[:, None], factors, 1.)
+        return dict(factors=factors, order=draws.uniform(0., 1., 3).argsort(-1))
 
     def __call__(self, images: torch.Tensor, drawn: Drawn) -> torch.Tensor:
         images = images.float()

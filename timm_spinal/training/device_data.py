@@ -138,7 +138,7 @@ class DeviceData(Dataset):
         batch = self.augment(self.images.index_select(0, chosen), drawn), self.targets.index_select(0, chosen)
         if self.rows is None:
             return batch
-        rows = [self.rows[self.split.number(int(i))] for i in self._host_order[torch.tensor(positions)]]
+        rows = [self.rows[self.split.number(i)] for i in self._host_order[torch.tensor(positions)].tolist()]
         return *batch, torch.stack(rows)
 
     @staticmethod
