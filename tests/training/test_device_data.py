@@ -143,17 +143,21 @@ def test_a_resumed_run_is_bit_identical(tmp_path, monkeypatch, capsys, update):
 
 def test_a_run_goes_on_as_it_was_begun(tmp_path, monkeypatch, capsys):
     """The memory that is free decides at the start only: another kind of random augmentation would be another run."""
-    config = small_config(tmp_path, stop_epoch=1)
+    config = small_config(tmp_path, stop_epoch=1, epochs=4)
     train(config)
-    monkeypatch.setattr(device_data, 'MEMORY_SHARE', 0)
+    needed = 22 * 3 * 36 * 36
+    monkeypatch.setattr(device_data, 'free_memory', lambda device: needed)
+    train(resumed(config, stop_epoch=2))  # all that is free will do
+    assert f'data on cpu: {tmp_path}/images/train' in capsys.readouterr().out
+    monkeypatch.setattr(device_data, 'free_memory', lambda device: needed - 1)
     with pytest.raises(UserError, match='cannot resume: .*train was kept on the device, and now its 22 images of '
-                                        '3 x 36 x 36 take .*--data-on-device never'):
-        train(resumed(config, stop_epoch=2))
+                                        '3 x 36 x 36 take .* 100% of .*--data-on-device never'):
+        train(resumed(config, stop_epoch=3))
     capsys.readouterr()
-    train(resumed(config, stop_epoch=2, data_on_device='never'))
+    train(resumed(config, stop_epoch=3, data_on_device='never'))
     assert "data_on_device 'auto' -> 'never'" in capsys.readouterr().out.replace(': ', ' ')
     monkeypatch.undo()
-    train(resumed(config, stop_epoch=3))
+    train(resumed(config, stop_epoch=4))
     assert f'data through the loader: {tmp_path}/images/train: the run was begun so' in capsys.readouterr().out
 
 
@@ -275,8 +279,9 @@ def test_never_and_a_test_split(root, capsys):
 @pytest.mark.parametrize('pad_crop', [None, 1])
 def test_unreadable_images_are_replaced_and_left_out_as_by_the_loader(root, pad_crop):
     for split in ('train', 'validation'):
-        for name in ('0', '5'):  # the first of all, and one within
-            (Path(root) / split / 'ant' / f'{name}.png').write_bytes(b'none')
+        (Path(root) / split / 'ant' / '0.png').write_bytes(b'none')  # the first of all
+        (Path(root) / split / 'ant' / '5.png').unlink()
+        (Path(root) / split / 'ant' / '5.png').symlink_to('nothing')
     config = quick_config(data_dir=root, no_aug=True, skip_unreadable=True, pad_crop=pad_crop)
     ordinary, ours = make_data(config), on_device(config)
     assert same(batches(ordinary), batches(ours)) and same(list(ordinary.eval_loader), list(ours.eval_loader))
@@ -375,9 +380,13 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 
 
 def test_logits_of_a_teacher_come_with_the_images(root):
-    data = on_device(quick_config(data_dir=root, no_aug=True, val_split_fraction=0.2))
+    """Those of the image itself, or of the one that took the place of an image that cannot be read."""
+    (Path(root) / 'train' / 'ant' / '5.png').write_bytes(b'none')
+    data = on_device(quick_config(data_dir=root, no_aug=True, val_split_fraction=0.2, skip_unreadable=True))
     dataset = data.train_loader.dataset
     dataset.rows = torch.arange(22.)[:, None].expand(-1, 3)
     data.set_epoch(1)
-    rows = torch.cat([rows for *_, rows in data.train_loader])
-    assert rows[:, 0].tolist() == [dataset.split.number(i) for i in dataset._host_order.tolist()]
+    rows, places = torch.cat([rows for *_, rows in data.train_loader])[:, 0].tolist(), dataset._host_order.tolist()
+    assert rows == [dataset.split.number(i) for i in places] and len(rows) == 20
+    gone = next(i for i in range(len(dataset)) if dataset.split.describe(i).endswith('ant/5.png'))
+    assert gone not in places and places.count(gone + 1) >= 2

@@ -255,7 +255,8 @@ class Source:
         transform = transforms.Compose([*self.once, transforms.PILToTensor()])
         data = ImageData(self.split, transform, self.decode, 'mark' if self.config.skip_unreadable else 'raise')
         shape = _first_shape(data)
-        self._check(len(data), shape)
+        if self.accelerator.is_main_process:  # it decides for all, of which each takes memory
+            self._check(len(data), shape)
         cache = Cache.of(self.split, f'{self.decode} {transform}')
         if cache and (decoded := cache.read(shape, refuse=self.config.data_on_device == 'always')):
             return decoded
@@ -266,11 +267,11 @@ class Source:
 
     def _check(self, count: int, shape: tuple[int, ...]) -> None:
         device = self.accelerator.device
-        needed, free = count * math.prod(shape), free_memory(device)
-        if needed > MEMORY_SHARE * free:
+        needed, free, share = count * math.prod(shape), free_memory(device), 1. if self.begun else MEMORY_SHARE
+        if needed > share * free:
             raise NotOnDevice(
                 f'its {count:,} images of {" x ".join(map(str, shape))} take {needed / MIB:,.0f} MiB, more than '
-                f'{MEMORY_SHARE:.0%} of the {free / MIB:,.0f} MiB that are free')
+                f'{share:.0%} of the {free / MIB:,.0f} MiB that are free')
         asked = self.begun or self.config.data_on_device == 'always'
         if (not asked and self.augment.steps and device.type == 'cpu'
                 and max(*shape[1:], self.augment.side) > CPU_AUGMENTED_SIDE):
@@ -375,7 +376,10 @@ class Cache:
             split: The images.
             steps: How they are decoded.
         """
-        content = hash_split(split, strict=True)
+        try:
+            content = hash_split(split, strict=True)
+        except UserError:  # an image that is not there
+            return None
         if content is None:
             return None
         place = os.path.realpath(split.name) if os.path.exists(split.name) else split.name
