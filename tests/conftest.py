@@ -17,6 +17,8 @@ THE_HUB = TestHub()
 os.environ['HF_ENDPOINT'] = THE_HUB.url
 os.environ['HF_HOME'] = os.environ['HF_HUB_CACHE'] = os.path.join(tempfile.gettempdir(), 'timm_spinal_no_such_cache')
 os.environ['HF_HUB_DISABLE_PROGRESS_BARS'] = '1'
+_cache = tempfile.TemporaryDirectory(prefix='timm_spinal_cache')  # not the user's; removed at the end
+os.environ['TIMM_SPINAL_CACHE'] = _cache.name
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -58,11 +58,12 @@ def test_error_under_two_processes_is_printed_once(tmp_path, launch):
 
 
 @pytest.mark.slow
-def test_unreadable_image_in_one_of_two_processes(tmp_path, launch):
+@pytest.mark.parametrize('where', ['always', 'never'])  # found before the run, or in the midst of it
+def test_unreadable_image_in_one_of_two_processes(tmp_path, launch, where):
     config = small_config(tmp_path)
     bad = tmp_path / 'images' / 'train' / 'ant' / '3.png'
     bad.write_bytes(b'no image')
-    done = launch(2, '-m', 'timm_spinal.train', *flags(config), '-b', '2', check=False)
+    done = launch(2, '-m', 'timm_spinal.train', *flags(config), '-b', '2', '--data-on-device', where, check=False)
     assert done.returncode != 0 and done.stderr.count(f'error: image {bad}') == 1
 
 

@@ -27,7 +27,7 @@ def test_names_of_a_prepared_comparison_stand_in_their_order(name):
     """The first side is what the comparison is about."""
     comparison = COMPARISONS[name]
     pairs = comparison.pairs(comparison.models)
-    first = {'routing': 'lean', 'train': 'our', 'features': 'features'}.get(name)
+    first = {'routing': 'lean', 'train': 'our', 'step': 'our', 'data': 'our', 'features': 'features'}.get(name)
     for pair in pairs:
         if pair.note is not None:
             assert pair.against.name == plain_model(pair.what.name)

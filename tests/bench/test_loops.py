@@ -10,10 +10,10 @@ from timm_spinal.bench import loops
 from timm_spinal.bench.runner import Setting
 from timm_spinal.cli import main
 
-SMALL = Setting(batch_size=4, img_size=32, workers=0)
+SMALL = Setting(batch_size=4, img_size=32, workers=0, batches=5)
 
 
-@pytest.mark.parametrize('side', (loops.our_epochs, loops.timm_epochs))
+@pytest.mark.parametrize('side', (loops.our_epochs, loops.timm_epochs, loops.bare_steps))
 def test_a_side_trains_its_model_an_epoch_a_call(side):
     """As many optimizer steps as batches, each of which has all its images."""
     epochs = side(SMALL, 'test_efficientnet')
@@ -26,7 +26,7 @@ def test_a_side_trains_its_model_an_epoch_a_call(side):
             states.append(torch.cat([p.detach().flatten() for p in epochs.model.parameters()]).clone())
     finally:
         hook.remove()
-    assert len(steps) == 2 * loops.BATCHES and images == [SMALL.batch_size] * len(steps)
+    assert len(steps) == 2 * SMALL.batches and images == [SMALL.batch_size] * len(steps)
     assert {id(p) for g in steps[0].param_groups for p in g['params']} == {id(p) for p in epochs.model.parameters()}
     assert not torch.equal(*states) and all(state.isfinite().all() for state in states)
 
@@ -41,6 +41,17 @@ def test_features_of_all_images_are_written():
     assert count == loops.FEATURES * SMALL.batch_size + loops.CLASSES
 
 
-def test_the_line_of_the_trainers(capsys):
-    assert main(['bench', 'train', 'test_efficientnet', '--img-size', '32', '-b', '4', '-j', '0', '--rounds', '1']) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("our epoch / timm's epoch, test_efficientnet: ")
+@pytest.mark.parametrize('name, sides, lines', [
+    ('train', "our epoch / timm's epoch", ['cpu']),
+    ('step', 'our epoch / bare steps', ['cpu', 'cpu']),
+    ('data', 'our epoch / our epoch by the loader', ['cpu']),
+])
+def test_the_lines_of_the_trainers(capsys, name, sides, lines):
+    """Decoding is said apart from the ratio."""
+    assert main(['bench', name, 'test_efficientnet', '--img-size', '32', '-b', '4', '-j', '0', '--rounds', '1',
+                 '--batches', '2', '--no-aug']) == 0
+    _, *data, ratio = capsys.readouterr().out.splitlines()
+    assert ratio.startswith(f'{sides}, test_efficientnet: ')
+    training = [line for line in data if '8 images of 3 x 32 x 32' in line]
+    assert [line.split()[2].rstrip(':') for line in training] == lines
+    assert all('decoded in' in line for line in training)

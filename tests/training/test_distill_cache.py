@@ -156,7 +156,7 @@ def test_unreadable_images(config, tmp_path):
     (tmp_path / 'images' / 'train' / 'bee' / '2.png').write_bytes(b'nothing')
     with pytest.raises(UserError, match='2.png cannot be read'):
         train(config)
-    with open_run(replace(config, skip_unreadable=True)) as run:
+    with open_run(replace(config, skip_unreadable=True, data_on_device='never')) as run:
         run.data.set_epoch(0)
         rows, dataset = run.train_loader.dataset.rows, run.train_loader.dataset
         (_, _, logits), = dataset.__getitems__([(13, None)])
@@ -173,7 +173,7 @@ def test_two_processes_make_and_share_it(config, tmp_path, launch):
     model = timm.create_model(f'local-dir:{tmp_path / "teacher"}', pretrained=True).eval()
     assert stored.shape == (22, 2) and len(shards(tmp_path)) == 1
     datasets = create_datasets(one)
-    with open_run(replace(one, kd_cache=None, experiment='look')) as run:
+    with open_run(replace(one, kd_cache=None, experiment='look', data_on_device='never')) as run:
         dataset, data_config = run.train_loader.dataset, run.data.data_config
     dataset.rows = None
     images = torch.stack([dataset[i, None][0] for i in range(len(datasets.train))])

@@ -116,7 +116,8 @@ def test_names_that_are_asked_for_by_meaning():
     assert option_names(DetectionConfig, path=True) == ('data_dir', 'backbone_path')
     assert set(option_names(TrainConfig, requires=AUG)) == {
         'aa', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'rotation', 'perspective', 'color_jitter',
-        'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'aug_repeats'}
+        'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'aug_repeats',
+        'pad_crop'}
     assert option_names(DistillOptions, requires=WLD) == (
         'kd_fade', 'kd_fade_end', 'kd_right_only', 'kd_two_stage', 'kd_renormalize', 'kd_cache')
     assert option_names(DetectionConfig, on_resume='fixed', applies_to='detection') == (

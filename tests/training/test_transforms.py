@@ -69,6 +69,31 @@ def test_values_that_no_image_could_use(options, reason):
         resolve_data(quick_config(**options), TinyModel)
 
 
+def test_pad_crop_moves_the_image_over_black():
+    """As on CIFAR: each place within 2 pixels of padding is taken equally often, and nothing is resized."""
+    config = quick_config(pad_crop=2, img_size=40, hflip=0., color_jitter=None)
+    data = resolve_data(config, TinyModel)
+    photo = PHOTO.crop((0, 0, 40, 40))
+    padded = tv.functional.pad(tv.functional.to_tensor(photo), [2] * 4)
+    places = {padded[:, y:y + 40, x:x + 40].numpy().tobytes(): (y, x) for y in range(5) for x in range(5)}
+    transform = train_transform(config, data)
+    seed_rng(0)
+    normalize = tv.Normalize([-2.] * 3, [4.] * 3)  # back to 0 .. 1
+    found = [places[normalize(transform(photo)).mul(255).round().div(255).numpy().tobytes()] for _ in range(500)]
+    assert len(set(found)) == 25 and max(map(found.count, places.values())) < 45
+    # larger images are resized first
+    assert train_transform(config, data)(PHOTO).shape == (3, 40, 40)
+    plain = train_transform(quick_config(no_aug=True, img_size=40), data)
+    config.no_aug = True
+    assert torch.equal(train_transform(config, data)(PHOTO), plain(PHOTO))
+
+
+def test_pad_crop_takes_the_place_of_other_crops():
+    config = quick_config(pad_crop=4, train_crop_mode='rkrc')
+    with pytest.raises(UserError, match='--pad-crop 4: .*--train-crop-mode rkrc; leave one of them out'):
+        train_transform(config, resolve_data(config, TinyModel))
+
+
 @pytest.mark.parametrize('name', ['nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos', 'random', ''])
 def test_every_interpolation_of_timm_works(name):
     config = quick_config(train_interpolation=name, interpolation='' if name == 'random' else name)

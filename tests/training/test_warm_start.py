@@ -26,7 +26,7 @@ def config(tmp_path):
 
 
 def test_the_run_starts_from_it(config, tmp_path, capsys):
-    with open_run(config) as run:
+    with open_run(replace(config, data_on_device='never')) as run:
         model = run.task.trainable_module
     assert 'warm start: 18 collisions, active at ' in capsys.readouterr().out
     plain = load_file(tmp_path / 'plain.safetensors')

@@ -36,7 +36,8 @@ def start(kind: str, folder: Path, workers: int):
         make_folder(images, ('train', 'validation', 'test'), per_class=11, size=36)
     flags = ['--data-dir', str(images), '-j', str(workers)]
     if kind == 'train':
-        return train(small_config(folder, epochs=1, workers=workers, aa='rand-m9-mstd0.5', mixup=0.4, reprob=0.3))
+        return train(small_config(folder, epochs=1, workers=workers, aa='rand-m9-mstd0.5', mixup=0.4, reprob=0.3,
+                                  data_on_device='never'))
     if kind == 'train-detection':
         return train_detector(detection_config(folder, epochs=1, workers=workers, experiment='detector'))
     if kind == 'validate':
@@ -67,7 +68,7 @@ def test_killed_worker_is_one_line(tmp_path, monkeypatch, capfd, kind):
 
 @pytest.mark.slow
 def test_run_goes_on_after_a_worker_was_killed(tmp_path, monkeypatch, capfd):
-    config = small_config(tmp_path, epochs=2, workers=1, checkpoint_steps=1)
+    config = small_config(tmp_path, epochs=2, workers=1, checkpoint_steps=1, data_on_device='never')
     read, reads = Split.read, []
 
     def die_later(self, index):

@@ -22,7 +22,7 @@ from timm_spinal.errors import UserError
 from timm_spinal.models import ensure_registered
 
 from .layers import head_call, routing_call
-from .loops import bare_backbone, features, our_epochs, timm_epochs
+from .loops import bare_backbone, bare_steps, features, our_epochs, timm_epochs
 from .models import FORMS, pairs_of, plain_model
 from .runner import Pair, Setting, Side, run
 
@@ -58,10 +58,12 @@ def _xnor(models: Sequence[str]) -> list[Pair]:
 
 
 def _loops(first: Side, second: Side, models: Sequence[str]) -> list[Pair]:
-    return [Pair(first._replace(args=(name,)), second._replace(args=(name,)), name) for name in models]
+    return [Pair(first._replace(args=(name, *first.args)), second._replace(args=(name, *second.args)), name)
+            for name in models]
 
 
 EVERY = ('eager', 'compiled', 'folded', 'training', 'compiled training')
+SMALL_IMAGES = dict(batch_size=128, img_size=28, batches=64, rounds=9)
 COMPARISONS = {
     'heads': Comparison('models with a head against the plain ones, at inference',
                         partial(_against_plain, forms=('eager', 'compiled')), ('resnet50_pspinal', 'resnet18_spinal')),
@@ -75,6 +77,13 @@ COMPARISONS = {
     'train': Comparison("an epoch of this trainer against one of timm's train.py",
                         partial(_loops, Side('our epoch', our_epochs), Side("timm's epoch", timm_epochs)),
                         ('resnet18',), dict(batch_size=16, rounds=9)),
+    'step': Comparison("an epoch of this trainer against its bare steps on a batch in memory",
+                       partial(_loops, Side('our epoch', our_epochs), Side('bare steps', bare_steps)),
+                       ('spinalcnn_a1', 'vgg5'), SMALL_IMAGES),
+    'data': Comparison('an epoch with the images on the device against one through the loader',
+                       partial(_loops, Side('our epoch', our_epochs), Side('our epoch by the loader', our_epochs,
+                                                                           ('never',))),
+                       ('spinalcnn_a1',), SMALL_IMAGES),
     'features': Comparison('the features of `timm-spinal compare` against the bare backbone',
                            partial(_loops, Side('features', features), Side('bare backbone', bare_backbone)),
                            ('tf_efficientnet_lite0',), dict(batch_size=128, img_size=128, rounds=3, workers=2)),
@@ -89,7 +98,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('-b', '--batch-size', type=number(), help='images of a call; 8, or as the comparison has it')
     parser.add_argument('--img-size', type=number(low=8), help='pixels of an image; 224, or as the comparison has it')
     parser.add_argument('--rounds', type=number(), help='rounds that count; 20, or as the comparison has it')
-    parser.add_argument('-j', '--workers', type=number(low=0), help='loader workers of train and features')
+    parser.add_argument('-j', '--workers', type=number(low=0), help='loader workers of train, step, data and features')
+    parser.add_argument('--batches', type=number(), help='batches of an epoch; 8, or as the comparison has it')
+    parser.add_argument('--no-aug', action='store_true', help='epochs without augmentation')
     parser.add_argument('--threads', type=number(), default=torch.get_num_threads(),
                         help="CPU threads; 1 is steadier on a busy machine (default: torch's, %(default)s)")
     parser.add_argument('--device', default='cpu', help='device of both sides (default: %(default)s)')

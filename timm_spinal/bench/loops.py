@@ -25,12 +25,12 @@ from timm_spinal.compare.splits import open_splits
 from timm_spinal.training.config import TrainConfig
 from timm_spinal.training.distributed import SignalFlag
 from timm_spinal.training.model import create_model as create_own_model
+from timm_spinal.training.run import Run
 from timm_spinal.training.train import open_run, train_epoch
 
 from .runner import Call, Setting
 
 CLASSES = 4
-BATCHES = 8  # of an epoch: enough that its start does not count
 FEATURES = 16  # batches of features in a call
 _folders: list[tempfile.TemporaryDirectory] = []  # of images; removed when the process ends
 
@@ -53,13 +53,13 @@ def _new_folder(images: int, side: int) -> Path:
     return folder
 
 
-def train_config(setting: Setting, model: str) -> TrainConfig:
+def train_config(setting: Setting, model: str, **options: Any) -> TrainConfig:
     """The run that both trainers make, on images of its own."""
-    folder = _new_folder(BATCHES * setting.batch_size, round(setting.img_size / 0.875))
+    folder = _new_folder(setting.batches * setting.batch_size, round(setting.img_size / 0.875))
     return TrainConfig(
         data_dir=str(folder / 'images'), model=model, img_size=setting.img_size, batch_size=setting.batch_size,
         workers=setting.workers, lr=0.01, epochs=10 ** 6, output=str(folder), experiment='run', log_interval=10 ** 9,
-        sched_on_updates=True)
+        sched_on_updates=True, no_aug=setting.no_aug, **options)
 
 
 @dataclass
@@ -72,17 +72,46 @@ class Epochs:
         next(self.epochs)
 
 
-def our_epochs(setting: Setting, model: str) -> Epochs:
+def _open(held: ExitStack, config: TrainConfig) -> Run:
+    """A run before its first update, which says where its images are and how long decoding took."""
+    with redirect_stdout(StringIO()) as said:
+        run = held.enter_context(open_run(config))
+    print(*(line for line in said.getvalue().splitlines() if line.startswith('data ')), sep='\n')
+    return run
+
+
+def our_epochs(setting: Setting, model: str, data_on_device: str = 'auto') -> Epochs:
     """Epochs of our loop, without evaluation and checkpoint, as on timm's side."""
     def epochs() -> Iterator[Any]:
         with ExitStack() as held:
-            with redirect_stdout(StringIO()):  # the plan of a run
-                run = held.enter_context(open_run(train_config(setting, model)))
+            run = _open(held, train_config(setting, model, data_on_device=data_on_device))
             flag = SignalFlag()
             yield run.task.trained
             while True:
                 train_epoch(run, flag)
                 run.progress.end_epoch({})
+                yield
+
+    started = epochs()
+    return Epochs(next(started), started)
+
+
+def bare_steps(setting: Setting, model: str) -> Epochs:
+    """As many steps as an epoch of ours has, forward, backward and optimizer, on one batch that lies in memory."""
+    def epochs() -> Iterator[Any]:
+        with ExitStack() as held:
+            run = _open(held, train_config(setting, model))
+            run.data.set_epoch(0)
+            images, target = next(iter(run.train_loader))
+            run.task.train()
+            yield run.task.trained
+            while True:
+                for _ in range(len(run.train_loader)):
+                    run.optimizer.optimizer.zero_grad()
+                    loss = run.task(images, target)['loss']
+                    loss.backward()
+                    run.optimizer.optimizer.step()
+                loss.item()  # waits for a GPU, as the end of an epoch does
                 yield
 
     started = epochs()
@@ -107,6 +136,7 @@ def timm_epochs(setting: Setting, model: str) -> Epochs:
         input_size=data['input_size'],
         batch_size=config.batch_size,
         is_training=True,
+        no_aug=config.no_aug,
         color_jitter=config.color_jitter or 0.,
         interpolation=config.train_interpolation,
         mean=data['mean'],

@@ -28,6 +28,8 @@ class Setting:
     threads: int = 1
     device: str = 'cpu'
     workers: int = 1
+    batches: int = 8  # of an epoch: enough that its start does not count, for images of 224 pixels
+    no_aug: bool = False
 
 
 class Side(NamedTuple):

@@ -19,9 +19,12 @@ from .transforms import split_transform
 
 
 def pin_memory(loaders: Iterable[DataLoader], device: torch.device) -> None:
-    """Have loaders that are not prepared yet make batches in pinned memory, from which a GPU copies by itself."""
+    """Have loaders that are not prepared yet make batches in pinned memory, from which a GPU copies by itself.
+
+    Those of data that live on the device have nothing to pin.
+    """
     for loader in loaders:
-        loader.pin_memory |= device.type == 'cuda'
+        loader.pin_memory |= device.type == 'cuda' and not getattr(loader.dataset, 'lives_on_device', False)
 
 
 def on_device(loader: Any, device: torch.device) -> Iterator[tuple]:

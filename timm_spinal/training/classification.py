@@ -36,6 +36,7 @@ from .optim import apply_freeze, head_first
 from .report import how_to_load
 from .results import common_result, environment, export_model
 from .run import Problem, Run
+from .run_dir import begun_on_device
 from .sharded import is_sharded
 from .splits import create_datasets, describe_splits
 from .task import Task, build_penalties, build_task
@@ -77,7 +78,9 @@ class Classification(Problem[TrainConfig]):
     def create_data(self, model: Any, accelerator: Accelerator) -> None:
         self.data = create_data(
             self.config, model, self.datasets, num_processes=accelerator.num_processes,
-            accum=accelerator.gradient_accumulation_steps, on_device=accelerator.device.type != 'cpu')
+            accum=accelerator.gradient_accumulation_steps, on_device=accelerator.device.type != 'cpu',
+            accelerator=accelerator,
+            begun_on_device=on_main_process(accelerator, lambda: begun_on_device(self.config)))
         size = self.data.data_config['input_size'][-1]
         self.name = f'{safe_model_name(self.config.model)}-{size}'
         self.first_signs = binary_signs(model)

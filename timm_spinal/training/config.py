@@ -54,6 +54,10 @@ class DataOptions(Options, applies_to=('training', 'validation', 'frozen')):
     skip_unreadable: bool = option(
         False, 'do not stop at an image that cannot be read: training replaces it, evaluation leaves it out, and the '
         'result has their number (timm always replaces them)')
+    data_on_device: str = option(
+        'auto', 'keep the images decoded on the device: auto (a split that fits, and whose augmentation the device can '
+        'do; the others go through the loader), always (or stop) or never', choices=('auto', 'always', 'never'),
+        applies_to=('training',), not_frozen='features are made once')
 
 
 @dataclass
@@ -224,6 +228,9 @@ class AugmentOptions(Options, applies_to=('training', 'frozen')):
     train_crop_mode: str | None = option(
         None, 'random crop: rrc (random resized), rkrc or rkrr (keep the ratio)',
         choices=('rrc', 'rkrc', 'rkrr'), requires=(AUG,))
+    pad_crop: int | None = option(
+        None, 'pad the images with this number of black pixels and crop them to the input size at random, in place of '
+        'the random resized crop; 4 is usual for images of 32 pixels', low=1, requires=(AUG,))
     scale: list[float] = option(
         [0.08, 1.0], 'smallest and largest area of the random crop, as a part of the image', nargs=2, greater_than=0.,
         high=1., ascending=True, requires=(AUG,))

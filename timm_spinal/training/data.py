@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Callable
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -25,6 +26,7 @@ from timm_spinal.errors import UserError
 from .batches import BatchMixup, Finish
 from .config import LoaderOptions, LoopConfig, TrainConfig, ValidateConfig
 from .dataset import EvalSampler, ImageData, Split, StreamData, TrainSampler, epoch_length, images_of_passes
+from .device_data import DeviceData, open_on_device
 from .pixels import Decoder
 from .splits import Datasets
 from .transforms import create_decoder, eval_transform, resolve_data, ten_crop_transform, train_transform
@@ -46,6 +48,7 @@ class TrainData:
         mixup_off_epoch: No mixing from this epoch on, when above 0.
         channels_last: Training images get torch's channels-last memory format.
         finish: What is left of the transform for batches on the device; None where the loader does all of it.
+        augmented_on_device: Training images are changed at random, on the device.
     """
     train_loader: DataLoader
     eval_loader: DataLoader
@@ -62,6 +65,7 @@ class TrainData:
     mixup_off_epoch: int = 0
     channels_last: bool = False
     finish: Finish | None = None
+    augmented_on_device: bool = False
 
     @property
     def loaders(self) -> list[DataLoader]:
@@ -70,8 +74,8 @@ class TrainData:
 
     def set_epoch(self, epoch: int) -> None:
         """Set order and augmentation of the epoch that is iterated next; also after `accelerator.prepare`."""
-        target: Any = self.train_loader.dataset if self.streamed else self.train_loader.sampler
-        target.begin_epoch(epoch)
+        loader: Any = self.train_loader
+        (loader.sampler if hasattr(loader.sampler, 'begin_epoch') else loader.dataset).begin_epoch(epoch)
         if self.mixup is not None and self.mixup_off_epoch:
             self.mixup.mixup_enabled = epoch < self.mixup_off_epoch
 
@@ -110,6 +114,8 @@ def create_data(
         num_processes: int = 1,
         accum: int = 1,
         on_device: bool = False,
+        accelerator: Accelerator | None = None,
+        begun_on_device: bool | None = None,
 ) -> TrainData:
     """Loaders for a run.
 
@@ -121,10 +127,12 @@ def create_data(
         num_processes: Processes that `accelerator.prepare` will share the batches out to.
         accum: Batches of an update.
         on_device: The training loader gives bytes, which `TrainData.to_batch` normalises and erases on the device.
+        accelerator: Of the run. Splits may live on its device, as --data-on-device says; without it they do not.
+        begun_on_device: Whether a run that is resumed was begun with augmentation on the device; None for a new run.
 
     Raises:
         UserError: A batch size that leaves no full batch, or does not fit mixing; augmentation that timm refuses; a
-            streamed data set in several processes.
+            streamed data set in several processes; a split that cannot live on the device as it must.
     """
     seed = config.seed if seed is None else seed
     train = datasets.train
@@ -133,17 +141,23 @@ def create_data(
     data_config = resolve_data(config, model)
     decode = create_decoder(config, data_config['input_size'][0])
     transform = train_transform(config, data_config)
-    if train.streamed:
-        dataset: StreamData | ImageData = StreamData(train, transform, decode, seed, on_device)
-        sampler = None
-    else:
-        dataset = ImageData(train, transform, decode, 'replace' if config.skip_unreadable else 'raise', on_device)
+    sampler = None
+    if not train.streamed:
         sampler = create_sampler(config, len(train), seed, num_processes, accum, config.aug_repeats)
+    dataset: DeviceData | StreamData | ImageData | None = open_on_device(
+        config, train, transform, decode, accelerator, sampler, begun_on_device)
+    if dataset is None and train.streamed:
+        dataset = StreamData(train, transform, decode, seed, on_device)
+    elif dataset is None:
+        dataset = ImageData(train, transform, decode, 'replace' if config.skip_unreadable else 'raise', on_device)
     mixing = config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None
     return TrainData(
         train_loader=create_loader(config, dataset, sampler, config.batch_size, drop_last=True),
-        eval_loader=_eval_loader(config, datasets.eval, eval_transform(data_config), decode),
-        test_loader=_eval_loader(config, datasets.test, eval_transform(data_config), decode) if datasets.test else None,
+        eval_loader=_eval_loader(config, datasets.eval, eval_transform(data_config), decode, accelerator),
+        # a split that is evaluated once need not be kept
+        test_loader=_eval_loader(
+            config, datasets.test, eval_transform(data_config), decode,
+            accelerator if config.data_on_device == 'always' else None) if datasets.test else None,
         mixup=_mixup(config, datasets) if mixing else None,
         num_classes=datasets.num_classes,
         class_names=datasets.class_names,
@@ -155,7 +169,8 @@ def create_data(
         multi_label=datasets.multi_label,
         mixup_off_epoch=config.mixup_off_epoch,
         channels_last=config.channels_last,
-        finish=dataset.finish if on_device else None,
+        finish=None if isinstance(dataset, DeviceData) or not on_device else dataset.finish,
+        augmented_on_device=isinstance(dataset, DeviceData) and bool(dataset.augment.steps),
     )
 
 
@@ -243,8 +258,13 @@ def _eval_loader(
         split: Split,
         transform: Callable,
         decode: Decoder,
+        accelerator: Accelerator | None = None,
 ) -> DataLoader:
     batch = config.validation_batch_size or config.batch_size
+    if isinstance(config, TrainConfig):
+        on_device = open_on_device(config, split, transform, decode, accelerator)
+        if on_device is not None:
+            return create_loader(config, on_device, None, batch)
     if split.streamed:
         return create_loader(config, StreamData(split, transform, decode, config.seed), None, batch)
     dataset = ImageData(split, transform, decode, 'mark' if config.skip_unreadable else 'raise')
@@ -258,16 +278,21 @@ def create_loader(
         batch_size: int,
         drop_last: bool = False,
 ) -> DataLoader:
-    """A torch loader with the workers of a config; a data set may bring a ``collate`` of its own."""
+    """A torch loader with the workers of a config; a data set may bring a ``collate`` of its own.
+
+    Data on the device bring their own order, and need neither workers nor pinned memory.
+    """
+    on_device = isinstance(dataset, DeviceData)
+    workers = 0 if on_device else config.workers
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=sampler,
-        num_workers=config.workers,
-        pin_memory=config.pin_mem,
+        sampler=dataset.order if isinstance(dataset, DeviceData) else sampler,
+        num_workers=workers,
+        pin_memory=config.pin_mem and not on_device,
         drop_last=drop_last,
         collate_fn=getattr(dataset, 'collate', None),
-        persistent_workers=config.workers > 0,
+        persistent_workers=workers > 0,
         # its own, so that starting an epoch draws nothing from the global stream
         generator=torch.Generator().manual_seed(config.seed),
     )

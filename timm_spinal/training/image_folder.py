@@ -229,11 +229,15 @@ def _identity(path: str | Path) -> tuple[int, int]:
     return stat.st_dev, stat.st_ino
 
 
-def hash_split(split: Split) -> str:
+def hash_split(split: Split, strict: bool = False) -> str | None:
     """Hash of a split: its name, labels and images.
 
     Images in files count by path, size and date, those in memory by their values; of other readers only name, length
     and labels are known.
+
+    Args:
+        split: The split.
+        strict: None where the images are not known.
     """
     digest = hashlib.sha256(f'{len(split)}'.encode())
     digest.update(np.ascontiguousarray(split.labels if split.labels is not None else []).tobytes())
@@ -254,6 +258,8 @@ def hash_split(split: Split) -> str:
         values = getattr(dataset, 'data', None) if hasattr(dataset, 'data') else getattr(dataset, 'images', None)
         if isinstance(values, (np.ndarray, torch.Tensor)):
             digest.update(np.ascontiguousarray(values).tobytes())
+        elif strict:
+            return None
     return digest.hexdigest()
 
 

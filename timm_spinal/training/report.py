@@ -48,7 +48,7 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     write_atomically(path, write)
 
 
-def new_figure(width: float, height: float, layout: str = 'constrained') -> Any:
+def new_figure(width: float, height: float, layout: Any = 'constrained') -> Any:
     """A matplotlib figure of so many inches that needs no display.
 
     Args:

@@ -97,7 +97,7 @@ class Problem(ABC, Generic[ConfigT]):
         names = sha256(repr(data.class_names).encode()).hexdigest()[:12]
         sizes = dict(
             train_size=data.train_size, eval_size=data.eval_size, num_classes=data.num_classes, class_names=names)
-        return dict(config=asdict(self.config), data=sizes)
+        return dict(config=asdict(self.config), data=sizes, augmented_on_device=data.augmented_on_device)
 
     @abstractmethod
     def create_task(self, model: Any, accelerator: Accelerator, resuming: bool) -> Task:

@@ -92,6 +92,14 @@ def _lock_run_folder(config: RunOptions, name: str, held: contextlib.ExitStack) 
         return folder
 
 
+def begun_on_device(config: RunOptions) -> bool | None:
+    """Whether the training images of a run that is resumed were augmented on the device; None for a new run."""
+    for checkpoint in find_checkpoints(run_folder(config, '') / 'last') if config.resume else []:
+        with contextlib.suppress(UserError):  # damaged: an older one will be resumed
+            return bool(read_state(checkpoint).get('augmented_on_device', False))
+    return None
+
+
 def changed_since_checkpoint(config: RunOptions) -> dict[str, str] | None:
     """Settings that differ from those of the newest checkpoint of a run that is resumed; None where there is none."""
     checkpoints = find_checkpoints(run_folder(config, '') / 'last') if config.resume else []

@@ -123,6 +123,8 @@ def train_transform(config: TrainConfig, data: dict[str, Any]) -> Callable:
         reason = ' '.join(str(e).split()) or type(e).__name__
         raise UserError(f'augmentation: timm refuses a setting ({reason}); see --help') from e
     mend_policies(transform)
+    if config.pad_crop is not None and not config.no_aug:
+        transform.transforms[:1] = _pad_crop(config, data)
     first = []
     if config.perspective:
         first.append(transforms.RandomPerspective(p=config.perspective))
@@ -132,6 +134,16 @@ def train_transform(config: TrainConfig, data: dict[str, Any]) -> Callable:
         transform.transforms[:0] = first
     try_out(transform, image_mode(config, data['input_size'][0]), data['input_size'])
     return transform
+
+
+def _pad_crop(config: TrainConfig, data: dict[str, Any]) -> list[Callable]:
+    """Resize to the input size, if need be, pad, and crop the input size at random."""
+    if config.train_crop_mode:
+        raise UserError(f'augmentation: --pad-crop {config.pad_crop}: is a random crop, and so is --train-crop-mode '
+                        f'{config.train_crop_mode}; leave one of them out')
+    given, size = config.train_interpolation, data['input_size'][1:]
+    mode = data['interpolation'] if given in ('', 'random') else given
+    return [transforms.Resize(size, transforms.InterpolationMode(mode)), transforms.RandomCrop(size, config.pad_crop)]
 
 
 def eval_transform(data: dict[str, Any]) -> Callable:
