@@ -186,7 +186,7 @@ def test_eval_loader_for_validation(root, tmp_path):
     assert sum(len(y) for _, y in loader) == 22 and data_config['crop_pct'] == 1.
     make_split(tmp_path / 'few' / 'val', classes=('bee',))
     few = ValidateConfig(data_dir=str(tmp_path / 'few'), workers=0)
-    with pytest.raises(UserError, match='has 1, the model 2'):
+    with pytest.raises(UserError, match='has 1 classes, the model has 2'):
         create_eval_loader(few, TinyModel, create_datasets(few, train=False))
 
 
