@@ -6,9 +6,9 @@ import pickle
 import pytest
 import torch
 
-from timm_spinal.layers import HEADS, create_head
+from timm_spinal.layers import HEADS, create_head, head_options
 
-CAPSULE_HEADS = [name for name, head in HEADS.items() if head.needs_feature_map]
+CAPSULE_HEADS = [name for name, head in HEADS.items() if 'primary' in head_options(name)]
 _NORM = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
 _KEYS = [
     *[f'hidden.block.{name}.{key}' for i in '123' for name, keys in ((f'conv{i}', ('weight', 'bias')), (

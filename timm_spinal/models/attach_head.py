@@ -3,7 +3,7 @@
 Every timm classification model drops its classifier by ``reset_classifier(0)`` and then returns its pooled embedding.
 The model's class is replaced by a subclass that sends this embedding through a head, the submodule ``attached_head``.
 Names of backbone parameters do not change, the head's come last.
-A head that reads the feature map (its ``needs_feature_map``) gets what the model gives by ``reset_classifier(0, '')``.
+A head that reads the feature map or the tokens (its ``needs_feature_map``) gets what the model gives by ``reset_classifier(0, '')``.
 """
 
 import functools
@@ -77,7 +77,7 @@ class HeadedModel:
         dd = get_device_dtype(self)
         needs_map = self.attached_head.needs_feature_map
         unpooled = self.unpooled if global_pool is None else not global_pool
-        if needs_map:
+        if needs_map and not self.attached_head.reads_tokens:
             check_map_pool(global_pool)
         self.attached_head.check_classes(num_classes, reset_other)
         _reset_backbone(self, '' if needs_map else global_pool, reset_other)
@@ -133,7 +133,8 @@ def attach_head(model: TimmModel, head: str, num_classes: Optional[int] = None, 
     Args:
         model: A model from ``timm.create_model``. Where timm averages several classifiers (distilled models), the head
             takes what timm calls the pre-logits: the average of their inputs, or their concatenation.
-        head: 'spinal', 'pspinal', 'mlp' or 'linear'; 'caps', 'xnodr' or 'xnidr' on a model that gives a feature map.
+        head: A row of ``HEADS``. 'caps', 'xnodr' and 'xnidr' need a model that gives a feature map, 'attn' and
+            'mldecoder' one that gives a map or tokens.
         num_classes: Number of classes, the model's own if None.
         **options: The head's options, prefixed ``head_``, such as ``head_width=256`` or ``head_preset='caltech101'``.
             ``head_primary`` of a capsule head is 'bottleneck' on timm's ResNets, as in the paper.
@@ -161,8 +162,10 @@ def attach_head(model: TimmModel, head: str, num_classes: Optional[int] = None, 
     in_features = model.head_hidden_size if old_head is None else old_head.in_features
     needs_map = head_needs_feature_map(head, **head_kwargs)
     if needs_map:
-        in_features, input_fmt = find_feature_map(model, lambda twin: _reset_backbone(twin, '', reset_other=False))
-        head_kwargs = dict(map_head_defaults(model), input_fmt=input_fmt, **head_kwargs)
+        given = find_feature_map(model, lambda twin: _reset_backbone(twin, '', reset_other=False), HEADS[head])
+        in_features = given.channels
+        head_kwargs = dict(map_head_defaults(model, HEADS[head]), input_fmt=given.input_fmt,
+                           num_prefix_tokens=given.num_prefix_tokens, **head_kwargs)
     new_head = create_head(head, in_features, num_classes, **head_kwargs, **get_device_dtype(model))
 
     # the model is changed from here on, so everything was checked before
