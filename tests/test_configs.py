@@ -21,7 +21,7 @@ GENERAL = ('quickstart', 'finetune')  # no paper's recipe, and not of one model
 COVERED = (
     'quickstart', 'mnist_', 'fashion_mnist_', 'kmnist_', 'qmnist_', 'emnist_letters_', 'emnist_digits_',
     'emnist_balanced_', 'cifar10_', 'cifar100_', 'stl10_', 'caltech101_', 'flowers102_', 'stanford_cars_',
-    'fruits360_', 'birds_', 'multimnist_',
+    'fruits360_', 'birds_', 'multimnist_', 'svhn_', 'cinic10_',
 )
 
 
