@@ -28,6 +28,7 @@ from .distributed import (
     share_statistics,
 )
 from .optim import clip_gradients, create_optimizer, create_scheduler, mean_lr, resolve_lr
+from .regression import Regression, is_regression
 from .report import log_epoch, log_progress, plan_lines, progress_bar, write_first_files
 from .results import whole_weights, write_result
 from .run import ConfigT, Problem, Progress, Run
@@ -38,7 +39,7 @@ from .transforms import preserved_rng
 def train(
         config: ConfigT,
         after_epoch: Callable[[Run[ConfigT]], None] | None = None,
-        problem: type[Problem] = Classification,
+        problem: type[Problem] | None = None,
 ) -> dict[str, Any]:
     """Train a model as a config says, and write its run folder.
 
@@ -47,7 +48,7 @@ def train(
     Args:
         config: The run's config.
         after_epoch: Called by every process after the reports of each epoch.
-        problem: What is trained.
+        problem: What is trained; not given: classification, or regression where the config says so.
 
     Returns:
         The content of ``result.json``; see `Classification.result`.
@@ -62,12 +63,14 @@ def train(
 
 
 @contextlib.contextmanager
-def open_run(config: ConfigT, problem: type[Problem] = Classification) -> Iterator[Run[ConfigT]]:
+def open_run(config: ConfigT, problem: type[Problem] | None = None) -> Iterator[Run[ConfigT]]:
     """A run before its next update. Trackers, memory and the run folder are released at the end, whatever happens.
 
     Raises:
         UserError: A loader worker was killed, and what `prepare_run` raises.
     """
+    if problem is None:
+        problem = Regression if is_regression(config) else Classification
     accelerator = create_accelerator(config, problem.need_whole_weights(config))
     with contextlib.ExitStack() as held:
         try:
