@@ -15,12 +15,13 @@ MAP_POOLS = ('avg', 'fast', 'fastavg')  # timm's names of the average, which is 
 
 
 class FeatureMap(NamedTuple):
-    """Channels of what a model gives without pooling, its format 'NCHW', 'NHWC' or 'NLC' (tokens), and the number of
-    class and register tokens in front of the others."""
+    """Channels of what a model gives without pooling, its format 'NCHW', 'NHWC' or 'NLC' (tokens), and of tokens the
+    number of class and register tokens in front of the others, and that of the others."""
 
     channels: int
     input_fmt: str
     num_prefix_tokens: int = 0
+    num_tokens: int = 0
 
 
 def find_feature_map(
@@ -56,11 +57,12 @@ def find_feature_map(
         raise ValueError(f'{name} gives no feature map without pooling ({reason}); {advice}') from e
     is_tokens = isinstance(features, torch.Tensor) and features.ndim == 3
     if is_tokens and head_cls.reads_tokens:
-        return FeatureMap(features.shape[2], 'NLC', getattr(model, 'num_prefix_tokens', 0))
+        prefix = getattr(model, 'num_prefix_tokens', 0)
+        return FeatureMap(features.shape[2], 'NLC', prefix, features.shape[1] - prefix)
     if not isinstance(features, torch.Tensor) or features.ndim != 4:
         kind = 'tokens' if is_tokens else 'no map'
         raise ValueError(f'{name} gives {kind}, but the head reads a feature map; {advice}')
-    if not head_cls.reads_tokens:
+    if head_cls.averages_map:
         check_map_pool(args.get('global_pool'))
     output_fmt = getattr(model, 'output_fmt', 'NCHW')
     return FeatureMap(features.shape[3 if output_fmt == 'NHWC' else 1], output_fmt)
@@ -90,7 +92,10 @@ def check_map_pool(global_pool: Optional[str]) -> None:
             "'' for the map without a head, or head_primary='vector', which reads the model's own pooling.")
 
 
-def map_head_defaults(model: TimmModel, head_cls: Type[ClassifierHead]) -> Dict[str, Any]:
-    """Options of a head that depend on the backbone: the papers' block of capsule heads for ResNets."""
-    has_block = 'primary' in inspect.signature(head_cls).parameters
-    return dict(primary='bottleneck') if has_block and isinstance(model, ResNet) else {}
+def map_head_defaults(model: TimmModel, head_cls: Type[ClassifierHead], given: FeatureMap) -> Dict[str, Any]:
+    """Options of a head that depend on the backbone: the block of capsule heads, the papers' for ResNets."""
+    if 'primary' not in inspect.signature(head_cls).parameters:
+        return {}
+    if given.num_tokens:
+        return dict(primary='tokens', capsules=given.num_tokens)
+    return dict(primary='bottleneck') if isinstance(model, ResNet) else {}

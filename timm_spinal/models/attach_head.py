@@ -79,7 +79,7 @@ class HeadedModel:
         dd = get_device_dtype(self)
         needs_map = self.attached_head.needs_feature_map
         unpooled = self.unpooled if global_pool is None else not global_pool
-        if needs_map and not self.attached_head.reads_tokens:
+        if needs_map and self.attached_head.averages_map:
             check_map_pool(global_pool)
         self.attached_head.check_classes(num_classes, reset_other)
         _reset_backbone(self, '' if needs_map else global_pool, reset_other)
@@ -170,7 +170,7 @@ def attach_head(model: TimmModel, head: str, num_classes: Optional[int] = None, 
     if needs_map:
         given = find_feature_map(model, functools.partial(_unpool, drop_hidden=drops_hidden), HEADS[head])
         in_features = given.channels
-        head_kwargs = dict(map_head_defaults(model, HEADS[head]), input_fmt=given.input_fmt,
+        head_kwargs = dict(map_head_defaults(model, HEADS[head], given), input_fmt=given.input_fmt,
                            num_prefix_tokens=given.num_prefix_tokens, **head_kwargs)
     elif drops_hidden:
         in_features = width_in_front(model)

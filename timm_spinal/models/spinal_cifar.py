@@ -4,8 +4,8 @@ Paper: "SpinalNet: Deep Neural Network with Gradual Input", https://arxiv.org/ab
 section 3.3).
 
 The scripts flatten maps of 32x32 images, 256x4x4 and 512x1x1; here maps are pooled to the same grids first, which is
-the identity at 32x32 and lets other sizes in. The ResNet differs from He's CIFAR ResNets (and from timm's): widths 32 to 256, a 3x3
-convolution in the downsample branch, no ReLU behind the addition.
+the identity at 32x32 and lets other sizes in. The ResNet differs from He's CIFAR ResNets (and from timm's): widths 32
+to 256, a 3x3 convolution in the downsample branch, no ReLU behind the addition.
 """
 
 from typing import Any, Dict, List, Sequence
