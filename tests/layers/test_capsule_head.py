@@ -4,11 +4,13 @@ import copy
 import pickle
 
 import pytest
+import timm
 import torch
 
-from timm_spinal.layers import HEADS, create_head
+import timm_spinal
+from timm_spinal.layers import HEADS, create_head, head_options
 
-CAPSULE_HEADS = [name for name, head in HEADS.items() if head.needs_feature_map]
+CAPSULE_HEADS = [name for name, head in HEADS.items() if 'primary' in head_options(name)]
 _NORM = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
 _KEYS = [
     *[f'hidden.block.{name}.{key}' for i in '123' for name, keys in ((f'conv{i}', ('weight', 'bias')), (
@@ -226,3 +228,35 @@ def test_learns_many_classes(name):
         loss.backward()
         optimizer.step()
     assert loss.item() < 1.
+
+
+@pytest.mark.parametrize('name', CAPSULE_HEADS)
+def test_tokens_are_capsules_after_a_projection(name):
+    """By hand: a linear for each token, squash, batch norm over the capsules' axis, ReLU; without the prefix tokens."""
+    torch.manual_seed(0)
+    head = create_head(name, 16, 3, primary='tokens', capsules=5, input_fmt='NLC', num_prefix_tokens=2).eval()
+    x = torch.randn(4, 7, 16)
+    projected = x[:, 2:] @ head.hidden.block.proj.weight.T + head.hidden.block.proj.bias
+    norm = projected.square().sum(-1, keepdim=True)
+    squashed = projected * norm.sqrt() / (1 + norm)
+    primary = (squashed / (1 + head.hidden.norm.eps) ** 0.5).relu()
+    torch.testing.assert_close(head(x, pre_logits=True), primary.flatten(1))
+    torch.testing.assert_close(head(x), head.scores(head.fc(primary)))
+    torch.testing.assert_close(torch.jit.script(head)(x), head(x))
+    head.reset(2, reset_other=True)
+    torch.testing.assert_close(head(x), head.fc(x[:, 2:].mean(1)))
+
+
+@pytest.mark.parametrize('primary, input_fmt', [('tokens', 'NCHW'), ('depthwise', 'NLC')])
+def test_a_block_for_another_input_is_refused(primary, input_fmt):
+    with pytest.raises(ValueError, match=f"primary='{primary}' does not read {input_fmt}"):
+        create_head('caps', 16, 3, primary=primary, input_fmt=input_fmt)
+
+
+@pytest.mark.parametrize('backbone, tokens', [('test_vit', 100), ('mixer_s32_224', 49)])
+def test_on_models_of_tokens(backbone, tokens):
+    model = timm_spinal.attach_head(timm.create_model(backbone, device='meta'), 'xnidr', num_classes=3)
+    x = torch.zeros(2, *model.pretrained_cfg['input_size'], device='meta')
+    assert model(x).shape == (2, 3) and model.attached_head.hidden.capsules == tokens
+    model.reset_classifier(0)
+    assert model(x).shape == (2, tokens * 8)

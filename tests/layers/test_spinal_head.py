@@ -120,3 +120,23 @@ def test_single_layer():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         SpinalHead(8, 2, **options)
+
+
+@pytest.mark.parametrize('layers, width', [(1, 5), (4, 3), (6, 1)])
+def test_one_split_and_no_carry_is_one_hidden_layer(layers, width):
+    """The step of the universal approximation argument, docs/papers/spinalnet.md, section 2."""
+    torch.manual_seed(0)
+    spinal = SpinalLayers(7, layers=layers, splits=1, width=width, **PLAIN)
+    one_layer = torch.nn.Sequential(torch.nn.Linear(7, layers * width), torch.nn.ReLU())
+    x = torch.randn(20, 7)
+    with torch.no_grad():
+        blocks = [spinal.first, *spinal.blocks]
+        for block in blocks:
+            block.fc.weight[:, 7:] = 0.  # what reads the layer before
+        one_layer[0].weight.copy_(torch.cat([block.fc.weight[:, :7] for block in blocks]))
+        one_layer[0].bias.copy_(torch.cat([block.fc.bias for block in blocks]))
+        assert spinal.split_size == 7 and spinal.out_features == layers * width
+        torch.testing.assert_close(spinal(x), one_layer(x))
+        if layers > 1:  # with its carry it is another function
+            spinal.blocks[0].fc.weight[:, 7:] = 1.
+            assert not torch.allclose(spinal(x), one_layer(x))

@@ -121,7 +121,6 @@ def test_safetensors_round_trip(name, tmp_path):
 
 
 @pytest.mark.parametrize('name, kwargs, message', [
-    ('test_vit', {}, "test_vit gives tokens, but a capsule head reads a feature map; .*head_primary='vector'"),
     ('resnet18', dict(head_capsules=5), '5 capsules of dimension 8 do not divide the 512 channels; use capsules=64'),
     ('resnet18', dict(num_classes=1), 'needs at least 2, got num_classes 1; use 2 classes'),
     ('resnet18', dict(head_primary='mobile'), "Unknown primary block 'mobile'"),
@@ -148,3 +147,9 @@ def test_tokens_can_be_cut_into_vector_capsules():
     model = make('test_vit', head_primary='vector').eval()
     assert model(image(size=160)).shape == (2, 5)
     assert model.attached_head.hidden.capsules == model.num_features // 8
+
+
+def test_a_model_that_gives_neither_map_nor_tokens_is_refused():
+    with pytest.raises(ValueError, match='deit_tiny_distilled_patch16_224 gives no map, but the head reads a feature '
+                                         'map; .*head_primary=.vector'):
+        attach_head(timm.create_model('deit_tiny_distilled_patch16_224', device='meta'), 'xnodr')

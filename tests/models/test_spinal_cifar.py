@@ -11,6 +11,13 @@ COUNTS = [
     ('cifarcnn', dict(num_classes=100), 5_898_340),
     ('cifarcnn_spinal', {}, 2_230_282),
     ('cifarcnn_spinal', dict(num_classes=100, head_width=256), 3_524_196),
+    ('vgg11_bn_cifar_spinal', {}, 10_559_242),
+    ('vgg13_bn_cifar_spinal', {}, 10_744_138),
+    ('vgg16_bn_cifar_spinal', {}, 16_056_394),
+    ('vgg19_bn_cifar', {}, 38_958_922),
+    ('vgg19_bn_cifar', dict(num_classes=100), 39_327_652),
+    ('vgg19_bn_cifar_spinal', {}, 21_368_650),
+    ('vgg19_bn_cifar_spinal', dict(num_classes=100), 21_553_060),
     ('resnet18_cifar', {}, 3_141_674),
     ('resnet18_cifar_spinal', {}, 3_609_130),
     ('resnet34_cifar', {}, 5_693_700),
@@ -127,3 +134,27 @@ def test_state_dict_keys_are_stable():
     keys = list(timm.create_model('cifarcnn_spinal', device='meta').state_dict())
     assert len(keys) == 3 * (2 + 5 + 2) + 2 * 5
     assert keys[-4:] == [f'head.{fc}.{k}' for fc in ('hidden.blocks.2.fc', 'fc') for k in ('weight', 'bias')]
+
+
+@pytest.mark.parametrize('depth', [11, 13, 16, 19])
+def test_vgg_is_torchvisions_before_the_head(depth):
+    """The same map as torchvision's layers with our weights, and the papers' heads behind it."""
+    import torchvision
+    model = create(f'vgg{depth}_bn_cifar_spinal')
+    theirs = getattr(torchvision.models, f'vgg{depth}_bn')(weights=None).features.eval()
+    ours = [value for name, value in model.state_dict().items() if name.startswith('stages.')]
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), ours, strict=True)))
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward_features(x), theirs(x), rtol=1e-4, atol=1e-4)
+        assert model.head.in_features == 512 and model.head.hidden.split_size == 256
+        flat = theirs(x).flatten(1)
+        state, splits = model.state_dict(), [flat[:, :256], flat[:, 256:]] * 2
+        torch.testing.assert_close(model(x), spinal_by_hand(state, splits), rtol=1e-4, atol=1e-4)
+
+
+def test_plain_classifier_of_vgg_has_dropout_behind_each_hidden_layer():
+    rates = [[m.p for m in part.modules() if isinstance(m, torch.nn.Dropout)] for part in (
+        *timm.create_model('vgg11_bn_cifar', device='meta').head.hidden,
+        timm.create_model('vgg11_bn_cifar', device='meta').head.drop)]
+    assert rates == [[], [0.5], [0.5]]

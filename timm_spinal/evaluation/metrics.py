@@ -12,9 +12,9 @@ from timm_spinal.errors import UserError
 TITLES = {
     'top1': 'top-1', 'top5': 'top-5', 'exact': 'exact pairs', 'digit': 'digits', 'top2': 'top-2',
     'ap': 'AP', 'ap50': 'AP50', 'ap75': 'AP75', 'ap_small': 'AP small', 'ap_medium': 'AP medium',
-    'ap_large': 'AP large',
+    'ap_large': 'AP large', 'r2': 'R2',
 }
-MAIN = ('top1', 'exact', 'ap')  # the main accuracy of each kind of target
+MAIN = ('top1', 'exact', 'ap', 'r2')  # the main accuracy of each kind of target
 
 
 class PairEvaluator(ClassificationEvaluator):

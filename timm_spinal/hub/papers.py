@@ -58,6 +58,18 @@ SHARED_BASIS = Paper('shared-basis', '2006.05066', """@inproceedings{kang2021dee
   booktitle={Advances in Neural Information Processing Systems},
   year={2021}
 }""")
+EFFICIENT_PROBING = Paper('attentive-probing', '2506.10178', """@inproceedings{psomas2026attention,
+  title={Attention, Please! Revisiting Attentive Probing Through the Lens of Efficiency},
+  author={Psomas, Bill and Christopoulos, Dionysis and Baltzi, Eirini and Kakogeorgiou, Ioannis and Aravanis, Tilemachos and Komodakis, Nikos and Karantzalos, Konstantinos and Avrithis, Yannis and Tolias, Giorgos},
+  booktitle={International Conference on Learning Representations},
+  year={2026}
+}""")  # noqa: E501
+ML_DECODER = Paper('ml-decoder', '2111.12933', """@article{ridnik2021mldecoder,
+  title={ML-Decoder: Scalable and Versatile Classification Head},
+  author={Ridnik, Tal and Sharir, Gilad and Ben-Cohen, Avi and Ben-Baruch, Emanuel and Noy, Asaf},
+  journal={arXiv preprint arXiv:2111.12933},
+  year={2021}
+}""")
 TIMM = Paper('', '', """@misc{rw2019timm,
   title={PyTorch Image Models},
   author={Wightman, Ross},
@@ -68,7 +80,7 @@ TIMM = Paper('', '', """@misc{rw2019timm,
   howpublished={\\url{https://github.com/huggingface/pytorch-image-models}}
 }""")
 
-PAPERS = (SPINAL, PROGRESSIVE, XNODR, CAPSULES, IC, SHARED_BASIS)
+PAPERS = (SPINAL, PROGRESSIVE, XNODR, CAPSULES, IC, SHARED_BASIS, EFFICIENT_PROBING, ML_DECODER)
 
 
 def papers_of(architecture: str, paper_ids: Any = None) -> list[Paper]:

@@ -1,5 +1,8 @@
 """The papers' mathematics as plain modules."""
 
+from .attention_heads import AttentionHead as AttentionHead
+from .attention_heads import EfficientProbing as EfficientProbing
+from .attention_heads import MlDecoderHead as MlDecoderHead
 from .capsule import sign_ste as sign_ste
 from .capsule import squash as squash
 from .capsule import xnorize as xnorize

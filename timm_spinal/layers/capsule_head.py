@@ -14,7 +14,7 @@ from .capsule import length
 from .capsule_routing import CapsuleRouting, check_routed_classes
 from .classifier_head import ClassifierHead
 from .packed_routing import PackedRouting, check_packed_state, pack_routing
-from .primary_capsules import BN_EPS, BN_MOMENTUM, VECTOR, PrimaryCapsules
+from .primary_capsules import BN_EPS, BN_MOMENTUM, TOKENS, VECTOR, PrimaryCapsules
 
 PAPER_CLASSES = 10
 
@@ -68,6 +68,8 @@ class CapsuleScores(nn.Module):
 class CapsuleHead(ClassifierHead):
     """CapsFC: feature map (B, C, H, W) -> primary capsules -> routing -> lengths of the class capsules (B, J).
 
+    Of tokens (B, T, C) each becomes a capsule by a linear, which is ours: the papers have maps only. T is then fixed.
+
     The pre-logits are the primary capsules, flat: (B, N d). The scores are plain lengths by default, as in the paper:
     its losses (``margin``, ``squared_hinge``) are defined on them. Lengths are not logits, being >= 0; for
     cross-entropy, mixup and distillation ``logit_scale=True`` adds a learned scale and shift.
@@ -75,9 +77,10 @@ class CapsuleHead(ClassifierHead):
     Args:
         in_features: Channels C.
         num_classes: Number of classes J, 0 for none, else at least 2.
-        primary: Block in front of the capsules: 'depthwise' (MobileNetV2), 'bottleneck' (ResNet), or 'vector': the head
-            reads a pooled vector (B, C), which is cut into capsules as it is.
-        capsules: Number N of primary capsules; 0 for 128 with 'depthwise' and C / d with the others.
+        primary: Block in front of the capsules: 'depthwise' (MobileNetV2), 'bottleneck' (ResNet), 'vector': the head
+            reads a pooled vector (B, C), which is cut into capsules as it is, or 'tokens'.
+        capsules: Number N of primary capsules; 0 for 128 with 'depthwise' and C / d with the others. With 'tokens'
+            the number of tokens, which `attach_head` finds out.
         capsule_dim: Their dimension d.
         class_dim: Dimension D of the class capsules.
         iterations: Routing iterations r.
@@ -88,14 +91,17 @@ class CapsuleHead(ClassifierHead):
         norm_eps: Epsilon of the head's BNs; that of the class capsules is smaller above ten classes.
         memory: 'auto', 'whole' or 'lean', see :class:`CapsuleRouting`.
         packed: Make the capsule layer of XnODR or XnIDR a :class:`PackedRouting`, to load packed weights into.
-        input_fmt: 'NCHW' or 'NHWC', the format of the map.
+        input_fmt: 'NCHW' or 'NHWC', the format of the map, or 'NLC' for tokens.
+        num_prefix_tokens: Class and register tokens in front of the others, which are left out.
 
     Raises:
-        ValueError: A value out of range, or capsules that do not divide the channels.
+        ValueError: A value out of range, capsules that do not divide the channels, or a block for another input.
     """
 
     hidden_layers = PrimaryCapsules
     needs_feature_map = True
+    reads_tokens = True
+    averages_map = True
     per_class_modules = ('scores', 'fc')
     paper = '1710.09829'
     xnor_projector = False
@@ -118,12 +124,18 @@ class CapsuleHead(ClassifierHead):
             memory: str = 'auto',
             packed: bool = False,
             input_fmt: str = 'NCHW',
+            num_prefix_tokens: int = 0,
             device=None,
             dtype=None,
     ):
+        if (primary == TOKENS) != (input_fmt == 'NLC') and primary != VECTOR:
+            raise ValueError(f"primary='{primary}' does not read {input_fmt}; 'tokens' is for tokens, "
+                             "the other blocks are for maps.")
         # what _create_fc reads, which the base class calls
         self.needs_feature_map = primary != VECTOR
         self.channels_last = input_fmt == 'NHWC'
+        self.map_dims = [1] if input_fmt == 'NLC' else [2, 3]
+        self.num_prefix_tokens = num_prefix_tokens if input_fmt == 'NLC' else 0
         self.plain = False
         self.packed = packed
         self.capsule_dim = capsule_dim
@@ -151,6 +163,7 @@ class CapsuleHead(ClassifierHead):
             eps=norm_eps,
         )
         self.drop = nn.Dropout(dropout)
+        self.averages = False
 
     def _create_fc(self, device=None, dtype=None) -> nn.Module:
         dd = {'device': device, 'dtype': dtype}
@@ -218,12 +231,22 @@ class CapsuleHead(ClassifierHead):
         self.check_classes(num_classes, reset_other)
         self.plain = self.plain or reset_other
         super().reset(num_classes, reset_other, in_features, device, dtype)
+        self.averages = isinstance(self.hidden, nn.Identity)
+
+    @torch.jit.ignore
+    def postpone_hidden(self) -> None:
+        """Take the capsules out, until a reset to one class or more makes them anew; the map is averaged."""
+        super().postpone_hidden()
+        self.averages = True
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        if self.channels_last and self.needs_feature_map:
-            x = x.permute(0, 3, 1, 2)
-        if self.plain and self.needs_feature_map:
-            x = x.mean((2, 3))
+        if self.needs_feature_map:
+            if self.channels_last:
+                x = x.permute(0, 3, 1, 2)
+            if self.num_prefix_tokens > 0:
+                x = x[:, self.num_prefix_tokens:]
+            if self.averages:
+                x = x.mean(self.map_dims)
         x = self.hidden(x)
         if pre_logits or self.num_classes == 0:
             return x

@@ -93,12 +93,16 @@ class ClassifierHead(nn.Module):
         hidden_layers: Makes the hidden layers from (in_features, device=, dtype=, **options). The module has
             ``out_features`` and, if needed, ``dropout``, the rate in front of the linear behind it.
         needs_feature_map: Whether the input is the feature map and not the pooled vector.
+        reads_tokens: Whether a head that needs the feature map takes tokens (N, T, C) as well.
+        averages_map: Whether it averages the map, so that the model can have no other pooling.
         per_class_modules: Submodules whose shape depends on the number of classes.
         paper: arXiv number of the paper, '' for none.
     """
 
     hidden_layers: Callable[..., nn.Module] = NoHiddenLayers
     needs_feature_map = False
+    reads_tokens = False
+    averages_map = False
     per_class_modules: Tuple[str, ...] = ('fc',)
     paper = ''
 

@@ -5,6 +5,7 @@ import functools
 import inspect
 from typing import Any, Dict, Iterable, Type
 
+from .attention_heads import AttentionHead, MlDecoderHead
 from .capsule_head import CapsuleHead, XnidrHead, XnodrHead
 from .classifier_head import ClassifierHead
 from .control_heads import LinearHead, MlpHead
@@ -38,6 +39,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 HEADS: Dict[str, Type[ClassifierHead]] = Table('head', {
     'linear': LinearHead,
     'mlp': MlpHead,
+    'attn': AttentionHead,
+    'mldecoder': MlDecoderHead,
     'spinal': SpinalHead,
     'pspinal': ProgressiveSpinalHead,
     'caps': CapsuleHead,
@@ -82,7 +85,8 @@ HEAD_PRESETS: Dict[str, Dict[str, Dict[str, Any]]] = {
 }
 
 
-_GIVEN = ('in_features', 'num_classes', 'input_fmt', 'device', 'dtype')  # by the model, so no options
+# by the model, so no options
+_GIVEN = ('in_features', 'num_classes', 'input_fmt', 'num_prefix_tokens', 'device', 'dtype')
 
 
 @functools.cache
@@ -117,6 +121,7 @@ def create_head(
         num_classes: int,
         preset: str = '',
         input_fmt: str = 'NCHW',
+        num_prefix_tokens: int = 0,
         device=None,
         dtype=None,
         **options: Any,
@@ -128,7 +133,8 @@ def create_head(
         in_features: Width F of the pooled vector, or channels of the map.
         num_classes: Number of classes C, 0 for none.
         preset: Name of a row of ``HEAD_PRESETS[head]``; explicit options override it.
-        input_fmt: Format of the map, 'NCHW' or 'NHWC'; heads that read a vector do not look at it.
+        input_fmt: Format of the map, 'NCHW' or 'NHWC', or 'NLC' for tokens; heads that read a vector do not look at it.
+        num_prefix_tokens: Class and register tokens in front of the others, for heads that read tokens.
         **options: The head's own options, see :func:`head_options`.
 
     Raises:
@@ -151,4 +157,6 @@ def create_head(
         options = dict(presets[preset], **options)
     if head_cls.needs_feature_map:
         options['input_fmt'] = input_fmt
+    if head_cls.reads_tokens:
+        options['num_prefix_tokens'] = num_prefix_tokens
     return head_cls(in_features, num_classes, device=device, dtype=dtype, **options)

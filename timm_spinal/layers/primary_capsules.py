@@ -96,21 +96,39 @@ class BottleneckPrimary(nn.Module):
         return (self.norm3(self.conv3(x)) + shortcut).mean((2, 3))
 
 
+class TokenPrimary(nn.Module):
+    """One linear for every token: (B, T, C) -> (B, T d), a capsule of each token (ours, not the papers').
+
+    Args:
+        in_features: Channels C.
+        dim: Capsule dimension d.
+    """
+
+    def __init__(self, in_features: int, dim: int, device=None, dtype=None):
+        super().__init__()
+        self.proj = nn.Linear(in_features, dim, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x).flatten(1)
+
+
 BLOCKS: Dict[str, Type[nn.Module]] = {'depthwise': DepthwisePrimary, 'bottleneck': BottleneckPrimary}
-VECTOR = 'vector'
-PRIMARY = (*BLOCKS, VECTOR)
+VECTOR, TOKENS = 'vector', 'tokens'
+PRIMARY = (*BLOCKS, VECTOR, TOKENS)
 
 
 class PrimaryCapsules(nn.Module):
-    """Map (B, C, H, W), or vector (B, C), -> primary capsules, one after the other: (B, N d), all >= 0.
+    """Map (B, C, H, W), tokens (B, T, C) or vector (B, C) -> primary capsules, one after the other: (B, N d), all >= 0.
 
     Block, cut into N capsules of d neighbouring channels, squash, BN over the capsule axis (d scales and shifts, shared
     by all capsules; statistics over batch and capsules), ReLU.
 
     Args:
         in_features: Channels C.
-        block: 'depthwise' (MobileNetV2), 'bottleneck' (ResNet), or 'vector': a pooled vector is cut as it is.
-        capsules: Number N; 0 for 128 with 'depthwise' and C / d with the others, where N d must be C.
+        block: 'depthwise' (MobileNetV2), 'bottleneck' (ResNet), 'vector': a pooled vector is cut as it is, or 'tokens':
+            a linear makes a capsule of each token.
+        capsules: Number N. With 'tokens' the number T of tokens, otherwise 0 for 128 with 'depthwise' and C / d with
+            the others, where N d must be C.
         dim: Capsule dimension d.
         pool_first: Order of pooling in the block; both give the same.
         momentum: BN momentum.
@@ -136,10 +154,10 @@ class PrimaryCapsules(nn.Module):
         check_positive(in_features=in_features, capsule_dim=dim)
         if block not in PRIMARY:
             raise ValueError(f"Unknown primary block '{block}'; use {', '.join(PRIMARY)}.")
-        if not capsules:
+        if not capsules and block != TOKENS:
             capsules = 128 if block == 'depthwise' else max(1, in_features // dim)
         check_positive(capsules=capsules)
-        if block != 'depthwise' and capsules * dim != in_features:
+        if block not in ('depthwise', TOKENS) and capsules * dim != in_features:
             fix = f'use capsules={in_features // dim}' if in_features % dim == 0 else 'choose another capsule_dim'
             other = ' or pool them' if block == VECTOR else ", or primary='depthwise', which takes any number"
             raise ValueError(
@@ -147,10 +165,13 @@ class PrimaryCapsules(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         self.capsules, self.dim = capsules, dim
         self.out_features = capsules * dim
-        self.block = nn.Identity() if block == VECTOR else BLOCKS[block](
-            in_features, self.out_features, pool_first, momentum, eps, **dd)
+        self.block: nn.Module = nn.Identity()
+        if block == TOKENS:
+            self.block = TokenPrimary(in_features, dim, **dd)
+        elif block != VECTOR:
+            self.block = BLOCKS[block](in_features, self.out_features, pool_first, momentum, eps, **dd)
         for module in self.block.modules():
-            if isinstance(module, nn.Conv2d) and module.bias is not None:
+            if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         self.norm = nn.BatchNorm1d(dim, eps, momentum, **dd)

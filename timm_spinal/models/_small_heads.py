@@ -45,6 +45,7 @@ class PlainLayers(nn.Sequential):
         in_features: Input width F.
         widths: Width of each layer.
         in_dropout: Dropout rate in front of the first layer.
+        hidden_dropout: Dropout rate in front of the other layers.
         dropout: Dropout rate in front of the linear behind the layers.
         act_layer: timm name of the activation.
 
@@ -57,6 +58,7 @@ class PlainLayers(nn.Sequential):
             in_features: int,
             widths: Sequence[int] = (512,),
             in_dropout: float = 0.,
+            hidden_dropout: float = 0.,
             dropout: float = 0.,
             act_layer: str = 'relu',
             device=None,
@@ -67,7 +69,7 @@ class PlainLayers(nn.Sequential):
         for width in widths:
             check_positive(widths=width)
         super().__init__(*[
-            hidden_block(before, width, in_dropout if i == 0 else 0., '', act_layer, device, dtype)
+            hidden_block(before, width, hidden_dropout if i else in_dropout, '', act_layer, device, dtype)
             for i, (before, width) in enumerate(zip([in_features, *widths], widths))
         ])
         self.out_features = widths[-1]

@@ -3,7 +3,8 @@
 Every timm classification model drops its classifier by ``reset_classifier(0)`` and then returns its pooled embedding.
 The model's class is replaced by a subclass that sends this embedding through a head, the submodule ``attached_head``.
 Names of backbone parameters do not change, the head's come last.
-A head that reads the feature map (its ``needs_feature_map``) gets what the model gives by ``reset_classifier(0, '')``.
+A head that reads the feature map or the tokens (its ``needs_feature_map``) gets what the model gives by
+``reset_classifier(0, '')``.
 """
 
 import functools
@@ -18,6 +19,8 @@ from torch import nn
 
 from ..layers import HEADS, ClassifierHead, create_head, head_needs_feature_map, head_options
 from ._feature_map import TimmModel, check_map_pool, find_feature_map, map_head_defaults
+from ._hidden_layers import OPTION as RESET_OTHER
+from ._hidden_layers import drop_hidden_layers, drops_hidden_layers, head_defaults, width_in_front
 from ._timm import get_own_args, set_own_args, update_model_args
 
 HEAD_NAME = 'attached_head'
@@ -77,7 +80,7 @@ class HeadedModel:
         dd = get_device_dtype(self)
         needs_map = self.attached_head.needs_feature_map
         unpooled = self.unpooled if global_pool is None else not global_pool
-        if needs_map:
+        if needs_map and self.attached_head.averages_map:
             check_map_pool(global_pool)
         self.attached_head.check_classes(num_classes, reset_other)
         _reset_backbone(self, '' if needs_map else global_pool, reset_other)
@@ -133,10 +136,14 @@ def attach_head(model: TimmModel, head: str, num_classes: Optional[int] = None, 
     Args:
         model: A model from ``timm.create_model``. Where timm averages several classifiers (distilled models), the head
             takes what timm calls the pre-logits: the average of their inputs, or their concatenation.
-        head: 'spinal', 'pspinal', 'mlp' or 'linear'; 'caps', 'xnodr' or 'xnidr' on a model that gives a feature map.
+        head: A row of ``HEADS``. 'caps', 'xnodr' and 'xnidr' need a model that gives a feature map, 'attn' and
+            'mldecoder' one that gives a map or tokens.
         num_classes: Number of classes, the model's own if None.
         **options: The head's options, prefixed ``head_``, such as ``head_width=256`` or ``head_preset='caltech101'``.
             ``head_primary`` of a capsule head is 'bottleneck' on timm's ResNets, as in the paper.
+            ``head_reset_other`` says whether the head takes the place of the hidden layers that a classifier has in
+            front of its last linear: True by default for VGG (not for 'linear'), where a spinal head then has layers
+            of 1,024, and False for the families whose ``reset_classifier`` takes ``reset_other``.
 
     Returns:
         The same model.
@@ -159,10 +166,17 @@ def attach_head(model: TimmModel, head: str, num_classes: Optional[int] = None, 
         num_classes = model.num_classes
     old_head = getattr(model, HEAD_NAME, None)
     in_features = model.head_hidden_size if old_head is None else old_head.in_features
+    drops_hidden = old_head is None and drops_hidden_layers(model, HEADS[head], head_kwargs.pop('reset_other', None))
     needs_map = head_needs_feature_map(head, **head_kwargs)
     if needs_map:
-        in_features, input_fmt = find_feature_map(model, lambda twin: _reset_backbone(twin, '', reset_other=False))
-        head_kwargs = dict(map_head_defaults(model), input_fmt=input_fmt, **head_kwargs)
+        given = find_feature_map(model, functools.partial(_unpool, drop_hidden=drops_hidden), HEADS[head])
+        in_features = given.channels
+        head_kwargs = dict(map_head_defaults(model, HEADS[head], given), input_fmt=given.input_fmt,
+                           num_prefix_tokens=given.num_prefix_tokens, **head_kwargs)
+    elif drops_hidden:
+        in_features = width_in_front(model)
+        if 'preset' not in head_kwargs:
+            head_kwargs = dict(head_defaults(model, HEADS[head]), **head_kwargs)
     new_head = create_head(head, in_features, num_classes, **head_kwargs, **get_device_dtype(model))
 
     # the model is changed from here on, so everything was checked before
@@ -172,6 +186,8 @@ def attach_head(model: TimmModel, head: str, num_classes: Optional[int] = None, 
         # the config of a model with a head that reads the map says '', since the backbone does not pool
         model.unpooled = get_model_args(model).get('global_pool') == '' and not (needs_map and num_classes)
         model.reset_classifier(0, **({'global_pool': ''} if needs_map else {}))
+        if drops_hidden:
+            drop_hidden_layers(model, keep_map=needs_map)
         model.backbone_architecture = model.pretrained_cfg['architecture']
         backbone_cls: Any = type(model)
         model.__class__ = headed_cls(backbone_cls)
@@ -197,8 +213,14 @@ def _take_off(model: TimmModel, needs_map: bool) -> None:
     pool = 'avg' if model.attached_head.needs_feature_map and not unpooled else None
     _reset_backbone(model, '' if needs_map else pool, reset_other=False)
     model.unpooled = unpooled
-    known = {f'head_{option}' for head in HEADS for option in head_options(head)}
+    known = {f'head_{option}' for head in HEADS for option in head_options(head)} | {RESET_OTHER}
     set_own_args(model, {name: value for name, value in get_own_args(model).items() if name not in known})
+
+
+def _unpool(model: TimmModel, drop_hidden: bool) -> None:
+    _reset_backbone(model, '', reset_other=False)
+    if drop_hidden:
+        drop_hidden_layers(model, keep_map=True)
 
 
 def _reset_backbone(model: TimmModel, global_pool: Optional[str], reset_other: bool) -> None:

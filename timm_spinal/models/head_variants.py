@@ -16,6 +16,8 @@ from torch import nn
 from ..layers import head_needs_feature_map, head_options
 from ..layers.packed_routing import check_packed_state
 from ._feature_map import TimmModel
+from ._hidden_layers import OPTION as RESET_OTHER
+from ._hidden_layers import check_hidden_layers, replaces_hidden_layers
 from ._variants import create_backbone, register_variant
 from .attach_head import CLASSIFIER_NAME, HEAD_NAME, attach_head
 from .fill_weights import LoadedWeights
@@ -62,6 +64,7 @@ def _load_head(model: TimmModel, state_dict: Dict[str, torch.Tensor], num_classe
         Whether anything of the head was loaded.
     """
     head = {name[len(HEAD_NAME) + 1:]: value for name, value in state_dict.items() if _is_in_head(name)}
+    check_hidden_layers(model, state_dict, whole_model=bool(head))
     if not head:
         _note(model, head, head)
         return False
@@ -137,6 +140,8 @@ def create_headed(
             head, head_kwargs.get('head_primary', '')):
         kwargs.pop('global_pool')  # timm saved '', the pooling of a backbone whose head reads the map
 
+    if replaces_hidden_layers(backbone, head, head_kwargs.get(RESET_OTHER)):
+        kwargs['pretrained_strict'] = False  # the weights may lack what the head replaces
     model, state_dict = create_backbone(
         backbone, cfg, _is_in_head, pretrained=pretrained, cache_dir=cache_dir, num_classes=0, **kwargs)
     if kwargs.get('features_only'):
@@ -170,7 +175,7 @@ def register_head_variant(backbone: str, head: str) -> str:
     Raises:
         ValueError: If the backbone or the head is unknown, or the name belongs to another model.
     """
-    options = [f'head_{option}' for option in head_options(head)]
+    options = [*(f'head_{option}' for option in head_options(head)), RESET_OTHER]
     create = partial(create_headed, backbone, head, options)
     doc = f'{backbone} with the head {head} in place of its classifier.'
     return register_variant(

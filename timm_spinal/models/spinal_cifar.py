@@ -1,18 +1,19 @@
-"""The CIFAR CNN and the CIFAR ResNet of the SpinalNet paper, with plain and spinal classifiers.
+"""The CIFAR CNN, VGG and ResNet of the SpinalNet paper, with plain and spinal classifiers.
 
 Paper: "SpinalNet: Deep Neural Network with Gradual Input", https://arxiv.org/abs/2007.03347 (docs/papers/spinalnet.md,
 section 3.3).
 
-The scripts flatten maps of 32x32 images, 256x4x4; here maps are pooled to the same grids first, which is the identity
-at 32x32 and lets other sizes in. The ResNet differs from He's CIFAR ResNets (and from timm's): widths 32 to 256, a 3x3
-convolution in the downsample branch, no ReLU behind the addition.
+The scripts flatten maps of 32x32 images, 256x4x4 and 512x1x1; here maps are pooled to the same grids first, which is
+the identity at 32x32 and lets other sizes in. The ResNet differs from He's CIFAR ResNets (and from timm's): widths 32
+to 256, a 3x3 convolution in the downsample branch, no ReLU behind the addition.
 """
 
-from typing import Any, Dict, Sequence
+from typing import Any, Dict, List, Sequence
 
 import torch
 from timm.layers import ConvNormAct
 from timm.models import register_model
+from timm.models.vgg import cfgs as vgg_cfgs
 from torch import nn
 
 from ._packaged import generate_default_cfgs
@@ -26,7 +27,7 @@ from ._small_net import (
     strip_head_prefix,
 )
 
-__all__ = ['CifarCnn', 'CifarResNet', 'CifarBasicBlock']
+__all__ = ['CifarCnn', 'CifarVgg', 'CifarResNet', 'CifarBasicBlock']
 
 CNN_CHANNELS = ((32, 64), (128, 128), (256, 256))
 CNN_DROPOUT = (0., 0.05, 0.)
@@ -81,6 +82,64 @@ class CifarCnn(SmallNet):
             grid=4,
             **dd,
         )
+
+
+class CifarVgg(SmallNet):
+    """torchvision's VGG with BatchNorm for 32x32 images, whose last map is one position of 512 channels, with any head.
+
+    Args:
+        depth: Which network: 11, 13, 16 or 19.
+        head: 'plain' (Linear 4096, ReLU, dropout, twice), 'linear', 'mlp', 'spinal' or 'pspinal'.
+        num_classes: Number of classes.
+        in_chans: Input channels.
+        global_pool: timm's pooling type.
+        drop_rate: Dropout rate on the pooled vector.
+        **head_options: Options of the head, ``head_width`` and so on.
+    """
+
+    def __init__(
+            self,
+            depth: int,
+            head: str = 'spinal',
+            num_classes: int = 10,
+            in_chans: int = 3,
+            global_pool: str = 'avg',
+            drop_rate: float = 0.,
+            device=None,
+            dtype=None,
+            **head_options: Any,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        stages: List[nn.Module] = []
+        channels, layers, prev_chs = [], [], in_chans
+        for chs in vgg_cfgs[f'vgg{depth}']:
+            if chs == 'M':
+                stages.append(nn.Sequential(*layers, nn.MaxPool2d(2)))
+                channels.append(prev_chs)
+                layers = []
+            else:
+                layers.append(ConvNormAct(prev_chs, chs, 3, padding=1, bias=True, **dd))
+                prev_chs = chs
+        super().__init__(
+            stages,
+            channels=channels,
+            reductions=(2, 4, 8, 16, 32),
+            head=head,
+            head_options=strip_head_prefix(head_options),
+            num_classes=num_classes,
+            in_chans=in_chans,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            **dd,
+        )
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+                nn.init.zeros_(module.bias)
 
 
 class CifarBasicBlock(nn.Module):
@@ -167,9 +226,9 @@ def _create_cifar(net_cls, variant: str, pretrained: bool = False, num_stages: i
     return build_small_net(net_cls, variant, pretrained, num_stages=num_stages, **kwargs)
 
 
-def _cfg(num_classes: int = 10) -> Dict[str, Any]:
+def _cfg(num_classes: int = 10, pool_size: int = 4) -> Dict[str, Any]:
     return small_net_cfg(
-        pool_size=(4, 4),
+        pool_size=(pool_size, pool_size),
         num_classes=num_classes,
         input_size=(3, 32, 32),
         mean=CIFAR_MEAN,
@@ -182,6 +241,7 @@ def _cfg(num_classes: int = 10) -> Dict[str, Any]:
 default_cfgs = generate_default_cfgs({
     'cifarcnn': _cfg(),
     'cifarcnn_spinal': _cfg(),
+    **{f'vgg{depth}_bn_cifar{head}': _cfg(pool_size=1) for depth in (11, 13, 16, 19) for head in ('', '_spinal')},
     'resnet18_cifar': _cfg(),
     'resnet18_cifar_spinal': _cfg(),
     'resnet34_cifar': _cfg(num_classes=100),
@@ -189,6 +249,9 @@ default_cfgs = generate_default_cfgs({
 })
 
 _SPINAL: Dict[str, Any] = dict(head='spinal', head_layers=4, head_dropout=0., head_norm_layer='')
+_VGG: Dict[str, Any] = dict(
+    num_stages=5, head='plain', head_widths=(4096, 4096), head_hidden_dropout=0.5, head_dropout=0.5)
+_VGG_SPINAL: Dict[str, Any] = dict(num_stages=5, head='spinal', head_preset='cifar_vgg')
 _RESNET18: Dict[str, Any] = dict(depths=(2, 2, 2, 2), num_stages=5)
 _RESNET34: Dict[str, Any] = dict(depths=(3, 4, 6, 3), num_stages=5)
 
@@ -208,6 +271,54 @@ def cifarcnn_spinal(pretrained: bool = False, **kwargs: Any) -> CifarCnn:
     """
     model_args = dict(head='spinal', head_preset='cifar_cnn')
     return _create_cifar(CifarCnn, 'cifarcnn_spinal', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vgg11_bn_cifar(pretrained: bool = False, **kwargs: Any) -> CifarVgg:
+    """VGG-11 for CIFAR with its three-layer classifier; 28,149,514 parameters."""
+    return _create_cifar(CifarVgg, 'vgg11_bn_cifar', pretrained, **dict(_VGG, depth=11, **kwargs))
+
+
+@register_model
+def vgg11_bn_cifar_spinal(pretrained: bool = False, **kwargs: Any) -> CifarVgg:
+    """VGG-11 for CIFAR with a spinal head, W = 512, dropout 0.5, no norm; 10,559,242 parameters."""
+    return _create_cifar(CifarVgg, 'vgg11_bn_cifar_spinal', pretrained, **dict(_VGG_SPINAL, depth=11, **kwargs))
+
+
+@register_model
+def vgg13_bn_cifar(pretrained: bool = False, **kwargs: Any) -> CifarVgg:
+    """VGG-13 for CIFAR with its three-layer classifier; 28,334,410 parameters."""
+    return _create_cifar(CifarVgg, 'vgg13_bn_cifar', pretrained, **dict(_VGG, depth=13, **kwargs))
+
+
+@register_model
+def vgg13_bn_cifar_spinal(pretrained: bool = False, **kwargs: Any) -> CifarVgg:
+    """VGG-13 for CIFAR with a spinal head, W = 512, dropout 0.5, no norm; 10,744,138 parameters."""
+    return _create_cifar(CifarVgg, 'vgg13_bn_cifar_spinal', pretrained, **dict(_VGG_SPINAL, depth=13, **kwargs))
+
+
+@register_model
+def vgg16_bn_cifar(pretrained: bool = False, **kwargs: Any) -> CifarVgg:
+    """VGG-16 for CIFAR with its three-layer classifier; 33,646,666 parameters."""
+    return _create_cifar(CifarVgg, 'vgg16_bn_cifar', pretrained, **dict(_VGG, depth=16, **kwargs))
+
+
+@register_model
+def vgg16_bn_cifar_spinal(pretrained: bool = False, **kwargs: Any) -> CifarVgg:
+    """VGG-16 for CIFAR with a spinal head, W = 512, dropout 0.5, no norm; 16,056,394 parameters."""
+    return _create_cifar(CifarVgg, 'vgg16_bn_cifar_spinal', pretrained, **dict(_VGG_SPINAL, depth=16, **kwargs))
+
+
+@register_model
+def vgg19_bn_cifar(pretrained: bool = False, **kwargs: Any) -> CifarVgg:
+    """VGG-19 for CIFAR with its three-layer classifier; 38,958,922 parameters."""
+    return _create_cifar(CifarVgg, 'vgg19_bn_cifar', pretrained, **dict(_VGG, depth=19, **kwargs))
+
+
+@register_model
+def vgg19_bn_cifar_spinal(pretrained: bool = False, **kwargs: Any) -> CifarVgg:
+    """VGG-19 for CIFAR with a spinal head, W = 512, dropout 0.5, no norm; 21,368,650 parameters."""
+    return _create_cifar(CifarVgg, 'vgg19_bn_cifar_spinal', pretrained, **dict(_VGG_SPINAL, depth=19, **kwargs))
 
 
 @register_model

@@ -12,7 +12,7 @@ import yaml
 from .options import Options, option
 
 SCHEDULERS = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'constant', 'wsd', 'rsqrt', 'plateau', 'none')
-LOSSES = ('ce', 'bce', 'asl', 'poly', 'margin', 'squared_hinge')
+LOSSES = ('ce', 'bce', 'asl', 'poly', 'margin', 'squared_hinge', 'mse', 'l1')
 BESIDE = 'beside'  # value of a bare --kd-cache
 AUG, WLD = 'no_aug=false', 'kd_distill_type=wld'  # what options require
 
@@ -25,7 +25,9 @@ class DataOptions(Options, applies_to=('training', 'validation', 'frozen')):
         path=True, on_resume='fixed')
     dataset: str = option(
         '', 'source of the images: digits, multimnist (made of the MNIST files in --data-dir), torch/NAME, hfds/NAME, '
-        'hfids/NAME, wds/NAME or tfds/NAME; not given: the images in --data-dir', on_resume='fixed')
+        'hfids/NAME, wds/NAME or tfds/NAME; numbers in place of images: regression/sum, regression/sin_sum, '
+        'regression/product, regression/sin_product, or regression for the table --data-dir FILE.csv; '
+        'not given: the images in --data-dir', on_resume='fixed')
     train_split: str = option('train', 'name of the training split', on_resume='fixed')
     val_split: str = option(
         'validation', 'name of the evaluation split, which chooses the best epoch', on_resume='fixed')
@@ -279,7 +281,9 @@ class ObjectiveOptions(Options, applies_to=('training',)):
     """Loss"""
     loss: str | None = option(
         None, 'loss of timm.loss.create_classification_loss, or margin or squared_hinge, which are for the scores of '
-        'capsule heads; not given: ce', choices=LOSSES)
+        'capsule heads, or mse or l1, which are for numbers (--dataset regression/...); not given: ce, or mse for '
+        'numbers',
+        choices=LOSSES)
     smoothing: float = option(0.1, 'label smoothing', low=0., high=1.)
     bce_loss: bool = option(False, 'the same as --loss bce')
     bce_sum: bool = option(False, 'sum the bce loss over the classes')
@@ -357,8 +361,9 @@ class RunOptions(Options, applies_to=('training', 'detection')):
         '', "continue this run: 'auto' (the run folder of --experiment), a run folder or a checkpoint",
         on_resume='silent', recipe=False)
     eval_metric: str = option(
-        'top1', 'metric of the best epoch; exact, digit and top2 are those of multimnist, where top1 means exact',
-        choices=('top1', 'top5', 'loss', 'exact', 'digit', 'top2'))
+        'top1', 'metric of the best epoch; exact, digit and top2 are those of multimnist, where top1 means exact; mse '
+        'and r2 are those of regression, where top1 means r2',
+        choices=('top1', 'top5', 'loss', 'exact', 'digit', 'top2', 'mse', 'r2'))
     keep: str = option(
         'best', 'epoch whose weights the run keeps: the best one by --eval-metric on the validation images, or the '
         'last one, if there are too few of these images to choose by', choices=('best', 'last'))

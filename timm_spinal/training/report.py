@@ -72,7 +72,7 @@ def write_curves(path: Path, history: list[dict[str, Any]]) -> None:
     """Draw loss, the main accuracy and learning rate over the epochs, and a penalty where there is one."""
     name = main_accuracy((column for row in history for column in row), 'eval_')
     panels: tuple[tuple[str, tuple[str, ...]], ...] = (
-        ('loss (nats)', ('train_loss', 'eval_loss', 'ema_loss')),
+        ('loss' if name == 'r2' else 'loss (nats)', ('train_loss', 'eval_loss', 'ema_loss')),
         (f'{TITLES[name]} (%)', (f'eval_{name}', f'ema_{name}')),
         ('learning rate', ('lr',)),
     )

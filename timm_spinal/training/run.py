@@ -204,13 +204,13 @@ class Progress:
 
         Args:
             row: Row of the summary, with ``eval_*`` and, when there is a moving average, ``ema_*``.
-            metric: ``loss`` (lower is better) or the name of an accuracy (higher is better).
+            metric: ``loss`` or ``mse`` (lower is better), or the name of an accuracy (higher is better).
             keep: ``last`` takes any epoch with finite outputs for better than those before it.
 
         Returns:
             Which weights are the new best, ``model`` or ``ema``; empty when there is no new best.
         """
-        sign = -1 if metric == 'loss' else 1
+        sign = -1 if metric in ('loss', 'mse') else 1
         best, chosen = None if keep == 'last' else self.best.get('value'), ''
         for weights, prefix in (('model', 'eval'), ('ema', 'ema')):
             value = row.get(f'{prefix}_{metric}')

@@ -17,7 +17,6 @@ from timm_spinal.errors import StopRequested, UserError, dead_workers_named
 
 from .batches import on_device, pin_memory
 from .checkpoint import find_checkpoints, restore, save
-from .classification import Classification
 from .distributed import (
     Meter,
     NotFinite,
@@ -29,6 +28,7 @@ from .distributed import (
     share_statistics,
 )
 from .optim import clip_gradients, create_optimizer, create_scheduler, mean_lr, resolve_lr
+from .regression import problem_of
 from .report import log_epoch, log_progress, plan_lines, progress_bar, write_first_files
 from .results import whole_weights, write_result
 from .run import ConfigT, Problem, Progress, Run
@@ -40,7 +40,7 @@ from .transforms import preserved_rng
 def train(
         config: ConfigT,
         after_epoch: Callable[[Run[ConfigT]], None] | None = None,
-        problem: type[Problem] = Classification,
+        problem: type[Problem] | None = None,
 ) -> dict[str, Any]:
     """Train a model as a config says, and write its run folder.
 
@@ -49,7 +49,7 @@ def train(
     Args:
         config: The run's config.
         after_epoch: Called by every process after the reports of each epoch.
-        problem: What is trained.
+        problem: What is trained; not given: classification, or regression where the config says so.
 
     Returns:
         The content of ``result.json``; see `Classification.result`.
@@ -64,12 +64,13 @@ def train(
 
 
 @contextlib.contextmanager
-def open_run(config: ConfigT, problem: type[Problem] = Classification) -> Iterator[Run[ConfigT]]:
+def open_run(config: ConfigT, problem: type[Problem] | None = None) -> Iterator[Run[ConfigT]]:
     """A run before its next update. Trackers, memory and the run folder are released at the end, whatever happens.
 
     Raises:
         UserError: A loader worker was killed, and what `prepare_run` raises.
     """
+    problem = problem or problem_of(config)
     accelerator = create_accelerator(config, problem.need_whole_weights(config))
     with sharding_errors_named(accelerator), contextlib.ExitStack() as held:
         try:
@@ -274,9 +275,6 @@ def train_batch(
         optimizer.zero_grad()
 
 
-# ---- evaluation, checkpoint, result -----------------------------------------------------------------------------
-
-
 def evaluate_epoch(run: Run, row: dict[str, Any]) -> None:
     """Evaluate the model, and its moving average where that can be; write the weights if they are the best so far.
 
@@ -298,5 +296,4 @@ def evaluate_epoch(run: Run, row: dict[str, Any]) -> None:
         progress.best['same_answer'] = metrics.get('same_answer')
         model, state_dict = whole_weights(run, weights)
         on_main_process(accelerator, lambda: problem.save_best(run.folder, model, state_dict, metrics))
-    patience = run.config.early_stop_patience
-    progress.stopped_early = on_any_process(accelerator, bool(patience) and progress.stale >= patience)
+    progress.stopped_early = on_any_process(accelerator, 0 < run.config.early_stop_patience <= progress.stale)
