@@ -1,11 +1,11 @@
-"""Attention heads, the controls of today: classifiers that weigh the positions of a map, or the tokens, by learned queries.
+"""Attention heads, the controls of today: they weigh the positions of a map, or the tokens, by learned queries.
 
 Papers: "Attention, Please! Revisiting Attentive Probing Through the Lens of Efficiency", Psomas et al.,
 https://arxiv.org/abs/2506.10178, and "ML-Decoder: Scalable and Versatile Classification Head", Ridnik et al.,
 https://arxiv.org/abs/2111.12933 (docs/papers/attention_heads.md).
 """
 
-from typing import Final, Optional
+from typing import Final, Optional, Set
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ class TokenHead(ClassifierHead):
 
     needs_feature_map = True
     reads_tokens = True
+    is_control = True
     plain: Final[bool]  # TorchScript compiles only the branch that is taken
 
     def __init__(
@@ -85,13 +86,13 @@ class TokenHead(ClassifierHead):
             in_features: New channels. The hidden layers are made anew where they differ.
         """
         super().reset(num_classes, reset_other, in_features, device, dtype)
-        self.plain = isinstance(self.hidden, nn.Identity)
+        self.plain = isinstance(self.hidden, nn.Identity)  # type: ignore[misc]
 
     @torch.jit.ignore
     def postpone_hidden(self) -> None:
         """Take the attention out, until a reset to one class or more makes it anew; the tokens are averaged."""
         super().postpone_hidden()
-        self.plain = True
+        self.plain = True  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         x = self.tokens(x)
@@ -176,6 +177,11 @@ class AttentionHead(TokenHead):
     hidden_layers = EfficientProbing
     paper = '2506.10178'
 
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """The queries, which are learned tokens."""
+        return {'hidden.queries'}
+
 
 class ClassQueries(nn.Module):
     """Fixed random queries of ML-Decoder, (G, D); they are saved and not trained.
@@ -184,6 +190,8 @@ class ClassQueries(nn.Module):
         groups: Number of queries G.
         dim: Width D.
     """
+
+    weight: torch.Tensor
 
     def __init__(self, groups: int, dim: int, device=None, dtype=None):
         super().__init__()

@@ -2,7 +2,7 @@
 
 import inspect
 from functools import partial
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Callable, Optional, Set, Tuple
 
 import torch
 from timm.layers import get_act_layer, get_device_dtype, get_norm_layer
@@ -94,6 +94,7 @@ class ClassifierHead(nn.Module):
             ``out_features`` and, if it has one, the ``dropout`` rate in front of the linear behind it.
         needs_feature_map: Whether the input is the feature map and not the pooled vector.
         reads_tokens: Whether a head that needs the feature map takes tokens (N, T, C) as well.
+        is_control: Whether it is one that the papers' heads are measured against.
         per_class_modules: Submodules whose shape depends on the number of classes.
         paper: arXiv number of the paper, '' for none.
     """
@@ -101,6 +102,7 @@ class ClassifierHead(nn.Module):
     hidden_layers: Callable[..., nn.Module] = NoHiddenLayers
     needs_feature_map = False
     reads_tokens = False
+    is_control = False
     per_class_modules: Tuple[str, ...] = ('fc',)
     paper = ''
 
@@ -141,6 +143,11 @@ class ClassifierHead(nn.Module):
         """
         if num_classes < 0:
             raise ValueError(f'num_classes must not be negative, got {num_classes}.')
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names of matrices that have no weight decay, as timm's models name theirs."""
+        return set()
 
     @torch.jit.ignore
     def postpone_hidden(self) -> None:
