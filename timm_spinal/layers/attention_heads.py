@@ -5,7 +5,7 @@ https://arxiv.org/abs/2506.10178, and "ML-Decoder: Scalable and Versatile Classi
 https://arxiv.org/abs/2111.12933 (docs/papers/attention_heads.md).
 """
 
-from typing import Final, Optional, Set
+from typing import Final, Optional, Set, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,10 @@ class TokenHead(ClassifierHead):
         self.num_prefix_tokens = num_prefix_tokens
         self.prefix = prefix
 
+    @property
+    def accepted_fmts(self) -> Tuple[str, ...]:
+        return (self.input_fmt,)
+
     def tokens(self, x: torch.Tensor) -> torch.Tensor:
         """The map or the tokens of a backbone as (B, T, C)."""
         if self.input_fmt == 'NCHW':
@@ -77,6 +81,7 @@ class TokenHead(ClassifierHead):
             in_features: Optional[int] = None,
             device=None,
             dtype=None,
+            pool_type: Optional[str] = None,
     ) -> None:
         """Replace the classifier; queries and projections stay, unless the width changes.
 
@@ -84,6 +89,8 @@ class TokenHead(ClassifierHead):
             num_classes: Number of classes, 0 for none.
             reset_other: Drop the attention too, leaving a linear classifier of the averaged tokens.
             in_features: New channels. The hidden layers are made anew where they differ.
+            pool_type: Has no effect: the head pools by itself, or reads a vector that is pooled already. Libraries that
+                take any module with ``reset(num_classes, pool_type)`` for a head give it.
         """
         super().reset(num_classes, reset_other, in_features, device, dtype)
         self.plain = isinstance(self.hidden, nn.Identity)  # type: ignore[misc]

@@ -97,6 +97,9 @@ class ClassifierHead(nn.Module):
         is_control: Whether it is one that the papers' heads are measured against.
         per_class_modules: Submodules whose shape depends on the number of classes.
         paper: arXiv number of the paper, '' for none.
+        accepted_fmts: Formats of a backbone's output that the head reads as it is: 'NCHW', 'NHWC' or 'NLC' (tokens);
+            none where it reads the pooled vector.
+        pre_logits_dim: The same as ``hidden_size``, by the name that other libraries have for it.
     """
 
     hidden_layers: Callable[..., nn.Module] = NoHiddenLayers
@@ -105,6 +108,7 @@ class ClassifierHead(nn.Module):
     is_control = False
     per_class_modules: Tuple[str, ...] = ('fc',)
     paper = ''
+    __jit_unused_properties__ = ('accepted_fmts', 'pre_logits_dim')
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -133,6 +137,19 @@ class ClassifierHead(nn.Module):
         if not self.num_classes:
             return nn.Identity()
         return nn.Linear(self.hidden_size, self.num_classes, device=device, dtype=dtype)
+
+    @property
+    def accepted_fmts(self) -> Tuple[str, ...]:
+        return ()
+
+    @property
+    def pre_logits_dim(self) -> int:
+        return self.hidden_size
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last layer."""
+        return self.fc
 
     @torch.jit.ignore
     def check_classes(self, num_classes: int, reset_other: bool = False) -> None:
@@ -163,6 +180,7 @@ class ClassifierHead(nn.Module):
             in_features: Optional[int] = None,
             device=None,
             dtype=None,
+            pool_type: Optional[str] = None,
     ) -> None:
         """Replace the last linear; the hidden layers stay, unless the input width changes.
 
@@ -170,6 +188,8 @@ class ClassifierHead(nn.Module):
             num_classes: Number of classes of the new linear, 0 for none.
             reset_other: Drop the hidden layers too, leaving a plain linear classifier.
             in_features: New input width. The hidden layers are made anew where it differs.
+            pool_type: Has no effect: the head pools by itself, or reads a vector that is pooled already. Libraries that
+                take any module with ``reset(num_classes, pool_type)`` for a head give it.
         """
         dd = get_device_dtype(self, device=device, dtype=dtype)
         if reset_other:
