@@ -160,6 +160,10 @@ class FittedExperiment(HeadExperiment):
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         return dict(features=self.identity, head=self.variant.head, grid=self.grid)
 
+    def describe(self, seeds: list[int]) -> str:
+        result = read_result(self._folder(seeds[0])) or {}
+        return f'{self.variant.name}: test top-1 % {result["test_top1"]:.2f}, fitted in {result["seconds"]:.1f} s'
+
     def model(self) -> nn.Module:
         if self.fitted is None:  # finished runs keep the settings, not the classifier
             self.fitted = fit(self.variant.head, self.data['train'], self.num_classes, self.grid).model
