@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 from pathlib import Path
@@ -10,10 +11,11 @@ from PIL import Image
 
 from tests.training.images import make_folder
 from timm_spinal import shards
-from timm_spinal.compare.features import extract, run_backbone
+from timm_spinal.compare.features import extract, run_backbone, unpooled
 from timm_spinal.compare.options import FrozenConfig, as_train_config
 from timm_spinal.compare.splits import open_splits
 from timm_spinal.errors import UserError
+from timm_spinal.models import attach_head
 from timm_spinal.training.dataset import ImageData
 from timm_spinal.training.model import create_model
 from timm_spinal.training.transforms import eval_transform, resolve_data, split_transform
@@ -171,6 +173,31 @@ def test_maps_come_channels_first(root, tmp_path):
         embed_dim=8, depths=(1, 1), num_heads=(1, 1), window_size=4))
     found = run(config, tmp_path / 'f', maps=True).features
     assert found['test.map'].x.shape == (1, 10, 16, 8, 8) and found['test'].x.shape == (1, 10, 16)
+
+
+@pytest.mark.parametrize('backbone, size', [
+    ('test_resnet', 64), ('test_convnext', 64), ('test_vit', 32), ('mobilenetv3_small_050', 64), ('test_mambaout', 64)])
+def test_heads_read_what_an_attached_head_reads(root, backbone, size):
+    model = make_model(make_config(root, backbone=backbone, img_size=size)).eval()
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cached = run_backbone(model, images, unpooled(model))
+        torch.testing.assert_close(cached['pooled'], model(images))
+        whole = attach_head(copy.deepcopy(model), 'attn', num_classes=3).eval()
+        head = whole.attached_head
+        expected = whole(images)
+        head.input_fmt = head.input_fmt.replace('NHWC', 'NCHW')  # as maps are cached
+        torch.testing.assert_close(head(cached['map']), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_are_cached_where_a_head_reads_them(root, tmp_path):
+    config = make_config(root, backbone='test_vit', img_size=32)
+    splits = open_splits(as_train_config(config), config.test_split_fraction)
+    model = make_model(config)
+    found = extract(config, model, splits, tmp_path / 'f', Accelerator(cpu=True), tokens=True).features
+    x = found['train.map'].x
+    assert x.shape == (1, 10, 1 + 4, model.num_features)
+    torch.testing.assert_close(x[:, :, 0], found['train'].x, rtol=1e-4, atol=1e-5)  # the class token
 
 
 def test_tokens_are_no_map(root, tmp_path):

@@ -3,16 +3,19 @@ from timm_spinal.compare.runs import Comparison, RunResult, values_by_variant
 from timm_spinal.compare.statistics import differences
 
 
-def found(tops, kind='frozen', metric='test_top1', sized_as=None, params=None, failed=(), **kwargs):
+def found(tops, kind='frozen', metric='test_top1', sized_as=None, params=None, failed=(), val=None, **kwargs):
     """Sentences on made accuracies: {variant: [one for each seed]}."""
     seeds = list(range(max(map(len, tops.values()))))
     comparison = Comparison(
         kind, 'cmd', list(tops), 'linear', seeds, sized_as=sized_as or {}, data=dict(test_size=10_000), **kwargs)
-    rows = [RunResult(v, s, 'done', test_top1=top, val_top1=top, params=(params or {}).get(v))
+    val = val or {}
+    rows = [RunResult(v, s, 'done', test_top1=top, val_top1=val[v][s] if v in val else top,
+                      params=(params or {}).get(v))
             for v, by_seed in tops.items() for s, top in enumerate(by_seed)]
     rows += [RunResult(v, s, 'failed', error=e) for v, s, e in failed]
     values = values_by_variant(rows, metric)
-    return findings(comparison, rows, values, differences(comparison.pairs(), values), metric)
+    pairs = comparison.pairs(comparison.strongest(rows, metric))
+    return findings(comparison, rows, values, differences(pairs, values), metric)
 
 
 LINEAR = [90.0, 90.2, 90.1, 89.9, 90.0]
@@ -42,6 +45,30 @@ def test_equal_size_controls_are_compared_with_their_head():
         sized_as={'mlp=spinal': 'spinal'})
     assert any(s.startswith('`spinal` is worse than `mlp=spinal`, an MLP of its size, by 1.04 points (interval 0.')
                for s in sentences)
+
+
+def test_every_head_is_compared_with_the_strongest_control_too():
+    tops = {'linear': LINEAR, 'ridge': [91.] * 5, 'knn': [95.] * 5, 'spinal': [90.5, 90.7, 90.6, 90.4, 90.3]}
+    # chosen by the validation split, on which knn is worse than on the test split
+    sentences = found(tops, controls=['linear', 'ridge', 'knn'], val={'knn': [80.] * 5})
+    assert 'The strongest control on the validation split is `ridge` (the others: `linear`, `knn`).' in sentences
+    assert any(s.startswith('`spinal` beats `linear` by 0.46 points') for s in sentences)
+    assert any(s.startswith('`spinal` is worse than `ridge` by 0.50 points') for s in sentences)
+    assert '`knn` has +4.00 points against `ridge` and no interval: the seeds do not differ.' in sentences
+    assert not any('`linear` is worse than `ridge`' in s for s in sentences)  # `ridge` beats `linear` says it
+
+
+def test_intervals_are_corrected_for_the_comparisons_with_the_strongest_control():
+    tops = {'linear': LINEAR, 'mlp': [91., 91.2, 91.3, 90.9, 91.1], 'spinal': [90.5, 90.7, 90.6, 90.4, 90.3]}
+    alone, both = (next(s for s in found(tops, controls=c) if s.startswith(('`spinal` beats', 'Undecided')))
+                   for c in ([], ['linear', 'mlp']))
+    assert alone != both  # three intervals and no longer two
+
+
+def test_a_control_that_is_the_strongest_already_is_compared_once():
+    sentences = found({'linear': LINEAR, 'ridge': [80.] * 5, 'spinal': LINEAR[::-1]}, controls=['linear', 'ridge'])
+    assert 'The strongest control on the validation split is `linear` (the others: `ridge`).' in sentences
+    assert sum('Undecided against' in s for s in sentences) == 1
 
 
 def test_cost_in_parameters():

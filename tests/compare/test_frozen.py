@@ -137,6 +137,57 @@ def test_a_head_that_needs_feature_maps_needs_no_word_here(tmp_path, monkeypatch
     assert int(rows[2]['params']) == 4 * (int(rows[0]['params']) - 10) + 10
 
 
+def test_controls_that_are_fitted_stand_beside_heads(tmp_path):
+    compare_frozen(config(tmp_path, heads='linear,mlp,ridge,knn:k=5,logreg,spinal:width=8', seeds='3',
+                          knn_temperature=[0.1]), 'cmd')
+    rows = read_csv(tmp_path / 'results.csv')
+    by_variant = {}
+    for row in rows:
+        by_variant.setdefault(row['variant'], []).append(row)
+    assert list(by_variant) == ['linear', 'mlp=spinal:width=8', 'ridge', 'knn:k=5', 'logreg', 'spinal:width=8']
+    for name in ('ridge', 'knn:k=5', 'logreg'):  # the result of every seed, as no seed takes part
+        assert len({(row['test_top1'], row['val_top1'], row['chosen']) for row in by_variant[name]}) == 1
+        assert len(by_variant[name]) == 3 and float(by_variant[name][0]['test_top1']) > 50
+    assert by_variant['knn:k=5'][0]['chosen'] == 'k 5, temperature 0.1' and by_variant['knn:k=5'][0]['params'] == '0'
+    assert by_variant['ridge'][0]['params'] == by_variant['linear'][0]['params']
+    kept = load_file(Path(by_variant['ridge'][0]['folder']) / 'predictions.safetensors')
+    assert 100 * (kept['prediction'] == kept['target']).mean() == pytest.approx(
+        float(by_variant['ridge'][0]['test_top1']))
+    tried = json.loads((Path(by_variant['ridge'][0]['folder']) / 'result.json').read_text())['tried']
+    best = max(tried, key=lambda point: point['held_out_top1'])
+    assert f'penalty {best["penalty"]:.3g}' == by_variant['ridge'][0]['chosen'] and len(tried) == 17
+
+    tops = {name: sum(float(row['val_top1']) for row in of) for name, of in by_variant.items() if 'spinal:' not in name
+            or '=' in name.split(':')[0]}
+    strongest = max(tops, key=lambda name: tops[name])
+    text, table = (tmp_path / 'report.md').read_text(), (tmp_path / 'table.md').read_text()
+    assert f'The strongest control on the validation split is `{strongest}`' in text
+    assert strongest == 'linear' or f'difference to {strongest} (interval)' in table
+    assert 'settings tried: `ridge` 17, `knn:k=5` 1, `logreg` 13' in text
+
+
+def test_fitted_controls_are_kept_until_a_setting_changes(tmp_path, monkeypatch):
+    written = []
+    original = head_experiment.FittedExperiment.fit
+    monkeypatch.setattr(head_experiment.FittedExperiment, 'fit',
+                        lambda self, seeds: written.append(seeds) or original(self, seeds))
+    for changes in (dict(), dict(seeds='3'), dict(seeds='3', lr=0.1), dict(seeds='3', ridge_penalty=[0.5])):
+        torch.manual_seed(0)
+        compare_frozen(config(tmp_path, **{**dict(heads='linear,ridge', seeds='2', epochs=1), **changes}), 'cmd')
+    assert written == [[0, 1], [2], [0, 1, 2]]  # the learning rate is none of its settings
+
+
+@pytest.mark.parametrize('backbone, heads, tokens', [
+    ('test_resnet', 'linear,attn:queries=4,mldecoder:dim=16:mlp_dim=16,caps', None),
+    ('test_vit', 'linear,attn:queries=4:prefix=keep,mldecoder:dim=16:mlp_dim=16', 1)])
+def test_attention_heads_read_cached_maps_and_tokens(tmp_path, backbone, heads, tokens):
+    compare_frozen(config(tmp_path, backbone=backbone, heads=heads, img_size=64), 'cmd')
+    rows = read_csv(tmp_path / 'results.csv')
+    assert [r['status'] for r in rows] == ['done'] * 2 * len(heads.split(','))
+    options = json.loads((Path(rows[2]['folder']) / 'result.json').read_text())['settings']['options']
+    assert options.get('num_prefix_tokens') == tokens and options.get('input_fmt') == ('NLC' if tokens else None)
+
+
 @pytest.mark.parametrize('options', [{}, dict(matmul_precision='medium')])
 def test_products_have_the_precision_that_the_report_names(tmp_path, monkeypatch, options):
     seen = []
@@ -182,6 +233,14 @@ def test_a_diverging_head_is_reported(tmp_path):
     (dict(heads='linear,broken'), r'head broken: cannot be trained on features of \(96,\) in batches of 50 '),
     (dict(heads='linear,batchnorm', head_batch_size=1), 'head batchnorm: cannot be trained .*in batches of 1 '),
     (dict(backbone='test_vit', heads='linear,caps'), '--heads: one of the heads needs a feature map'),
+    (dict(backbone='test_vit', heads='linear,attn,caps'), '--heads: one of the heads needs a feature map'),
+    (dict(backbone='resmlp_12_224', img_size=224, heads='linear,caps'), 'feature maps .*, but tokens'),
+    (dict(heads='linear,ridge', ridge_penalty=[0.]), '--ridge-penalty: penalty must be a positive number'),
+    (dict(heads='linear,knn:k=301'), r'--heads knn:k=301: k = 301 is above the number of images'),
+    (dict(heads='linear,knn', knn_k=[5, 400]), r'--knn-k: k = 400 is above the number of images'),
+    (dict(heads='linear,ridge:width=3'), "head ridge has no option 'width'; its options are penalty"),
+    (dict(heads='linear,rigde'), "unknown head 'rigde'; did you mean ridge"),
+    (dict(heads='linear,ridge,mlp=ridge'), 'mlp=ridge: ridge is not trained and has no size'),
 ])
 def test_bad_input_is_refused_before_features_are_made(tmp_path, monkeypatch, changes, message):
     monkeypatch.setitem(HEADS, 'broken', BrokenHead)

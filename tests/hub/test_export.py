@@ -38,7 +38,8 @@ def test_small_nets(name, kind, tmp_path):
 @pytest.mark.parametrize('kind', FORMATS)
 @pytest.mark.parametrize('name', [
     'spinalcnn_a2', 'vgg5_spinal', 'test_vit_spinal', 'test_resnet_pspinal', 'test_resnet_caps', 'test_resnet_xnodr',
-    'test_resnet_xnidr', 'test_resnet_mlp', 'icresnet20_cifar', 'resnet18_sb_s32u1'])
+    'test_resnet_xnidr', 'test_resnet_attn', 'test_vit_attn', 'test_vit_mldecoder', 'test_resnet_mlp',
+    'icresnet20_cifar', 'resnet18_sb_s32u1'])
 def test_one_of_every_head_and_convolution(name, kind, tmp_path):
     assert export_model(load(name, False), kind, tmp_path / f'x{FORMATS[kind].suffix}', name).difference <= 1e-4
 

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from timm.optim import param_groups_weight_decay
 
 import timm_spinal
 from timm_spinal.layers import HEADS, create_head
@@ -180,6 +181,19 @@ def test_bfloat16_by_autocast_and_by_weights(name):
 def test_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
         create_head(name, 16, 3, **options)
+
+
+def test_queries_have_no_weight_decay():
+    model = timm_spinal.attach_head(timm.create_model('test_vit'), 'attn', num_classes=5)
+    of_vit = timm.create_model('test_vit').no_weight_decay()
+    assert 'cls_token' in of_vit and model.no_weight_decay() == {*of_vit, 'attached_head.hidden.queries'}
+    without = {id(p) for group in param_groups_weight_decay(model, 0.1, True, model.no_weight_decay())
+               for p in group['params'] if not group['weight_decay']}
+    head = model.attached_head
+    assert id(head.hidden.queries) in without and id(head.hidden.value.weight) not in without
+    assert create_head('mldecoder', 16, 3).no_weight_decay() == set()
+    resnet = timm_spinal.attach_head(timm.create_model('test_resnet'), 'attn', num_classes=5)
+    assert resnet.no_weight_decay() == {'attached_head.hidden.queries'}
 
 
 def test_every_token_head_is_a_row():

@@ -12,6 +12,8 @@ from timm_spinal.cost import count_params
 from timm_spinal.errors import UserError
 from timm_spinal.layers import HEADS, create_head, equal_size_mlp_width, head_needs_feature_map, head_options
 
+from .fitted import FITTED
+
 CONTROL = 'mlp'
 # what torch and timm raise where a value of an option makes no sense
 REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -23,7 +25,7 @@ class Variant:
 
     Attributes:
         name: What the user wrote: 'spinal', 'spinal:width=256', 'mlp=spinal'.
-        head: Name of the head.
+        head: Name of the head, or of a fitted control.
         options: Options of the head, without prefix.
         sized_as: Name of the variant whose parameter count this control matches, or ''.
     """
@@ -36,8 +38,8 @@ class Variant:
 def parse_variants(text: str) -> list[Variant]:
     """Variants from ``linear,mlp,spinal:width=256``.
 
-    A plain ``mlp`` becomes one control for every head that is neither linear nor an MLP, or stays a plain MLP where
-    there is none. Widths of the controls are set by `size_controls`.
+    A plain ``mlp`` becomes one control for every trained head that is neither linear nor an MLP, or stays a plain MLP
+    where there is none. Widths of the controls are set by `size_controls`.
 
     Raises:
         UserError: An unknown head or option, a repeated variant, or an empty list.
@@ -45,7 +47,7 @@ def parse_variants(text: str) -> list[Variant]:
     names = [part.strip() for part in text.split(',') if part.strip()]
     if not names:
         raise UserError(f'--heads {text!r}: no heads; write for instance --heads linear,mlp,spinal')
-    heads = [name for name in names if name.split(':')[0] not in ('linear', CONTROL) and not _is_sized(name)]
+    heads = [name for name in names if name.split(':')[0] not in ('linear', CONTROL, *FITTED) and not _is_sized(name)]
     expanded: list[str] = []
     for name in names:
         expanded += [f'{CONTROL}={head}' for head in heads] or [name] if name == CONTROL else [name]
@@ -55,6 +57,8 @@ def parse_variants(text: str) -> list[Variant]:
         raise UserError(f'--heads: {min(repeated)} is given twice; remove one')
     variants = [_parse_variant(name) for name in expanded]
     for variant in variants:
+        if variant.sized_as.split(':')[0] in FITTED:
+            raise UserError(f'--heads: {variant.name}: {variant.sized_as} is not trained and has no size; leave it out')
         if variant.sized_as and variant.sized_as not in expanded:
             raise UserError(f'--heads: {variant.name} takes its size from {variant.sized_as}, which is not in the '
                             f'list; add {variant.sized_as}')
@@ -87,7 +91,8 @@ def size_controls(
             size = count_params(new_head(like, width, num_classes, device='meta'))
             width = equal_size_mlp_width(size, in_features, num_classes)
             variant = replace(variant, options=dict(variant.options, width=width))
-        new_head(variant, map_channels if needs_feature_map(variant) else in_features, num_classes, device='meta')
+        if variant.head not in FITTED:
+            new_head(variant, map_channels if needs_feature_map(variant) else in_features, num_classes, device='meta')
         sized.append(variant)
     return sized
 
@@ -106,8 +111,28 @@ def new_head(variant: Variant, in_features: int, num_classes: int, device: Any =
 
 
 def needs_feature_map(variant: Variant) -> bool:
-    """Whether a variant reads the feature map and not the pooled vector."""
-    return head_needs_feature_map(variant.head, **variant.options)
+    """Whether a variant reads the feature map, or the tokens, and not the pooled vector."""
+    return variant.head not in FITTED and head_needs_feature_map(variant.head, **variant.options)
+
+
+def reads_tokens(variant: Variant) -> bool:
+    """Whether a variant that needs the feature map takes tokens too."""
+    head_cls: Any = HEADS[variant.head]  # that of a test may have no such attributes
+    reads = getattr(head_cls, 'reads_tokens', False) and not getattr(head_cls, 'averages_map', False)
+    return reads and needs_feature_map(variant)
+
+
+def is_control(variant: Variant) -> bool:
+    """Whether a variant is one that the papers' heads are measured against."""
+    return variant.head in FITTED or getattr(HEADS[variant.head], 'is_control', False)
+
+
+def for_tokens(variant: Variant, num_prefix_tokens: int) -> Variant:
+    """The variant on a backbone that gives tokens and no map."""
+    if not reads_tokens(variant):
+        return variant
+    return replace(variant, options=dict(
+        variant.options, input_fmt='NLC', num_prefix_tokens=num_prefix_tokens))
 
 
 def slug(name: str) -> str:
@@ -123,11 +148,13 @@ def _parse_variant(name: str) -> Variant:
     if _is_sized(name):
         return Variant(name, CONTROL, sized_as=name.partition('=')[2])
     head, *pairs = name.split(':')
-    if head not in HEADS:
-        near = difflib.get_close_matches(head, HEADS, n=1)
-        hint = f'did you mean {near[0]}?' if near else f'heads are {", ".join(HEADS)}'
+    heads = [*HEADS, *FITTED]
+    if head not in heads:
+        near = difflib.get_close_matches(head, heads, n=1)
+        hint = f'did you mean {near[0]}?' if near else f'heads are {", ".join(heads)}'
         raise UserError(f'unknown head {head!r}; {hint}')
-    known, options = head_options(head), {}
+    known: Any = FITTED[head].grid if head in FITTED else head_options(head)
+    options = {}
     for pair in pairs:
         key, sep, value = pair.partition('=')
         if not sep or key not in known:

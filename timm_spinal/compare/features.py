@@ -1,4 +1,5 @@
 """Run a frozen backbone once over all images and write its features to a cache."""
+import copy
 import math
 import time
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ class Extracted:
     """Features of a backbone and what they depend on.
 
     Attributes:
-        features: By split: pooled vectors (P, N, F), and maps (P, N, C, H, W) under ``<split>.map`` where made.
+        features: By split: pooled vectors (P, N, F), and where made under ``<split>.map`` maps (P, N, C, H, W) or
+            tokens (P, N, T, C).
         identity: As in the manifest.
         seconds: Wall time of making them, 0 where the cache had all.
         made: Images that were run through the backbone, all processes together.
@@ -91,6 +93,7 @@ def extract(
         folder: Path,
         accelerator: Accelerator,
         maps: bool = False,
+        tokens: bool = False,
 ) -> Extracted:
     """Make or take from the cache the features of train, validation and test.
 
@@ -103,6 +106,7 @@ def extract(
         folder: Folder of the features.
         accelerator: Its device and processes are used.
         maps: Keep feature maps beside pooled vectors.
+        tokens: Keep the maps, or of a backbone that has none the tokens.
 
     Raises:
         UserError: A cache of other data, weights or transforms; no space; an unreadable image.
@@ -118,9 +122,9 @@ def extract(
         transform={f'{p.split}-{p.number}': f'{decode} {p.transform} seed {p.seed} skip {config.skip_unreadable}'
                    for p in parts},
         precision=accelerator.mixed_precision,
-        maps=maps,
+        maps='as a head reads them' if maps or tokens else False,
     )
-    shapes = feature_shapes(config, model, accelerator.device, maps)
+    shapes = feature_shapes(config, model, accelerator.device, maps, tokens)
     with accelerator.main_process_first():
         mark = open_cache(folder, identity, _WORDS, config.rebuild and accelerator.is_main_process)
     missing = [(part, index) for part in parts for index in range(shard_count(len(part.source)))
@@ -133,6 +137,7 @@ def extract(
     if missing:
         on_main_process(accelerator, lock.acquire)  # two runs would write the same shards
         model = _folded(model)
+    twin = unpooled(model) if maps or tokens else None
     mine = missing[accelerator.process_index::accelerator.num_processes]
     bar = tqdm(total=sum(_rows(*m) for m in mine), desc='features', unit='img',
                disable=None if accelerator.is_main_process and mine else True)
@@ -141,7 +146,7 @@ def extract(
             indices = [index for p, index in mine if p is part]
             if indices:
                 with dead_workers_named(lambda: 'run it again: the features that are made are kept'):
-                    _run_part(config, model, part, decode, indices, folder, mark, accelerator, maps, bar)
+                    _run_part(config, model, part, decode, indices, folder, mark, accelerator, twin, bar)
         accelerator.wait_for_everyone()
     finally:
         bar.close()
@@ -157,18 +162,21 @@ def feature_shapes(
         model: nn.Module,
         device: torch.device,
         maps: bool,
+        tokens: bool = False,
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of the features of one image, by kind; the model is put on the device in evaluation mode.
 
     Raises:
-        UserError: The backbone does not take images of that size, or gives no vector, or no map where ``maps`` is set.
+        UserError: The backbone does not take images of that size, or gives no vector, or no map where ``maps`` is set,
+            or neither map nor tokens where ``tokens`` is set.
     """
     model.to(device).eval().requires_grad_(False)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     input_size = resolve_data(as_train_config(config), model)['input_size']
     try:
-        outputs = run_backbone(model, torch.zeros(1, *input_size, device=device), maps)
+        twin = unpooled(model) if maps or tokens else None
+        outputs = run_backbone(model, torch.zeros(1, *input_size, device=device), twin)
     except (RuntimeError, ValueError, AssertionError) as e:
         if isinstance(e, UserError):
             raise
@@ -177,6 +185,10 @@ def feature_shapes(
     if outputs['pooled'].ndim != 2:
         raise UserError(f'backbone: it returns a map of shape {tuple(outputs["pooled"].shape[1:])} instead of a '
                         'vector; leave out --gp')
+    if 'map' in outputs and outputs['map'].ndim != 4 and (maps or outputs['map'].ndim != 3):
+        kind = 'tokens' if outputs['map'].ndim == 3 else 'a vector'
+        raise UserError(f'--heads: one of the heads needs a feature map, but the backbone gives {kind}; choose another '
+                        'backbone')
     return {name: tuple(value.shape[1:]) for name, value in outputs.items()}
 
 
@@ -185,22 +197,30 @@ def backbone_batch(device: torch.device, batch_size: int) -> int:
     return _CPU_BATCH if device.type == 'cpu' else batch_size
 
 
-def run_backbone(model: nn.Module, images: torch.Tensor, maps: bool = False) -> dict[str, torch.Tensor]:
-    """Pooled vectors (B, F), and the feature maps (B, C, H, W) that they are made of where asked for.
+def unpooled(model: nn.Module) -> nn.Module:
+    """The model without its pooling, with the same weights in the same memory: what an attached head would read.
 
     Raises:
-        UserError: The backbone has no feature map.
+        UserError: The model does not go without.
     """
-    if not maps:
+    twin: Any = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    try:
+        twin.reset_classifier(0, '')
+    except Exception as e:  # each family of timm's raises another error
+        raise UserError(f'--heads: a head that takes feature maps is among them, and the backbone always pools '
+                        f'({" ".join(str(e).split())[:200]}); choose another backbone') from e
+    return twin.eval()
+
+
+def run_backbone(model: nn.Module, images: torch.Tensor, twin: nn.Module | None = None) -> dict[str, torch.Tensor]:
+    """Pooled vectors (B, F), and with the model's `unpooled` twin its maps (B, C, H, W) or tokens (B, T, C)."""
+    if twin is None:
         return dict(pooled=model(images).float())
     features = model.forward_features(images)  # type: ignore[operator]
-    pooled = model.forward_head(features)  # type: ignore[operator]
-    if features.ndim != 4:
-        raise UserError('--heads: one of the heads needs a feature map, but the backbone has tokens instead; choose '
-                        'another backbone')
-    if getattr(model, 'output_fmt', 'NCHW') == 'NHWC':
-        features = features.permute(0, 3, 1, 2)
-    return dict(pooled=pooled.float(), map=features.float())
+    pooled, whole = model.forward_head(features), twin.forward_head(features)  # type: ignore[operator]
+    if whole.ndim == 4 and getattr(model, 'output_fmt', 'NCHW') == 'NHWC':
+        whole = whole.permute(0, 3, 1, 2)
+    return dict(pooled=pooled.float(), map=whole.float())
 
 
 def _folded(model: nn.Module) -> nn.Module:
@@ -242,7 +262,7 @@ def _run_part(
         folder: Path,
         mark: str,
         accelerator: Accelerator,
-        maps: bool,
+        twin: nn.Module | None,
         bar: tqdm,
 ) -> None:
     """Make some shards of one pass; batches never cross a shard."""
@@ -266,7 +286,7 @@ def _run_part(
             images = images.contiguous(memory_format=torch.channels_last)
         images = part.finish(images)
         with accelerator.autocast():
-            return {name: value.cpu() for name, value in run_backbone(model, images, maps).items()}
+            return {name: value.cpu() for name, value in run_backbone(model, images, twin).items()}
 
     kept: dict[str, list[torch.Tensor]] = {}
     with one_core_each() as pool:  # loader workers slow this down less than one chunk on all cores

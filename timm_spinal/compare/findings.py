@@ -22,15 +22,17 @@ def findings(
     if not values:
         return ['No run has finished, so there is nothing to compare.', *_failures(rows)]
     against = [gap for gap in gaps if gap.control == comparison.control]
-    sentences = [*_against_control(comparison, against), *_equal_size(comparison, gaps), *_costs(comparison, rows)]
+    sentences = [*_against_control(comparison, comparison.control, against),
+                 *_against_strongest(comparison, comparison.strongest(rows, metric), rows, gaps),
+                 *_equal_size(comparison, gaps), *_costs(comparison, rows)]
     if metric.startswith('val_'):
         sentences.append('The runs have read no test split: these are the accuracies that chose the epoch, and are too '
                          'high by an unknown amount.')
     return [*sentences, *_sampling(comparison, values, metric), *_failures(rows)]
 
 
-def _against_control(comparison: Comparison, gaps: list[Difference]) -> list[str]:
-    control = f'`{comparison.control}`'
+def _against_control(comparison: Comparison, name: str, gaps: list[Difference]) -> list[str]:
+    control = f'`{name}`'
     if not gaps:
         return [f'There is nothing to compare with the control {control}.']
     unknown = [gap for gap in gaps if gap.verdict == 'unknown']
@@ -56,6 +58,22 @@ def _against_control(comparison: Comparison, gaps: list[Difference]) -> list[str
         sentences.append(f'`{gap.variant}` has {_signed(gap.estimate.mean)} points against {control} and no interval: '
                          f'{_why_none(gap.estimate)}.')
     return sentences
+
+
+def _against_strongest(
+        comparison: Comparison,
+        strongest: str,
+        rows: list[RunResult],
+        gaps: list[Difference],
+) -> list[str]:
+    if not strongest:
+        return []
+    others = ', '.join(f'`{name}`' for name in comparison.controls if name != strongest)
+    sentence = f'The strongest control on the validation split is `{strongest}` (the others: {others}).'
+    against = [gap for gap in gaps if gap.control == strongest]
+    if strongest == comparison.control or not against:
+        return [sentence]
+    return [sentence, *_against_control(comparison, strongest, against)]
 
 
 def _equal_size(comparison: Comparison, gaps: list[Difference]) -> list[str]:

@@ -15,11 +15,22 @@ from timm_spinal.training.report import hardware
 from timm_spinal.training.run_dir import FolderLock
 from timm_spinal.training.splits import describe_splits
 
-from .controls import Variant, needs_feature_map, new_head, new_heads, parse_variants, size_controls, slug
+from .controls import (
+    Variant,
+    for_tokens,
+    is_control,
+    needs_feature_map,
+    new_heads,
+    parse_variants,
+    reads_tokens,
+    size_controls,
+    slug,
+)
 from .cost import head_cost, latency_ms
 from .features import Extracted, extract, feature_shapes
 from .findings import count_text
-from .head_experiment import HeadExperiment, recipe_grid, run_experiments
+from .fitted import FITTED, HELD_OUT, Point, settings_grid
+from .head_experiment import FittedExperiment, HeadExperiment, channels, recipe_grid, run_experiments
 from .options import FrozenConfig, as_train_config, check_frozen, parse_seeds
 from .report import write_report
 from .runs import Comparison, write_comparison
@@ -63,30 +74,40 @@ def compare_frozen(config: FrozenConfig, command: str) -> Path | None:
     accelerator.print(describe_splits(splits.named()), flush=True)
     if model.loaded_weights is not None:
         accelerator.print(f'weights {model.loaded_weights}', flush=True)
-    shapes = feature_shapes(config, model, accelerator.device, any(needs_feature_map(variant) for variant in variants))
+    grids = _grids(config, variants, splits)
+    tokens = any(map(reads_tokens, variants))
+    maps = any(needs_feature_map(variant) and not reads_tokens(variant) for variant in variants)
+    shapes = feature_shapes(config, model, accelerator.device, maps, tokens)
+    if len(shapes.get('map', ())) == 2:
+        variants = [for_tokens(variant, getattr(model, 'num_prefix_tokens', 0)) for variant in variants]
     variants = _size_and_dry_run(variants, shapes, splits, (recipes or [recipe])[0], accelerator.device)
     output = Path(config.output or f'output/compare/{safe_model_name(config.backbone)}')
     lock = FolderLock(output)
     on_main_process(accelerator, lock.acquire)
     try:
         folder = Path(config.features) if config.features else output / 'features'
-        extracted = extract(config, model, splits, folder, accelerator, 'map' in shapes)
+        extracted = extract(config, model, splits, folder, accelerator, maps, tokens)
         if not accelerator.is_main_process:
             return None
         comparison = Comparison(
             'frozen', command, names, config.control, seeds,
             sized_as={v.name: v.sized_as for v in variants if v.sized_as},
             data=_describe_data(extracted, splits),
+            controls=[variant.name for variant in variants if is_control(variant)],
         )
         comparison.setting, backbone_ms = _describe(config, recipe, model, extracted, splits, accelerator.device)
+        comparison.setting.update(_describe_fitted(grids))
         write_comparison(output, comparison)
-        experiments = [
-            HeadExperiment(config, variant, splits.num_classes, _data(extracted, variant, accelerator.device),
-                           extracted.identity, output, recipe) for variant in variants]
+        experiments = []
+        for variant in variants:
+            about = (config, variant, splits.num_classes, _data(extracted, variant, accelerator.device),
+                     extracted.identity, output, recipe)
+            grid = grids.get(variant.name)
+            experiments.append(FittedExperiment(*about, grid=grid) if grid else HeadExperiment(*about))
         _train(config, experiments, comparison, recipes)
         for experiment in experiments:
-            head = new_head(experiment.variant, experiment.in_features, splits.num_classes).to(accelerator.device)
-            cost = head_cost(head, backbone_ms, experiment.data['test'].x[0, :1])
+            x = experiment.data['test'].x[0, :1]
+            cost = head_cost(experiment.model().to(x.device), backbone_ms, x)
             comparison.costs[experiment.variant.name] = asdict(cost)
         write_comparison(output, comparison)
         write_report(output, comparison, config.per_class, config.calibration)
@@ -109,21 +130,47 @@ def _size_and_dry_run(
     """
     batch = recipe.batch_size
     check_batch(len(splits.train), batch)
-    widths = {kind: shape[0] for kind, shape in shapes.items()}
+    widths = {kind: channels(shape) for kind, shape in shapes.items()}
     variants = size_controls(variants, widths['pooled'], splits.num_classes, widths.get('map', 0))
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(batch) % splits.num_classes
     data = {kind: Features(torch.randn(1, batch, *shape, generator=generator), labels).to(device)
             for kind, shape in shapes.items()}
     for variant in variants:
+        if variant.head in FITTED:
+            continue
         kind = 'map' if needs_feature_map(variant) else 'pooled'
         heads = partial(new_heads, variant, widths[kind], splits.num_classes)
         HeadTask(heads, [0], data[kind], data[kind], recipe).dry_run(variant.name)
     return variants
 
 
+def _grids(config: FrozenConfig, variants: list[Variant], splits: Splits) -> dict[str, list[Point]]:
+    """Settings to choose from, of each fitted control by its name."""
+    labels = splits.train.labels
+    assert labels is not None  # `open_splits` needs them too
+    return {
+        variant.name: settings_grid(
+            variant.name, variant.head, variant.options,
+            {key: getattr(config, f'{variant.head}_{key}') for key in FITTED[variant.head].grid}, labels)
+        for variant in variants if variant.head in FITTED
+    }
+
+
+def _describe_fitted(grids: dict[str, list[Point]]) -> dict[str, str]:
+    """A line of the report on the controls that are fitted."""
+    if not grids:
+        return {}
+    counts = ', '.join(f'`{name}` {len(grid)}' for name, grid in grids.items())
+    return {'Fitted controls': f'settings tried: {counts}; chosen on {100 * HELD_OUT:g} % of each class of the '
+                               'training images, then fitted to all of them; no seed takes part, so every seed has '
+                               'the same result'}
+
+
 def _data(extracted: Extracted, variant: Variant, device: torch.device) -> dict[str, Features]:
     """The splits as a variant reads them."""
+    if device.type == 'mps' and variant.head in FITTED:
+        device = torch.device('cpu')  # MPS has no float64
     kind = '.map' if needs_feature_map(variant) else ''
     return {split: extracted.features[split + kind].to(device) for split in ('train', 'validation', 'test')}
 
@@ -139,7 +186,7 @@ def _train(
     torch.set_float32_matmul_precision(config.matmul_precision)
     try:
         for experiment in experiments:
-            if recipes:
+            if recipes and not isinstance(experiment, FittedExperiment):
                 comparison.tuned[experiment.variant.name] = experiment.tune(recipes)
         run_experiments(experiments, comparison.seeds)
     finally:

@@ -1,11 +1,13 @@
 """One head of a comparison on frozen features: what it is trained with, and its run folders."""
 import hashlib
 import json
+import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -16,10 +18,11 @@ from timm_spinal.training.model import fit_momentum
 from timm_spinal.training.report import hardware, versions, write_table, write_text
 
 from .controls import Variant, new_head, new_heads, slug
+from .fitted import Point, fit
 from .options import FrozenConfig
 from .runs import ERROR, RESULT, SUMMARY, read_json, read_result, run_folder, write_json
-from .train_head import Features, Recipe, Trained
-from .train_heads import HeadTask, predict, train_heads
+from .train_head import Features, Recipe, Trained, evaluate
+from .train_heads import HeadTask, predict, predict_by, train_heads
 
 FIRST_SEED = 10 ** 6  # tuning has seeds of its own: no reported run has taken part in the choice
 
@@ -42,7 +45,7 @@ class HeadExperiment:
         self.num_classes = num_classes
         self.data = data
         self.output = output
-        self.in_features = data['train'].x.shape[2]
+        self.in_features = channels(data['train'].x.shape[2:])
         self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.recipe = recipe
 
@@ -51,6 +54,10 @@ class HeadExperiment:
         return dict(
             features=self.identity, head=self.variant.head, options=self.variant.options, recipe=asdict(recipe),
             matmul_precision=self.config.matmul_precision)
+
+    def model(self) -> nn.Module:
+        """A classifier of the variant, to measure its cost."""
+        return new_head(self.variant, self.in_features, self.num_classes)
 
     def task(self, recipe: Recipe, seeds: list[int]) -> HeadTask:
         """The variant with some seeds."""
@@ -101,28 +108,35 @@ class HeadExperiment:
 
     def write(self, trained: Trained) -> None:
         """Read the test split once for a trained seed and write its run folder."""
-        folder = self._folder(trained.seed)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (RESULT, ERROR, PREDICTIONS):
-            (folder / name).unlink(missing_ok=True)
+        folder = self._new_folder(trained.seed)
         write_table(folder / SUMMARY, trained.history)
         if trained.failure:
             write_text(folder / ERROR, trained.failure)
             return
-        head = new_head(self.variant, self.in_features, self.num_classes)
-        test = self.data['test']
-        logits = predict(head, trained.state, test)
+        head = self.model()
+        self._write_result(
+            trained.seed, predict(head, trained.state, self.data['test']), trained.best,
+            epochs=self.recipe.epochs, best_epoch=trained.best_epoch, seconds=trained.seconds,
+            params=count_params(head), lr=self.recipe.lr, weight_decay=self.recipe.weight_decay)
+
+    def _new_folder(self, seed: int) -> Path:
+        folder = self._folder(seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (RESULT, ERROR, PREDICTIONS, SUMMARY):
+            (folder / name).unlink(missing_ok=True)
+        return folder
+
+    def _write_result(self, seed: int, logits: torch.Tensor, validation: dict[str, float], **result: Any) -> None:
+        """Write the predictions of the test split, and ``result.json``."""
+        folder, test = self._folder(seed), self.data['test']
         predictions = Predictions()
         predictions.add(logits, test.y)
         predictions.write(folder)
         write_json(folder / RESULT, dict(
-            model=self.config.backbone, variant=self.variant.name, seed=trained.seed,
-            top1=trained.best['top1'], loss=trained.best['loss'],
+            model=self.config.backbone, variant=self.variant.name, seed=seed,
+            top1=validation['top1'], loss=validation['loss'],
             test_top1=100. * float((logits.argmax(dim=1) == test.y).double().mean()),
-            test_loss=float(F.cross_entropy(logits.double(), test.y)),
-            epochs=self.recipe.epochs, best_epoch=trained.best_epoch, seconds=trained.seconds,
-            params=count_params(head),
-            lr=self.recipe.lr, weight_decay=self.recipe.weight_decay, num_classes=self.num_classes,
+            test_loss=float(F.cross_entropy(logits.double(), test.y)), **result, num_classes=self.num_classes,
             train_size=len(self.data['train'].y), eval_size=len(self.data['validation'].y), test_size=len(test.y),
             hardware=hardware(test.y.device, 1), versions=versions(), settings=self.settings(self.recipe),
         ))
@@ -131,12 +145,61 @@ class HeadExperiment:
         return run_folder(self.output, self.variant.name, seed)
 
 
+class FittedExperiment(HeadExperiment):
+    """Fits a control on cached features once, and writes the result into the run folder of every seed.
+
+    Args:
+        grid: From `fitted.settings_grid`.
+    """
+
+    def __init__(self, *args: Any, grid: list[Point]):
+        super().__init__(*args)
+        self.grid = grid
+        self.fitted: nn.Module | None = None
+
+    def settings(self, recipe: Recipe) -> dict[str, Any]:
+        return dict(features=self.identity, head=self.variant.head, grid=self.grid)
+
+    def describe(self, seeds: list[int]) -> str:
+        result = read_result(self._folder(seeds[0])) or {}
+        return f'{self.variant.name}: test top-1 % {result["test_top1"]:.2f}, fitted in {result["seconds"]:.1f} s'
+
+    def model(self) -> nn.Module:
+        if self.fitted is None:  # finished runs keep the settings, not the classifier
+            self.fitted = fit(self.variant.head, self.data['train'], self.num_classes, self.grid).model
+        return self.fitted
+
+    def fit(self, seeds: list[int]) -> None:
+        """Fit, read the test split once, and write the run folders of some seeds."""
+        start = time.perf_counter()
+        choice = fit(self.variant.head, self.data['train'], self.num_classes, self.grid)
+        seconds, self.fitted = time.perf_counter() - start, choice.model
+        validation = evaluate(choice.model, self.data['validation'])
+        logits = predict_by(choice.model, self.data['test'])
+        for seed in seeds:
+            self._new_folder(seed)
+            self._write_result(
+                seed, logits, validation, seconds=seconds, params=count_params(choice.model),
+                chosen=choice.settings, tried=choice.points)
+
+
+def channels(shape: Sequence[int]) -> int:
+    """Channels of the features of one image: a vector (F,), a map (C, H, W) or tokens (T, C)."""
+    return shape[-1] if len(shape) == 2 else shape[0]
+
+
 def run_experiments(experiments: Sequence[HeadExperiment], seeds: list[int]) -> None:
-    """Train what is not finished, all variants and seeds side by side, and write each run folder as its run ends."""
+    """Run what is not finished: fitted controls first, then all heads and seeds side by side; each run folder is
+    written as its run ends."""
     todo = [experiment.unfinished(seeds) for experiment in experiments]
-    tasks = [experiment.task(experiment.recipe, left) for experiment, left in zip(experiments, todo)]
-    for i, trained in train_heads(tasks):
-        experiments[i].write(trained)
+    trained_ones = []
+    for experiment, left in zip(experiments, todo):
+        if not isinstance(experiment, FittedExperiment):
+            trained_ones.append((experiment, experiment.task(experiment.recipe, left)))
+        elif left:
+            experiment.fit(left)
+    for i, trained in train_heads([task for _, task in trained_ones]):
+        trained_ones[i][0].write(trained)
     for experiment, left in zip(experiments, todo):
         already = f' ({len(seeds) - len(left)} were there already)' if len(left) < len(seeds) else ''
         print(experiment.describe(seeds) + already, flush=True)

@@ -25,7 +25,8 @@ class CompareOptions(Options, applies_to=('frozen',)):
     backbone: str = option('', 'model of timm or timm_spinal that makes the features; its classifier is left out')
     heads: str = option(
         'linear,mlp,spinal,pspinal', 'heads, separated by commas, with options after colons (spinal:width=256); mlp '
-        'stands for one MLP for each other head, with as many parameters; mlp=spinal is only that of spinal')
+        'stands for one MLP for each other head, with as many parameters; mlp=spinal is only that of spinal; ridge, '
+        'knn and logreg are controls that are fitted and not trained')
     seeds: str = option('5', 'number of seeds, or the seeds themselves separated by commas')
     control: str = option('linear', 'head that the others are compared with')
     epochs: int = option(30, 'epochs of each head', low=1)
@@ -40,6 +41,15 @@ class CompareOptions(Options, applies_to=('frozen',)):
     tune_lr: list[float] = option([3e-4, 2e-3, 1e-2], 'learning rates of the grid', low=0.)
     tune_weight_decay: list[float] = option([1e-2, 3e-1], 'weight decays of the grid', low=0.)
     tune_seeds: int = option(2, 'seeds of each point of the grid', low=1)
+    ridge_penalty: list[float] = option(
+        [], 'penalties of ridge regression to choose from, in units of the mean eigenvalue of the features; not given: '
+        '1e-6 to 100', greater_than=0.)
+    knn_k: list[int] = option([], 'numbers of neighbours of knn to choose from; not given: 5 to 200', low=1)
+    knn_temperature: list[float] = option(
+        [], 'temperatures of the votes of knn to choose from; not given: 0.07, 0.1 and 0.2', greater_than=0.)
+    logreg_c: list[float] = option(
+        [], "weights C of the data in logistic regression to choose from, scikit-learn's for features of mean variance "
+        '1; not given: 1e-5 to 10', greater_than=0.)
     augment_passes: int = option(0, 'further passes over the training images, augmented', low=0)
     train_size: int = option(0, 'train on a stratified part of so many images, when above 0', low=0)
     test_split_fraction: float = option(

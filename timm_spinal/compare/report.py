@@ -43,7 +43,7 @@ def write_report(
     rows = read_run_results(output, comparison)
     metric = metric_of(rows)
     values = values_by_variant(rows, metric)
-    gaps = differences(comparison.pairs(), values)
+    gaps = differences(comparison.pairs(comparison.strongest(rows, metric)), values)
     sentences = findings(comparison, rows, values, gaps, metric)
     table = table_rows(comparison, rows, values, gaps, metric)
 
@@ -79,18 +79,18 @@ def table_rows(
         metric: str,
 ) -> list[dict[str, str]]:
     """One row of text for each variant; columns without any value are left out."""
-    params, to_control = _params(comparison, rows), {g.variant: g for g in gaps if g.control == comparison.control}
+    params = _params(comparison, rows)
+    references = dict.fromkeys(filter(None, (comparison.control, comparison.strongest(rows, metric))))
     table = []
     for variant in comparison.variants:
         measured, cost = values.get(variant, {}), comparison.costs.get(variant, {})
         done = [row for row in rows if row.variant == variant and row.status == 'done']
-        gap = to_control.get(variant)
         table.append({
             'variant': variant,
             'seeds': str(len(measured)),
             f'{METRICS[metric]}, % (95 % interval)': _accuracy(measured),
-            f'difference to {comparison.control} (interval)': '' if gap is None else _gap(gap),
-            'p': '' if gap is None or gap.p is None else f'{gap.p:.2g}',
+            **{column: text for i, reference in enumerate(references)
+               for column, text in _against(variant, reference, gaps, 'p' if i == 0 else f'p, {reference}').items()},
             **_validation(done, metric),
             'signs changed, %': _mean([row.sign_flips for row in done], '.2f'),
             'parameters': count_text(params[variant]) if variant in params else '',
@@ -101,6 +101,7 @@ def table_rows(
             'file, MB': f'{cost["file_mb"]:.2f}' if cost.get('file_mb') else '',
             'lr': _same([row.lr for row in done]),
             'weight decay': _same([row.weight_decay for row in done]),
+            'chosen': '; '.join(dict.fromkeys(row.chosen for row in done if row.chosen)),
         })
     used = [column for column in table[0] if any(row[column] for row in table)]
     return [{column: row[column] for column in used} for row in table]
@@ -140,6 +141,18 @@ def _accuracy(measured: Values) -> str:
         return 'no result'
     mean = estimate(list(measured.values()))
     return f'{mean.mean:.2f}' + (' (no interval)' if mean.half is None else f' ± {mean.half:.2f}')
+
+
+def _against(variant: str, reference: str, gaps: list[Difference], p: str) -> dict[str, str]:
+    """The columns of the difference to one control; a pair is measured once, so that it may be the other way round."""
+    by_pair = {(gap.variant, gap.control): gap for gap in gaps}
+    gap = by_pair.get((variant, reference))
+    if gap is None and (reference, variant) in by_pair:
+        gap = by_pair[reference, variant].reversed()
+    return {
+        f'difference to {reference} (interval)': '' if gap is None else _gap(gap),
+        p: '' if gap is None or gap.p is None else f'{gap.p:.2g}',
+    }
 
 
 def _gap(gap: Difference) -> str:

@@ -35,7 +35,8 @@ _RESULT_TYPES: dict[str, Any] = {
                      'weight_decay', 'sign_flips'], float | None),
     **dict.fromkeys(['epoch', 'epochs', 'best_epoch', 'updates', 'params', 'num_classes', 'train_size', 'eval_size',
                      'test_images'], int | None),
-    'processes': int, 'versions': dict[str, str], 'hardware': str, 'mixed_precision': str | None,
+    'chosen': dict[str, float], 'processes': int, 'versions': dict[str, str], 'hardware': str,
+    'mixed_precision': str | None,
 }
 
 
@@ -53,6 +54,7 @@ class Comparison:
         data: Name, sizes of the splits and a sentence on how they were made.
         setting: What all runs share, as name and value for the report.
         costs: For each variant, as `cost.Cost`.
+        controls: Variants that are controls, the strongest of which the others are compared with too.
         tuned: For each variant, a list of grid points with their validation accuracy and whether chosen.
         folders: Run folders by variant and seed, where they are not under ``runs/``.
     """
@@ -67,11 +69,27 @@ class Comparison:
     costs: dict[str, dict[str, float]] = field(default_factory=dict)
     tuned: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     folders: dict[str, dict[str, str]] = field(default_factory=dict)
+    controls: list[str] = field(default_factory=list)
 
-    def pairs(self) -> list[tuple[str, str]]:
-        """Comparisons of the report: each variant with the control, and with the MLP that has as many parameters."""
+    def pairs(self, strongest: str = '') -> list[tuple[str, str]]:
+        """Comparisons of the report: each variant with the control, with the MLP that has as many parameters, and with
+        the strongest control where that is another pair."""
         pairs = [(v, self.control) for v in self.variants if v != self.control]
-        return pairs + [(v, sized) for sized, v in self.sized_as.items() if sized != self.control]
+        pairs += [(v, sized) for sized, v in self.sized_as.items() if sized != self.control]
+        there = {frozenset(pair) for pair in pairs}
+        return pairs + [(v, strongest) for v in self.variants
+                        if strongest and v != strongest and frozenset((v, strongest)) not in there]
+
+    def strongest(self, rows: list['RunResult'], metric: str) -> str:
+        """The control that is best on the split that chooses, '' where there is but one, or none has finished.
+
+        Args:
+            rows: All runs.
+            metric: The metric of the report; that of the validation split decides.
+        """
+        values = values_by_variant(rows, metric.replace('test_', 'val_'))
+        means = {v: sum(values[v].values()) / len(values[v]) for v in self.controls if values.get(v)}
+        return max(means, key=lambda v: means[v]) if len(means) > 1 else ''
 
 
 @dataclass
@@ -97,6 +115,7 @@ class RunResult:
     seconds: float | None = None
     mixed_precision: str | None = None
     sign_flips: float | None = None
+    chosen: str = ''
     folder: str = ''
     error: str = ''
 
@@ -157,6 +176,7 @@ def read_run_result(folder: Path, variant: str, seed: int) -> RunResult:
         row.best_epoch, row.params, row.seconds = (result.get(k) for k in ('best_epoch', 'params', 'seconds'))
         row.sign_flips, row.mixed_precision = result.get('sign_flips'), result.get('mixed_precision')
         row.lr, row.weight_decay = result.get('lr'), result.get('weight_decay')
+        row.chosen = ', '.join(f'{name} {value:.3g}' for name, value in result.get('chosen', {}).items())
     return row
 
 

@@ -6,7 +6,7 @@ all m hold together with 95 %; p values are adjusted by Benjamini and Hochberg. 
 interval: that of two is twelve times as wide as their spread.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Sequence
 
 import numpy as np
@@ -50,6 +50,13 @@ class Difference:
         if low is None or high is None:
             return 'unknown'
         return 'above' if low > 0 else 'below' if high < 0 else 'open'
+
+
+    def reversed(self) -> 'Difference':
+        """The control's difference to the variant."""
+        mean, low, high, seeds = astuple(self.estimate)
+        turned = Estimate(-mean, None if high is None else -high, None if low is None else -low, seeds)
+        return Difference(self.control, self.variant, turned, self.p)
 
 
 def estimate(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Estimate:

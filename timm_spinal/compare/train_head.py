@@ -16,6 +16,7 @@ from timm_spinal.training.dataset import TrainSampler
 
 _FUSED = ('adam', 'adamw', 'sgd', 'momentum')  # optimizers that torch has as one kernel
 EVAL_BATCH = 4096
+_EVAL_NUMBERS = 2 ** 24  # of the features of a batch, since heads of tokens compute larger ones
 
 
 @dataclass(frozen=True)
@@ -161,11 +162,17 @@ def evaluate(head: nn.Module, split: Features) -> dict[str, float]:
     """Mean ``loss`` in nats and ``top1`` in percent over features (1, N, ...)."""
     head.eval()
     loss, hits = 0., 0
-    for x, y in zip(split.x[0].split(EVAL_BATCH), split.y.split(EVAL_BATCH)):
+    batch = eval_batch(split.x)
+    for x, y in zip(split.x[0].split(batch), split.y.split(batch)):
         output = head(x)
         loss += float(F.cross_entropy(output, y, reduction='none').double().sum())
         hits += int((output.argmax(dim=1) == y).sum())
     return dict(loss=loss / len(split.y), top1=100. * hits / len(split.y))
+
+
+def eval_batch(x: torch.Tensor) -> int:
+    """How many images of features (1, N, ...) are evaluated at a time."""
+    return max(1, min(EVAL_BATCH, _EVAL_NUMBERS // x[0, 0].numel()))
 
 
 def _create_optimizer(

@@ -11,7 +11,7 @@ from torch import nn
 from timm_spinal.errors import UserError
 
 from .controls import REFUSALS
-from .train_head import EVAL_BATCH, Features, Recipe, Trained, seed_dropout, train_head
+from .train_head import Features, Recipe, Trained, eval_batch, seed_dropout, train_head
 
 
 @dataclass(frozen=True)
@@ -162,5 +162,11 @@ def _gpus(device: torch.device) -> list[torch.device]:
 def predict(head: nn.Module, state: dict[str, torch.Tensor], features: Features) -> torch.Tensor:
     """Logits (N, C) of a trained head for features (1, N, ...)."""
     head.load_state_dict(state)
-    head.to(features.x.device).eval()
-    return torch.cat([head(x) for x in features.x[0].split(EVAL_BATCH)])
+    return predict_by(head.to(features.x.device), features)
+
+
+@torch.no_grad()
+def predict_by(model: nn.Module, features: Features) -> torch.Tensor:
+    """Logits (N, C) of a classifier for features (1, N, ...) on its device."""
+    model.eval()
+    return torch.cat([model(x) for x in features.x[0].split(eval_batch(features.x))])

@@ -55,7 +55,7 @@ def make_card(publication: Publication, options: PublishOptions, cost: Cost, nam
         install=install_line(ADDRESS),
         architecture=publication.architecture if publication.architecture in timm_spinal.list_models() else '',
         register='' if load_name == name else _register_line(publication.architecture),  # packaged names are known
-        repo=repo if load_name.startswith('hf-hub:') else '',
+        repo=repo if load_name.startswith('hf-hub:') and not options.head_only else '',
         revision=revision,
         pull_request=revision.removeprefix('refs/pr/') if revision.startswith('refs/pr/') else '',
         channels=cost.input_size[0],
@@ -221,6 +221,9 @@ def _limits(publication: Publication, options: PublishOptions, rows: list[ModelR
         limits.append('There is only one seed, so the spread over seeds is not known.')
     if options.weights != 'best':
         limits.append(f'These are the {options.weights} weights of the last checkpoint, not those of the best epoch.')
+    if options.head_only:
+        limits.append('The file holds the head alone. `timm.create_model` fetches the weights of the backbone that its '
+                      'metadata name and checks their hash; other programs, such as transformers, do not.')
     if options.dtype == 'fp16':
         limits.append('The weights are rounded to float16' + (
             '; the accuracies are those of the rounded weights.' if publication.scores else '.'))

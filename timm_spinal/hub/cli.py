@@ -5,6 +5,7 @@
     timm-spinal publish runs/my_run --repo me/... --beside 'runs/other_*'        with other runs in the card's table
     timm-spinal publish runs/my_run --repo me/... --beside output/compare/mine   with the comparison it belongs to
     timm-spinal publish runs/my_run --repo me/... --branch next                 the card loads hf-hub:me/...@next
+    timm-spinal publish runs/my_run --repo me/... --head-only                    the head, and which backbone it is for
     timm-spinal publish runs/my_run --local fashion_mnist                       into this package's source, if small
 
 It is one commit. Before it, the weights are loaded back and the card is checked; after it, everything is downloaded
@@ -65,6 +66,9 @@ def _parser() -> Parser:
                        help='write the weights as ARCH.TAG into the source tree of this package')
     parser.add_argument('--card-only', action='store_true',
                         help='with --local: only the card, which says that the weights are not published yet')
+    parser.add_argument('--head-only', action='store_true',
+                        help='send the head alone, with the name and the hash of the weights of its backbone, which '
+                        'must have been frozen')
     parser.add_argument('--dry-run', action='store_true', help='make and check the folder, send nothing')
     parser.add_argument('--output', type=Path, metavar='DIR', help='folder of a dry run; not given: RUN/hub')
     parser.add_argument('--license', default='', metavar='ID', dest='licence',
@@ -101,6 +105,8 @@ def _options(args: argparse.Namespace) -> PublishOptions:
     if args.card_only and not args.local:
         raise UserError('--card-only: works only with --local; add --local, or use --dry-run, which writes a card '
                         'to the disk')
+    if args.head_only and args.local:
+        raise UserError('--head-only: works only with --repo; leave it out with --local')
     if args.output and not args.dry_run:
         raise UserError(f'--output {args.output}: only --dry-run uses it; add --dry-run, or leave --output out')
     if args.data_dir and args.dtype != 'fp16':

@@ -32,6 +32,7 @@ class PublishOptions:
         dataset_name: What the card calls the data set; '' for its source or folder.
         beside: Run folders whose results stand in the card's table: other seeds, controls.
         card_only: The card says that the weights are not published yet.
+        head_only: The head alone, with the name and the hash of the weights of its frozen backbone.
     """
     repo: str
     private: bool = False
@@ -48,6 +49,7 @@ class PublishOptions:
     dataset_name: str = ''
     beside: tuple[str, ...] = ()
     card_only: bool = False
+    head_only: bool = False
 
 
 def check_repo_name(repo: str, flag: str = '--repo') -> None:

@@ -15,12 +15,14 @@ from torch import nn
 from timm_spinal.cost import cost_of
 from timm_spinal.errors import UserError
 from timm_spinal.files import write_error
+from timm_spinal.models.head_only import is_in_head, save_head
 from timm_spinal.training.config import ValidateConfig
 from timm_spinal.training.model import create_model
 from timm_spinal.training.results import CONFIG, WEIGHTS, own_config
 
 from .card import make_card, resolve_licence
 from .card_check import check_card
+from .frozen_backbone import frozen_backbone
 from .golden import GOLDEN, compare_golden, golden_tensors
 from .licences import Licence
 from .measure import measure
@@ -89,13 +91,19 @@ def build_package(
         UserError: As in `built`.
     """
     weights = published_weights(publication.state_dict, options.dtype, publication.architecture)
+    backbone = frozen_backbone(publication) if options.head_only else None
+    if backbone is not None:
+        weights = {name: value for name, value in weights.items() if is_in_head(name)}
     licence = resolve_licence(publication, options)
     config = _config(publication.config, licence, options)
     if publication.model is not None:
         check_not_tied(publication.model, publication.architecture)
     try:
         (folder / GOLDEN).parent.mkdir(parents=True)
-        save_file(weights, folder / WEIGHTS, metadata={'format': 'pt'})
+        if backbone is None:
+            save_file(weights, folder / WEIGHTS, metadata={'format': 'pt'})
+        else:
+            save_head(weights, folder / WEIGHTS, backbone)
         _write_config(folder, config)
         model = load_package(folder, publication.architecture)
         _write_config(folder, own_config(config, model))
@@ -176,12 +184,14 @@ def load_package(folder: Path, name: str) -> nn.Module:
 
 
 def check_same_weights(model: nn.Module, weights: dict[str, torch.Tensor], name: str) -> None:
-    """A loaded model must hold the weights of the file, to the bit.
+    """A loaded model must hold the weights of the file, to the bit; of a head alone, its head must.
 
     Raises:
         UserError: It does not; its options were not all recorded.
     """
     loaded = model.state_dict()
+    if all(map(is_in_head, weights)):
+        loaded = {key: value for key, value in loaded.items() if is_in_head(key)}
     other = sorted(loaded.keys() ^ weights.keys())
     other = other or [k for k in weights if not torch.equal(loaded[k], weights[k].to(loaded[k].dtype))]
     if other:

@@ -5,7 +5,7 @@ https://arxiv.org/abs/2506.10178, and "ML-Decoder: Scalable and Versatile Classi
 https://arxiv.org/abs/2111.12933 (docs/papers/attention_heads.md).
 """
 
-from typing import Final, Optional
+from typing import Final, Optional, Set, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ class TokenHead(ClassifierHead):
 
     needs_feature_map = True
     reads_tokens = True
+    is_control = True
     plain: Final[bool]  # TorchScript compiles only the branch that is taken
 
     def __init__(
@@ -60,6 +61,10 @@ class TokenHead(ClassifierHead):
         self.num_prefix_tokens = num_prefix_tokens
         self.prefix = prefix
 
+    @property
+    def accepted_fmts(self) -> Tuple[str, ...]:
+        return (self.input_fmt,)
+
     def tokens(self, x: torch.Tensor) -> torch.Tensor:
         """The map or the tokens of a backbone as (B, T, C)."""
         if self.input_fmt == 'NCHW':
@@ -76,6 +81,7 @@ class TokenHead(ClassifierHead):
             in_features: Optional[int] = None,
             device=None,
             dtype=None,
+            pool_type: Optional[str] = None,
     ) -> None:
         """Replace the classifier; queries and projections stay, unless the width changes.
 
@@ -83,15 +89,17 @@ class TokenHead(ClassifierHead):
             num_classes: Number of classes, 0 for none.
             reset_other: Drop the attention too, leaving a linear classifier of the averaged tokens.
             in_features: New channels. The hidden layers are made anew where they differ.
+            pool_type: Has no effect: the head pools by itself, or reads a vector that is pooled already. Libraries that
+                take any module with ``reset(num_classes, pool_type)`` for a head give it.
         """
         super().reset(num_classes, reset_other, in_features, device, dtype)
-        self.plain = isinstance(self.hidden, nn.Identity)
+        self.plain = isinstance(self.hidden, nn.Identity)  # type: ignore[misc]
 
     @torch.jit.ignore
     def postpone_hidden(self) -> None:
         """Take the attention out, until a reset to one class or more makes it anew; the tokens are averaged."""
         super().postpone_hidden()
-        self.plain = True
+        self.plain = True  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         x = self.tokens(x)
@@ -176,6 +184,11 @@ class AttentionHead(TokenHead):
     hidden_layers = EfficientProbing
     paper = '2506.10178'
 
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """The queries, which are learned tokens."""
+        return {'hidden.queries'}
+
 
 class ClassQueries(nn.Module):
     """Fixed random queries of ML-Decoder, (G, D); they are saved and not trained.
@@ -184,6 +197,8 @@ class ClassQueries(nn.Module):
         groups: Number of queries G.
         dim: Width D.
     """
+
+    weight: torch.Tensor
 
     def __init__(self, groups: int, dim: int, device=None, dtype=None):
         super().__init__()

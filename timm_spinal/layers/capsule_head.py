@@ -5,7 +5,7 @@ https://arxiv.org/abs/2111.10854 (docs/papers/xnodr_xnidr.md, sections 2 to 4).
 """
 
 from functools import partial
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 from torch import nn
@@ -212,6 +212,12 @@ class CapsuleHead(ClassifierHead):
         if num_classes == 1 and not (self.plain or reset_other):
             check_routed_classes(num_classes)
 
+    @property
+    def accepted_fmts(self) -> Tuple[str, ...]:
+        if not self.needs_feature_map:
+            return ()
+        return ('NHWC',) if self.channels_last else ('NCHW',)
+
     @torch.jit.ignore
     def reset(
             self,
@@ -220,6 +226,7 @@ class CapsuleHead(ClassifierHead):
             in_features: Optional[int] = None,
             device=None,
             dtype=None,
+            pool_type: Optional[str] = None,
     ) -> None:
         """Replace the routing weights and the norm behind them; the primary capsules stay, unless the width changes.
 
@@ -227,6 +234,7 @@ class CapsuleHead(ClassifierHead):
             num_classes: Number of classes, 0 for none.
             reset_other: Drop the capsules too, leaving a linear classifier on the averaged map.
             in_features: New channels. If they differ, the primary block is created again.
+            pool_type: Has no effect: the head pools by itself, or reads a vector that is pooled already.
         """
         self.check_classes(num_classes, reset_other)
         self.plain = self.plain or reset_other

@@ -2,7 +2,7 @@
 
 import inspect
 from functools import partial
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Callable, Optional, Set, Tuple
 
 import torch
 from timm.layers import get_act_layer, get_device_dtype, get_norm_layer
@@ -95,16 +95,22 @@ class ClassifierHead(nn.Module):
         needs_feature_map: Whether the input is the feature map and not the pooled vector.
         reads_tokens: Whether a head that needs the feature map takes tokens (N, T, C) as well.
         averages_map: Whether it averages the map, so that the model can have no other pooling.
+        is_control: Whether it is one that the papers' heads are measured against.
         per_class_modules: Submodules whose shape depends on the number of classes.
         paper: arXiv number of the paper, '' for none.
+        accepted_fmts: Formats of a backbone's output that the head reads as it is: 'NCHW', 'NHWC' or 'NLC' (tokens);
+            none where it reads the pooled vector.
+        pre_logits_dim: The same as ``hidden_size``, by the name that other libraries have for it.
     """
 
     hidden_layers: Callable[..., nn.Module] = NoHiddenLayers
     needs_feature_map = False
     reads_tokens = False
     averages_map = False
+    is_control = False
     per_class_modules: Tuple[str, ...] = ('fc',)
     paper = ''
+    __jit_unused_properties__ = ('accepted_fmts', 'pre_logits_dim')
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -134,6 +140,19 @@ class ClassifierHead(nn.Module):
             return nn.Identity()
         return nn.Linear(self.hidden_size, self.num_classes, device=device, dtype=dtype)
 
+    @property
+    def accepted_fmts(self) -> Tuple[str, ...]:
+        return ()
+
+    @property
+    def pre_logits_dim(self) -> int:
+        return self.hidden_size
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last layer."""
+        return self.fc
+
     @torch.jit.ignore
     def check_classes(self, num_classes: int, reset_other: bool = False) -> None:
         """Refuse a number of classes that :meth:`reset` with the same arguments could not take.
@@ -143,6 +162,11 @@ class ClassifierHead(nn.Module):
         """
         if num_classes < 0:
             raise ValueError(f'num_classes must not be negative, got {num_classes}.')
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names of matrices that have no weight decay, as timm's models name theirs."""
+        return set()
 
     @torch.jit.ignore
     def postpone_hidden(self) -> None:
@@ -158,6 +182,7 @@ class ClassifierHead(nn.Module):
             in_features: Optional[int] = None,
             device=None,
             dtype=None,
+            pool_type: Optional[str] = None,
     ) -> None:
         """Replace the last linear; the hidden layers stay, unless the input width changes.
 
@@ -165,6 +190,8 @@ class ClassifierHead(nn.Module):
             num_classes: Number of classes of the new linear, 0 for none.
             reset_other: Drop the hidden layers too, leaving a plain linear classifier.
             in_features: New input width. If it differs, the hidden layers are created again.
+            pool_type: Has no effect: the head pools by itself, or reads a vector that is pooled already. Libraries that
+                take any module with ``reset(num_classes, pool_type)`` for a head give it.
         """
         dd = get_device_dtype(self, device=device, dtype=dtype)
         if reset_other:

@@ -13,6 +13,8 @@ class LinearHead(ClassifierHead):
         num_classes: Number of classes C.
     """
 
+    is_control = True
+
 
 class MlpLayers(nn.Sequential):
     """Plain hidden layers: (N, F) -> (N, W), each as :func:`hidden_block`.
@@ -60,6 +62,7 @@ class MlpHead(ClassifierHead):
     """
 
     hidden_layers = MlpLayers
+    is_control = True
 
 
 def equal_size_mlp_width(num_params: int, in_features: int, num_classes: int, norm: bool = True) -> int:

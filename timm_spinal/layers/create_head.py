@@ -157,6 +157,6 @@ def create_head(
         options = dict(presets[preset], **options)
     if head_cls.needs_feature_map:
         options['input_fmt'] = input_fmt
-    if head_cls.reads_tokens:
+    if getattr(head_cls, 'reads_tokens', False):
         options['num_prefix_tokens'] = num_prefix_tokens
     return head_cls(in_features, num_classes, device=device, dtype=dtype, **options)

@@ -98,7 +98,8 @@ def drop_hidden_layers(model: TimmModel, keep_map: bool) -> None:
     if not isinstance(model, VGG):
         model.reset_classifier(0, **(dict(global_pool='') if keep_map else {}), reset_other=True)
         return
-    model.pre_logits = nn.Identity() if keep_map else MapVector(VGG_GRID)
+    pre_logits: Any = nn.Identity() if keep_map else MapVector(VGG_GRID)
+    model.pre_logits = pre_logits
     width = model.num_features * (1 if keep_map else VGG_GRID ** 2)
     model.head.in_features = model.head.num_features = model.head_hidden_size = width
 

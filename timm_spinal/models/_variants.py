@@ -25,6 +25,7 @@ from ..layers import nearest
 from ._packaged import packaged_cfgs, same_preprocessing
 from ._timm import pretrained_cfg_for_features
 from .fill_weights import watch_load
+from .head_only import fetch_backbone
 from .load_weights import create_filled, is_from_file, rename_weights
 from .weight_files import read_weights
 
@@ -118,6 +119,8 @@ def _load_backbone(
     if not cfg.get('custom_load'):
         given = cfg.get('state_dict') or is_from_file(cfg) and read_weights(cfg['file'])
         state_dict = given or read_state_dict(cfg, create.keywords['cache_dir'])
+        if state_dict and all(map(is_ours, state_dict)):
+            state_dict = {**fetch_backbone(cfg, create.keywords['cache_dir']), **state_dict}
         load_cfg = filter_pretrained_cfg(cfg, remove_source=True)
         load_cfg['state_dict'] = {name: value for name, value in state_dict.items() if not is_ours(name)}
     if is_from_file(cfg):

@@ -10,7 +10,7 @@ A head that reads the feature map or the tokens (its ``needs_feature_map``) gets
 import functools
 import inspect
 import types
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple, Type, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Set, Tuple, Type, Union
 
 import torch
 from timm.layers import get_device_dtype
@@ -90,6 +90,13 @@ class HeadedModel:
         self.num_classes = num_classes
         if not self.unpooled:
             self.head_hidden_size = self.attached_head.hidden_size
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names of parameters without weight decay: those of the backbone and those of the head."""
+        of_backbone = super().no_weight_decay() if hasattr(self.backbone_cls, 'no_weight_decay') else ()  # type: ignore
+        of_head: Set[str] = getattr(self.attached_head, 'no_weight_decay', set)()
+        return {*of_backbone, *(f'{HEAD_NAME}.{name}' for name in of_head)}
 
     @torch.jit.ignore
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> List[int]:

@@ -1,7 +1,8 @@
 """Registered models `<timm backbone>_<head>`, made by :func:`attach_head`.
 
 ``pretrained=True`` loads timm's weights of the backbone (tags ``backbone_<timm tag>``) and says that the head is new.
-Weights of a whole model, as `timm.models.save_for_hf` writes them, load with their head.
+Weights of a whole model, as `timm.models.save_for_hf` writes them, load with their head. So does a head that was
+published alone, with the weights of the backbone that it names.
 A vision transformer made with ``num_classes=0`` and no weights of a head returns the backbone's embedding.
 """
 
@@ -21,6 +22,7 @@ from ._hidden_layers import check_hidden_layers, replaces_hidden_layers
 from ._variants import create_backbone, register_variant
 from .attach_head import CLASSIFIER_NAME, HEAD_NAME, attach_head
 from .fill_weights import LoadedWeights
+from .head_only import is_in_head
 from .load_weights import is_from_file
 
 _logger = logging.getLogger(__name__)
@@ -47,10 +49,6 @@ VARIANTS = (
 default_cfgs: Dict[str, DefaultCfg] = {}
 
 
-def _is_in_head(name: str) -> bool:
-    return name.startswith(f'{HEAD_NAME}.')
-
-
 def _load_head(model: TimmModel, state_dict: Dict[str, torch.Tensor], num_classes: int, from_file: bool) -> bool:
     """Load the head of a whole model's weights; the modules per class stay new where the number of classes differs.
 
@@ -63,12 +61,12 @@ def _load_head(model: TimmModel, state_dict: Dict[str, torch.Tensor], num_classe
     Returns:
         Whether anything of the head was loaded.
     """
-    head = {name[len(HEAD_NAME) + 1:]: value for name, value in state_dict.items() if _is_in_head(name)}
+    head = {name[len(HEAD_NAME) + 1:]: value for name, value in state_dict.items() if is_in_head(name)}
     check_hidden_layers(model, state_dict, whole_model=bool(head))
     if not head:
         _note(model, head, head)
         return False
-    missing = {name for name in model.state_dict() if not _is_in_head(name)} - set(state_dict)
+    missing = {name for name in model.state_dict() if not is_in_head(name)} - set(state_dict)
     if missing and not from_file:
         raise RuntimeError(f"The weights lack {len(missing)} keys of the backbone, such as '{min(missing)}'.")
     own = model.attached_head.state_dict()
@@ -143,13 +141,13 @@ def create_headed(
     if replaces_hidden_layers(backbone, head, head_kwargs.get(RESET_OTHER)):
         kwargs['pretrained_strict'] = False  # the weights may lack what the head replaces
     model, state_dict = create_backbone(
-        backbone, cfg, _is_in_head, pretrained=pretrained, cache_dir=cache_dir, num_classes=0, **kwargs)
+        backbone, cfg, is_in_head, pretrained=pretrained, cache_dir=cache_dir, num_classes=0, **kwargs)
     if kwargs.get('features_only'):
         return model
     cfg.pop('state_dict', None)
     attach_head(model, head, num_classes, **head_kwargs)
     is_embedding = not num_classes and not model.unpooled and hasattr(model, 'num_prefix_tokens')
-    if is_embedding and not any(map(_is_in_head, state_dict)):
+    if is_embedding and not any(map(is_in_head, state_dict)):
         # timm promises an embedding of num_features from a token model that is made without classes
         model.attached_head.postpone_hidden()
         model.head_hidden_size = model.attached_head.hidden_size

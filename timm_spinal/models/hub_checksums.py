@@ -38,7 +38,7 @@ def check_download(what: str, source: str | dict[str, Any], cache_dir: str | Non
         UserError: Names the file.
     """
     cfg = _named_cfg(source) if isinstance(source, str) else source
-    for path in _files(cfg, cache_dir):
+    for path in weight_files(cfg, cache_dir):
         if is_damaged(path):
             part = f'{constants.CONFIG_NAME} is' if path.name == constants.CONFIG_NAME else 'weights are'
             raise UserError(f'{what}: its {part} damaged (another checksum than on the Hub); delete {path.resolve()} '
@@ -114,8 +114,8 @@ def _named_cfg(name: str) -> dict[str, Any]:
     return cfg.to_dict() if cfg is not None else {}
 
 
-def _files(cfg: dict[str, Any], cache_dir: str | None) -> list[Path]:
-    """The files that timm reads for a model, of those that are on this disk."""
+def weight_files(cfg: dict[str, Any], cache_dir: str | None) -> list[Path]:
+    """The files that timm reads for a model, of those that are on this disk: the config, if any, and the weights."""
     source, where = resolve_pretrained_source(cfg)
     if source == 'file':
         return [Path(where)]

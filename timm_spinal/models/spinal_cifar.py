@@ -111,9 +111,11 @@ class CifarVgg(SmallNet):
     ):
         dd = {'device': device, 'dtype': dtype}
         stages: List[nn.Module] = []
-        channels, layers, prev_chs = [], [], in_chans
+        channels: List[int] = []
+        layers: List[nn.Module] = []
+        prev_chs = in_chans
         for chs in vgg_cfgs[f'vgg{depth}']:
-            if chs == 'M':
+            if isinstance(chs, str):  # 'M', a pooling
                 stages.append(nn.Sequential(*layers, nn.MaxPool2d(2)))
                 channels.append(prev_chs)
                 layers = []
@@ -139,7 +141,8 @@ class CifarVgg(SmallNet):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
 
 class CifarBasicBlock(nn.Module):
@@ -226,7 +229,7 @@ def _create_cifar(net_cls, variant: str, pretrained: bool = False, num_stages: i
     return build_small_net(net_cls, variant, pretrained, num_stages=num_stages, **kwargs)
 
 
-def _cfg(num_classes: int = 10, pool_size: int = 4) -> Dict[str, Any]:
+def _cfg(num_classes: int = 10, pool_size: int = 4, **kwargs: Any) -> Dict[str, Any]:
     return small_net_cfg(
         pool_size=(pool_size, pool_size),
         num_classes=num_classes,
@@ -235,13 +238,15 @@ def _cfg(num_classes: int = 10, pool_size: int = 4) -> Dict[str, Any]:
         std=CIFAR_STD,
         first_conv='stages.0.0.conv',
         **SPINAL_PAPER,
+        **kwargs,
     )
 
 
 default_cfgs = generate_default_cfgs({
     'cifarcnn': _cfg(),
     'cifarcnn_spinal': _cfg(),
-    **{f'vgg{depth}_bn_cifar{head}': _cfg(pool_size=1) for depth in (11, 13, 16, 19) for head in ('', '_spinal')},
+    **{f'vgg{depth}_bn_cifar{head}': _cfg(pool_size=1, min_input_size=(3, 32, 32))
+       for depth in (11, 13, 16, 19) for head in ('', '_spinal')},
     'resnet18_cifar': _cfg(),
     'resnet18_cifar_spinal': _cfg(),
     'resnet34_cifar': _cfg(num_classes=100),

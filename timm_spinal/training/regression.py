@@ -84,7 +84,7 @@ def read_table(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
             lines = list(csv.reader(file))[1:]
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise UserError(f'--data-dir {path}: cannot be read as a table ({e}); give a CSV file') from e
-    rows = []
+    rows: list[list[float]] = []
     for number, cells in enumerate(lines, start=2):
         if not cells:
             continue
