@@ -6,6 +6,7 @@ Some 10 minutes on an idle core. With the constant learning rate, 100 epochs of 
 """
 import csv
 import statistics
+import subprocess
 import tempfile
 
 from timm_spinal.training.config import TrainConfig
@@ -42,8 +43,10 @@ def run(function: str, model: str, seed: int) -> list[float]:
 
 def main() -> None:
     import torch
+    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
     shared = dict(seeds='', uncertainty='', spread='', reported='', difference='', low='', high='', epochs='', note='',
-                  hardware='', parameters='', command='python -m tests.docs.regression', measure='MSE x 1,000')
+                  hardware='', parameters='', command='python -m tests.docs.regression', commit=commit,
+                  measure='MSE x 1,000')
     rows = [dict(shared, row='noise', what='noise', function='', data='', value=f'{1e3 * NOISE ** 2 / 12:.2f}')]
     for function in FUNCTIONS:
         variance = float(synthetic(function, 'validation')[1].var(correction=0))
@@ -61,7 +64,7 @@ def main() -> None:
                     spread=f'{T_95 * statistics.stdev(values) / len(values) ** 0.5:.2f}',
                     uncertainty='95 % interval over seeds', reported=f'{REPORTED[function][name][i]:.3f}',
                     difference='', low='', high='', hardware=f'{hardware(torch.device("cpu"), 1)}',
-                    command='python -m tests.docs.regression', note='')
+                    command='python -m tests.docs.regression', commit=commit, note='')
                 if name == 'spinal':
                     paired = [1e3 * (s[i] - p[i]) for s, p in zip(errors['spinal'], errors['plain'])]
                     half = T_95 * statistics.stdev(paired) / len(paired) ** 0.5
