@@ -15,10 +15,10 @@ import inspect
 from typing import Any, Dict, Optional, Type
 
 import torch
-from timm.models import VGG, is_model_in_modules
+from timm.models import VGG
 from torch import nn
 
-from ..layers import ClassifierHead, LinearHead, SpinalHead
+from ..layers import ClassifierHead, SpinalHead
 from ._feature_map import TimmModel
 
 OPTION = 'head_reset_other'
@@ -42,19 +42,19 @@ class MapVector(nn.Module):
         return self.pool(x).flatten(1)[:, :, None, None]
 
 
-def drops_hidden_layers(model: TimmModel, head_cls: Type[ClassifierHead], reset_other: Optional[bool]) -> bool:
+def drops_hidden_layers(model: TimmModel, head: str, reset_other: Optional[bool]) -> bool:
     """Whether a head takes the place of the classifier's hidden layers too.
 
     Args:
         model: A timm model.
-        head_cls: The head.
+        head: A row of ``HEADS``.
         reset_other: What was asked for, None for the default.
 
     Raises:
         ValueError: They are to be dropped and timm knows none in this model.
     """
     if isinstance(model, VGG):
-        return not issubclass(head_cls, LinearHead) if reset_other is None else reset_other
+        return replaces_hidden_layers(head, reset_other)
     if reset_other and 'reset_other' not in inspect.signature(model.reset_classifier).parameters:
         name = model.pretrained_cfg.get('architecture') or type(model).__name__
         raise ValueError(f'{OPTION}=True: the classifier of {name} has no hidden layers that timm can drop; '
@@ -62,9 +62,14 @@ def drops_hidden_layers(model: TimmModel, head_cls: Type[ClassifierHead], reset_
     return bool(reset_other)
 
 
-def replaces_hidden_layers(backbone: str, head: str, reset_other: Optional[bool]) -> bool:
-    """`drops_hidden_layers` by names, for the families whose weights may then lack hidden layers."""
-    return is_model_in_modules(backbone, ['vgg']) and (head != 'linear' if reset_other is None else reset_other)
+def replaces_hidden_layers(head: str, reset_other: Optional[bool]) -> bool:
+    """Whether a head takes the place of VGG's hidden layers, so that weights may lack them.
+
+    Args:
+        head: A row of ``HEADS``.
+        reset_other: What was asked for, None for the default.
+    """
+    return head != 'linear' if reset_other is None else reset_other
 
 
 def check_hidden_layers(model: TimmModel, state_dict: Dict[str, torch.Tensor], whole_model: bool) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Set, Tupl
 
 import torch
 from timm.layers import get_device_dtype
-from timm.models import get_model_args
+from timm.models import VGG, get_model_args
 from torch import nn
 
 from ..layers import HEADS, ClassifierHead, create_head, head_needs_feature_map, head_options
@@ -173,7 +173,9 @@ def attach_head(model: TimmModel, head: str, num_classes: Optional[int] = None, 
         num_classes = model.num_classes
     old_head = getattr(model, HEAD_NAME, None)
     in_features = model.head_hidden_size if old_head is None else old_head.in_features
-    drops_hidden = old_head is None and drops_hidden_layers(model, HEADS[head], head_kwargs.pop('reset_other', None))
+    reset_other = head_kwargs.pop('reset_other', None)
+    drops_hidden = old_head is None and (isinstance(model, VGG) or reset_other) and drops_hidden_layers(
+        model, head, reset_other)
     needs_map = head_needs_feature_map(head, **head_kwargs)
     if needs_map:
         given = find_feature_map(model, functools.partial(_unpool, drop_hidden=drops_hidden), HEADS[head])

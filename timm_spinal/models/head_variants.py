@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Dict, Sequence
 
 import torch
-from timm.models import DefaultCfg, resolve_pretrained_cfg
+from timm.models import DefaultCfg, is_model_in_modules, resolve_pretrained_cfg
 from torch import nn
 
 from ..layers import head_needs_feature_map, head_options
@@ -138,7 +138,7 @@ def create_headed(
             head, head_kwargs.get('head_primary', '')):
         kwargs.pop('global_pool')  # timm saved '', the pooling of a backbone whose head reads the map
 
-    if replaces_hidden_layers(backbone, head, head_kwargs.get(RESET_OTHER)):
+    if is_model_in_modules(backbone, ['vgg']) and replaces_hidden_layers(head, head_kwargs.get(RESET_OTHER)):
         kwargs['pretrained_strict'] = False  # the weights may lack what the head replaces
     model, state_dict = create_backbone(
         backbone, cfg, is_in_head, pretrained=pretrained, cache_dir=cache_dir, num_classes=0, **kwargs)
