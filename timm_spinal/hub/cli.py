@@ -87,6 +87,8 @@ def _parser() -> Parser:
                         help='name of the data set on the Hub, where the run does not tell')
     parser.add_argument('--dataset-name', default='', metavar='TEXT',
                         help='what the card calls the data set; not given: its source, or the name of its folder')
+    parser.add_argument('--no-pictures', action='store_false', dest='pictures',
+                        help='leave out confusion.png and worst.png, which shows images of your data')
     parser.add_argument('--beside', nargs='+', default=[], metavar='RUN',
                         help='other runs on the same data for the table of results: seeds, controls; or wildcards, or '
                         'the folder of timm-spinal compare that holds this run')

@@ -14,6 +14,7 @@ from torch import nn
 
 from timm_spinal.cost import cost_of
 from timm_spinal.errors import UserError
+from timm_spinal.evaluation.judgement import CONFUSION, WORST
 from timm_spinal.files import write_error
 from timm_spinal.training.config import ValidateConfig
 from timm_spinal.training.model import create_model
@@ -32,7 +33,7 @@ from .weights import check_not_tied, published_weights
 
 CARD, HPARAMS = 'README.md', 'train_hparams.yaml'
 # what a publication may hold; of these, files that are on the Hub and not in a new publication are removed there
-FILES = (WEIGHTS, CONFIG, CARD, HPARAMS, 'summary.csv', 'curves.png', GOLDEN)
+FILES = (WEIGHTS, CONFIG, CARD, HPARAMS, 'summary.csv', 'curves.png', CONFUSION, WORST, GOLDEN)
 
 
 class Package(NamedTuple):
@@ -88,6 +89,9 @@ def build_package(
     Raises:
         UserError: As in `built`.
     """
+    if not options.pictures:
+        publication = replace(publication, files={
+            file: path for file, path in publication.files.items() if file not in (CONFUSION, WORST)})
     weights = published_weights(publication.state_dict, options.dtype, publication.architecture)
     licence = resolve_licence(publication, options)
     config = _config(publication.config, licence, options)
