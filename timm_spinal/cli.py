@@ -34,6 +34,7 @@ VERBS = {
     'train-detection': Verb('timm_spinal.detection.train', 'run', 'train an object detector'),
     'validate': Verb('timm_spinal.validate', 'run', 'measure loss and accuracy of models'),
     'predict': Verb('timm_spinal.see.predict', 'run', 'say what is on pictures'),
+    'explain': Verb('timm_spinal.see.explain', 'run', 'show where a model looked in a picture'),
     'pack': Verb('timm_spinal.pack', 'run', 'store the binary head of an XnODR or XnIDR model in bits'),
     'active-share': Verb('timm_spinal.active_share', 'run', 'print how often each collision of an IC model is active'),
     'env': Verb('timm_spinal.env', 'run', 'print versions, and what computes with bits'),
