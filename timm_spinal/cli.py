@@ -35,6 +35,7 @@ VERBS = {
     'validate': Verb('timm_spinal.validate', 'run', 'measure loss and accuracy of models'),
     'predict': Verb('timm_spinal.see.predict', 'run', 'say what is on pictures'),
     'explain': Verb('timm_spinal.see.explain', 'run', 'show where a model looked in a picture'),
+    'demo': Verb('timm_spinal.see.demo', 'run', 'open a page in the browser that answers to pictures'),
     'pack': Verb('timm_spinal.pack', 'run', 'store the binary head of an XnODR or XnIDR model in bits'),
     'active-share': Verb('timm_spinal.active_share', 'run', 'print how often each collision of an IC model is active'),
     'env': Verb('timm_spinal.env', 'run', 'print versions, and what computes with bits'),

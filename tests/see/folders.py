@@ -60,12 +60,12 @@ def picture(rng: np.random.Generator, i: int = 0, size: int = 40) -> Image.Image
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def write_bomb(path: Path, side: int = 100_000) -> Path:
-    """A PNG of this many pixels a side in a few bytes."""
+def write_bomb(path: Path, width: int = 100_000, height: int = 100_000) -> Path:
+    """A PNG of this many pixels in a few bytes."""
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
 
-    head = struct.pack('>IIBBBBB', side, side, 8, 2, 0, 0, 0)
+    head = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
     rows = chunk(b'IDAT', zlib.compress(bytes(3000)))
     path.write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', head) + rows + chunk(b'IEND', b''))
     return path

@@ -89,6 +89,7 @@ def _draw_pairs(path: Path, confusion: Confusion, names: Sequence[str]) -> None:
         f'{shorten(names[pair.target], 30)}, called {shorten(names[pair.prediction], 30)}' for pair in pairs],
         fontsize=8, parse_math=False)
     axes.margins(x=0.15)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.invert_yaxis()
     axes.set(xlabel='images', title=f'most confused of {confusion.num_classes:,} classes' if pairs else 'no mistakes')
     save_figure(figure, path)

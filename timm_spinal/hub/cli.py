@@ -5,6 +5,7 @@
     timm-spinal publish runs/my_run --repo me/... --beside 'runs/other_*'        with other runs in the card's table
     timm-spinal publish runs/my_run --repo me/... --beside output/compare/mine   with the comparison that has it
     timm-spinal publish runs/my_run --repo me/... --branch next                 the card loads hf-hub:me/...@next
+    timm-spinal publish runs/my_run --repo me/... --space me/demo               and a Space that shows it
     timm-spinal publish runs/my_run --local fashion_mnist                       into this package's source, if small
 
 It is one commit. Before it, the weights are loaded back and the card is checked; after it, everything is downloaded
@@ -31,9 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     options = _options(args)
-    from .package import built, keep
+    from .package import built, hub_name, keep
     from .publication import open_run
     from .publish import check_account, publish
+    from .space import publish_space
     if args.local:
         from .packaged import install
         name = install(open_run(args.run, options.weights), options, args.local)
@@ -51,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         published = publish(package, options, f'{publication.architecture} from timm_spinal')
     print(published.line)
+    if args.space:
+        address = publish_space(args.space, hub_name(published.repo, published.revision), options.private)
+        print(f'published {address}')
     return 0
 
 
@@ -77,6 +82,8 @@ def _parser() -> Parser:
     parser.add_argument('--private', action='store_true', help='a private repository')
     parser.add_argument('--branch', default='', help='commit to this branch, made from main if it is not there')
     parser.add_argument('--pull-request', action='store_true', help='open a pull request on main')
+    parser.add_argument('--space', default='', metavar='OWNER/NAME',
+                        help='also make this Space, a page that shows the published model')
     parser.add_argument('--tag', default='', help='git tag for the commit')
     parser.add_argument('--weights', choices=WEIGHTS, default='best',
                         help='best of the run, or raw or ema (moving average) of its last checkpoint')
@@ -98,6 +105,11 @@ def _parser() -> Parser:
 def _options(args: argparse.Namespace) -> PublishOptions:
     if not args.local:
         check_repo_name(args.repo)
+    if args.space and (args.local or args.dry_run):
+        raise UserError(f'--space {args.space}: needs a model on the Hub; leave out --local and --dry-run, or write '
+                        'the folder of a Space with timm-spinal demo --space')
+    if args.space:
+        check_repo_name(args.space, '--space')
     if args.dataset_id:
         check_repo_name(args.dataset_id, '--dataset-id')
     if args.card_only and not args.local:

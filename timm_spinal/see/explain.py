@@ -95,7 +95,6 @@ def explain(
     """
     check_installed()
     import pytorch_grad_cam
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     model = _differentiable(opened)
     device = next(model.parameters()).device
     x = opened.transform(image).unsqueeze(0).to(device)
@@ -103,6 +102,7 @@ def explain(
         scores = _first(model(x)).float().softmax(1)[0]
     target = int(scores.argmax()) if target is None else target
     last: UserError | None = None
+    cold: Explanation | None = None
     for name in [layer] if layer else _layers(model, opened.name):
         try:
             with _silent(), torch.enable_grad():
@@ -110,7 +110,7 @@ def explain(
                 found = _Map(model, model.get_submodule(name), name)
                 with cam_of(model=_FirstOutput(model), target_layers=[found.module],
                             reshape_transform=found.reshape) as cam:
-                    heat = cam(input_tensor=x, targets=[ClassifierOutputTarget(target)])[0]
+                    heat = cam(input_tensor=x, targets=[LogOdds(target)])[0]
                     gradients = list(cam.activations_and_grads.gradients)
         except _NoMap as e:
             last = UserError(f'explain: {opened.name}: {e}')
@@ -120,7 +120,12 @@ def explain(
             last = UserError(f'explain: {opened.name}: the class does not depend on the places of {name}; name another '
                              'module with --layer')
             continue
-        return Explanation(opened.label(target), float(scores[target]), _as_seen(opened, x), heat, name)
+        found_here = Explanation(opened.label(target), float(scores[target]), _as_seen(opened, x), heat, name)
+        if heat.max() > 0:
+            return found_here
+        cold = cold or found_here
+    if cold:  # nowhere does anything speak for the class
+        return cold
     raise last or UserError(f'explain: {opened.name}: has no feature map (feature_info); name a module with --layer')
 
 
@@ -147,6 +152,23 @@ def class_index(opened: Opened, name: str) -> int:
 
 class _NoMap(Exception):
     """What a module gives has no places."""
+
+
+class LogOdds:
+    """What is explained: the logarithm of the odds of a class against all others.
+
+    Its logit alone may fall with evidence by which those of the others fall more.
+    """
+
+    def __init__(self, target: int):
+        self.target = target
+
+    def __call__(self, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.float()
+        if len(scores) == 1:
+            return scores[0]
+        others = torch.cat([scores[:self.target], scores[self.target + 1:]])
+        return scores[self.target] - others.logsumexp(0)
 
 
 class _FirstOutput(nn.Module):
