@@ -213,7 +213,8 @@ def write_first_files(run: 'Run') -> None:
         run.accelerator.project_configuration.project_dir = str(run.folder)
         run.accelerator.project_configuration.logging_dir = str(run.folder)
         scalars = {k: v for k, v in asdict(run.config).items() if isinstance(v, (int, float, str, bool))}
-        run.accelerator.init_trackers('timm_spinal', config=scalars)
+        names = dict(trackio=dict(name=run.folder.name))  # else a name that trackio invents
+        run.accelerator.init_trackers('timm_spinal', config=scalars, init_kwargs=names)
 
 
 def progress_bar(run: 'Run') -> tqdm:
