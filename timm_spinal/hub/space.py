@@ -27,7 +27,7 @@ page = build([{model!r}], sorted(map(str, Path('examples').glob('*'))), {title!r
 if __name__ == '__main__':
     serve(page)
 '''
-GRADIO = '6.0.0'  # the version that a Space gets where none is installed here
+GRADIO = '6.31.0'  # the version that a Space gets where none is installed here
 _NOT_COPIED = ('__pycache__', '*.safetensors', '*.so', '*.pyd', '*.c')
 
 
