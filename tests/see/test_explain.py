@@ -78,9 +78,9 @@ def test_models(name, layer, image):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', [
     'swin_tiny_patch4_window7_224_spinal', 'vit_tiny_patch16_224', 'deit_tiny_distilled_patch16_224',
-    'xcit_nano_12_p16_224',
-    'coatnet_nano_rw_224', 'mobilenetv2_100_xnodr', 'resnet18_attn', 'capsnet', 'maxvit_pico_rw_256', 'pvt_v2_b0',
-    'levit_128s', 'mixer_s32_224', 'efficientformer_l1', 'eva02_tiny_patch14_224', 'beit_base_patch16_224',
+    'xcit_nano_12_p16_224', 'coatnet_nano_rw_224',
+    'mobilenetv2_100_xnodr', 'resnet18_pspinal', 'capsnet_mnist', 'maxvit_pico_rw_256', 'pvt_v2_b0',
+    'levit_128s', 'efficientformer_l1', 'eva02_tiny_patch14_224', 'beit_base_patch16_224',
 ])
 def test_families(name, image):
     timm_spinal.ensure_registered(name)

@@ -140,7 +140,7 @@ def page_of(opened: Sequence[Opened], examples: Sequence[str] = (), title: str =
             picture = gr.Image(type='filepath', image_mode=None, sources=['upload', 'clipboard'], label='picture',
                              elem_id='picture', height=320)
             # an upload as its path: the model's own decoder reads it, and not before its size is known
-            picture.preprocess = lambda payload: payload and payload.path
+            picture.preprocess = lambda payload: payload and payload.path  # type: ignore
             outputs: list[Any] = []
             for i, model in enumerate(opened):
                 with gr.Column():

@@ -187,7 +187,7 @@ def _first(output: Any) -> torch.Tensor:
 
 
 def _layers(model: Any, name: str) -> list[str]:
-    """Names of modules to try: the last one with features, and in a transformer's block its first norm.
+    """Names of modules to try: the last one with features, in a transformer's block its first norm, and the one before.
 
     Behind the last block the class token alone may reach the classifier; then the patches count as they enter it.
     """
@@ -198,7 +198,7 @@ def _layers(model: Any, name: str) -> list[str]:
         return []
     last = modules[-1]
     inside = [f'{last}.{i}' for i in ('norm1', 'norm') if _has(model, f'{last}.{i}')]
-    return [last, *inside, *reversed(modules[:-1])]
+    return [last, *inside, *modules[-2:-1]]
 
 
 def _has(model: nn.Module, name: str) -> bool:
@@ -233,15 +233,14 @@ class _Map:
         return first if first != last else getattr(self.model, 'output_fmt', 'NCHW') != 'NHWC'
 
     def _of_tokens(self, x: torch.Tensor) -> torch.Tensor:
-        patches = x[:, getattr(self.model, 'num_prefix_tokens', 0):]
-        height = width = math.isqrt(patches.shape[1])
         grid = getattr(getattr(self.model, 'patch_embed', None), 'grid_size', None)
-        if height * width != patches.shape[1] and grid is not None:
-            height, width = grid
-        if height * width != patches.shape[1]:
-            raise _NoMap(f'{self.name} gives {patches.shape[1]} tokens, which are no grid; name another module with '
-                         '--layer')
-        return patches.transpose(1, 2).unflatten(2, (height, width))
+        grids = [tuple(grid)] if grid else []
+        for count in (x.shape[1] - getattr(self.model, 'num_prefix_tokens', 0), x.shape[1]):
+            grids.append((math.isqrt(count),) * 2)
+            for height, width in grids:
+                if height * width == count:  # other tokens stand in front
+                    return x[:, x.shape[1] - count:].transpose(1, 2).unflatten(2, (height, width))
+        raise _NoMap(f'{self.name} gives {x.shape[1]} tokens, which are no grid; name another module with --layer')
 
 
 def _differentiable(opened: Opened) -> Any:
