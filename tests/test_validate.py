@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,11 @@ from torchvision import transforms as v1
 
 from timm_spinal.cli import main
 from timm_spinal.errors import UserError
+from timm_spinal.evaluation.predictions import read_predictions
 from timm_spinal.training.checkpoint import find_checkpoints
 from timm_spinal.training.config import ValidateConfig
+from timm_spinal.training.data import create_eval_loader
+from timm_spinal.training.splits import create_datasets
 from timm_spinal.training.train import train
 from timm_spinal.validate import validate
 
@@ -167,3 +171,66 @@ def test_a_detector_is_no_classifier(trained, tmp_path):
     (tmp_path / 'detector' / 'config.json').write_text(json.dumps(dict(detector={}, class_names=[])))
     with pytest.raises(UserError, match="no 'architecture', .* to open a detector, use timm_spinal.detection.load_det"):
         validate(options(config, model=f'local-dir:{tmp_path / "detector"}'))
+
+
+def test_report_of_a_run(trained, tmp_path, capsys):
+    pytest.importorskip('sklearn')
+    config, result = trained
+    run = tmp_path / 'run'
+    assert (run / 'confusion.png').stat().st_size > 5000 and (run / 'worst.png').stat().st_size > 5000
+    assert main(['validate', '--model', f'local-dir:{run}', '--data-dir', config.data_dir, '--workers', '0', '--report',
+                 str(tmp_path / 'out')]) == 0
+    rows = list(csv.DictReader((tmp_path / 'out' / 'predictions.csv').open()))
+    assert len(rows) == 22 and {row['file'].split('/')[0] for row in rows} == {'ant', 'bee'}
+    assert all(row['file'].startswith(row['target']) for row in rows)
+    right = sum(row['target'] == row['prediction'] for row in rows)
+    assert 100 * right / 22 == pytest.approx(result['top1'])
+    assert sum(float(row['loss']) for row in rows) / 22 == pytest.approx(result['loss'], rel=1e-5)
+    # the run has kept the same of its validation split
+    kept = read_predictions(run, 'validation')
+    assert read_predictions(run) is None and kept['file'].tolist() == [row['file'] for row in rows]
+    assert kept['loss'].tolist() == pytest.approx([float(row['loss']) for row in rows], rel=1e-4)
+    assert f'top-1</th><td>{result["top1"]:.2f} %' in (tmp_path / 'out' / 'report.html').read_text()
+
+
+def test_names_of_files_stay_right_beside_unreadable_images(trained, tmp_path):
+    pytest.importorskip('sklearn')
+    config, _ = trained
+    bad = tmp_path / 'images' / 'validation' / 'ant' / '2.png'
+    bad.write_bytes(b'x')
+    unreadable = dict(report=str(tmp_path / 'out'), skip_unreadable=True)
+    row, = validate(options(config, checkpoint=str(tmp_path / 'run'), **unreadable))
+    rows = list(csv.DictReader((tmp_path / 'out' / 'predictions.csv').open()))
+    assert row['skipped'] == 1 and len(rows) == 21 and 'ant/2.png' not in [r['file'] for r in rows]
+    assert all(r['file'].startswith(r['target']) for r in rows)
+
+
+@pytest.mark.parametrize('more, message', [
+    (dict(report='{tmp}/images/validation/ant/0.png'), 'is a file; name a folder'),
+    (dict(report='{tmp}/no/out'), 'there is no folder'),
+    (dict(report='{tmp}/out', model='test_*', checkpoint=''), 'is for a single model, and'),
+])
+def test_reports_that_cannot_be(trained, tmp_path, more, message):
+    pytest.importorskip('sklearn')
+    config, _ = trained
+    more = {k: v.format(tmp=tmp_path) for k, v in more.items()}
+    with pytest.raises(UserError, match=message):
+        validate(options(config, **{'checkpoint': str(tmp_path / 'run'), **more}))
+    assert not (tmp_path / 'out').exists()
+
+
+def test_flips_average_an_image_and_its_mirror_image(trained, tmp_path):
+    config, _ = trained
+    model = timm.create_model(f'local-dir:{tmp_path / "run"}', pretrained=True).eval()
+    datasets = create_datasets(config, train=False)
+    loader, _ = create_eval_loader(options(config), model, datasets)
+    loss = 0.
+    with torch.no_grad():
+        for images, target in loader:
+            both = torch.stack([model(images).log_softmax(1), model(images.flip(-1)).log_softmax(1)])
+            loss -= (both.logsumexp(0) - math.log(2))[range(len(target)), target].sum().item()
+    row, = validate(options(config, checkpoint=str(tmp_path / 'run'), tta='flip'))
+    assert row['loss'] == pytest.approx(loss / 22, rel=1e-5) and row['tta'] == 'flip'
+    ten, = validate(options(config, checkpoint=str(tmp_path / 'run'), crops=10, crop_pct=0.8))
+    both, = validate(options(config, checkpoint=str(tmp_path / 'run'), crops=10, crop_pct=0.8, tta='flip'))
+    assert both['loss'] == pytest.approx(ten['loss'], rel=1e-5)  # ten crops have their mirror images among them

@@ -1,4 +1,5 @@
 """Files of a run: written so that a kill or a full disk leaves the old ones whole, and checked when they are read."""
+import contextlib
 import csv
 import hashlib
 import json
@@ -6,7 +7,7 @@ import os
 import re
 import types
 from pathlib import Path
-from typing import Any, Callable, Collection, Mapping, Union, get_args, get_origin
+from typing import Any, Callable, Collection, Iterator, Mapping, TextIO, Union, get_args, get_origin
 
 import yaml
 
@@ -34,6 +35,29 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], Any]) -> N
         if (reason := write_error(e)) is None:
             raise
         raise UserError(f'cannot write {path}: {reason}; the file that was there before is kept') from e
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[TextIO]:
+    """A text file to write row by row, which takes the place of ``path`` at the end, and is gone where that fails.
+
+    Raises:
+        UserError: The disk is full, or the file cannot be written for another reason; the old file is kept.
+    """
+    temp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        with open(temp, 'w', newline='', encoding='utf-8', errors='backslashreplace') as f:
+            yield f
+        os.replace(temp, path)
+    except OSError as e:
+        raise UserError(f'cannot write {path}: {write_error(e)}; the file that was there before is kept') from e
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def safe_cell(value: Any) -> Any:
+    """A cell of a CSV file; a text that a spreadsheet would run as a formula gets an apostrophe in front."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(tuple('=+-@\t\r\n')) else value
 
 
 def write_error(error: Exception) -> str | None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
@@ -23,7 +24,9 @@ from accelerate import Accelerator
 from timm_spinal.cli import guard
 from timm_spinal.errors import UserError, dead_workers_named
 from timm_spinal.evaluation.evaluate import evaluate
-from timm_spinal.evaluation.metrics import accuracies, same_answer_warning
+from timm_spinal.evaluation.judgement import check_report, named_classes, write_report
+from timm_spinal.evaluation.metrics import TITLES, accuracies, same_answer_warning
+from timm_spinal.evaluation.predictions import Predictions
 from timm_spinal.layers import xnor_implementation
 from timm_spinal.models.load_weights import load_exactly
 from timm_spinal.models.weight_files import WeightsError
@@ -31,7 +34,7 @@ from timm_spinal.training import report
 from timm_spinal.training.checkpoint import EMA, STATE, damage, find_checkpoints, read_state
 from timm_spinal.training.config import ModelOptions, ValidateConfig
 from timm_spinal.training.data import count_skipped, create_eval_loader
-from timm_spinal.training.distributed import new_accelerator
+from timm_spinal.training.distributed import new_accelerator, on_main_process
 from timm_spinal.training.model import check_classifier, create_model
 from timm_spinal.training.parser import RESULTS, check_output_file, parse_config
 from timm_spinal.training.results import CONFIG, WEIGHTS
@@ -52,7 +55,7 @@ def validate(config: ValidateConfig) -> list[dict[str, Any]]:
     Returns:
         One row per model: ``model``, ``top1``, ``top1_err``, ``top5``, ``top5_err`` (percent; for images with two
         classes those of `metrics.PairEvaluator`, each with its ``_err``), ``loss`` (nats), ``param_count`` (millions),
-        ``img_size``, ``crop_pct``, ``crops``, ``interpolation``, ``images``, ``skipped``, ``nonfinite``,
+        ``img_size``, ``crop_pct``, ``crops``, ``tta``, ``interpolation``, ``images``, ``skipped``, ``nonfinite``,
         ``same_answer`` (`metrics.SameAnswer`), ``images_per_second``, and for a model with xnorized layers ``xnor``,
         what computed them (`layers.xnor_implementation`); or ``model`` and ``error`` for one of several that could not
         be evaluated.
@@ -62,8 +65,12 @@ def validate(config: ValidateConfig) -> list[dict[str, Any]]:
     """
     if config.results_file:
         check_output_file(config.results_file, 'results_file', RESULTS)
+    if config.report:
+        check_report(config.report)
     accelerator = new_accelerator(config.mixed_precision)
     names = find_models(config)
+    if config.report and len(names) > 1:
+        raise UserError(f'--report {config.report}: is for a single model, and {len(names)} match; name one')
     rows: list[dict[str, Any]] = []
     printed: set[str] = set()
     for name in names:
@@ -178,14 +185,19 @@ def validate_one(accelerator: Accelerator, candidate: Candidate, printed: set[st
     if config.torchcompile:
         model.compile(backend=config.torchcompile, mode=config.torchcompile_mode)
     multi_label = datasets.multi_label
+    if config.report and multi_label:
+        raise UserError(f'--report {config.report}: the images of {datasets.eval.name} have two classes, of which '
+                        'there is no confusion matrix; leave it out')
+    kept = Predictions(config.val_split, None if datasets.eval.streamed else datasets.eval.file_name)
     with dead_workers_named(lambda: 'run it again'):
         metrics = evaluate(
-            accelerator, model, accelerator.prepare(loader), config.channels_last, candidate.name, multi_label)
+            accelerator, model, accelerator.prepare(loader), config.channels_last, candidate.name, multi_label,
+            kept.add if config.report else None, flip=config.tta == 'flip')
     measured = {}
     for name in accuracies(multi_label):
         measured.update({name: metrics[name], f'{name}_err': 100 - metrics[name]})
     skipped = accelerator.reduce(torch.tensor(count_skipped(loader), device=accelerator.device))
-    return dict(
+    row = dict(
         model=candidate.name,
         **measured,
         loss=metrics['loss'],
@@ -193,6 +205,7 @@ def validate_one(accelerator: Accelerator, candidate: Candidate, printed: set[st
         img_size=data_config['input_size'][-1],
         crop_pct=data_config['crop_pct'],
         crops=config.crops,
+        tta=config.tta,
         interpolation=data_config['interpolation'],
         images=metrics['images'],
         skipped=int(skipped),
@@ -201,6 +214,30 @@ def validate_one(accelerator: Accelerator, candidate: Candidate, printed: set[st
         images_per_second=metrics['images'] / metrics['seconds'],
         **xnor_implementation(model),
     )
+    if config.report:
+        names = named_classes(model.pretrained_cfg.get('label_names') or datasets.class_names, model.num_classes)
+        on_main_process(accelerator, lambda: _report(config, row, kept, names, loader, datasets.eval.name))
+    return row
+
+
+def _report(
+        config: ValidateConfig,
+        row: dict[str, Any],
+        kept: Predictions,
+        names: list[str],
+        loader: Any,
+        data: str,
+) -> None:
+    """Write --report."""
+    columns = kept.columns()
+    facts = {
+        'data': data, 'images': f'{row["images"]:,}' + (f', {row["skipped"]:,} unreadable' if row['skipped'] else ''),
+        **{TITLES[name]: f'{row[name]:.2f} %' for name in accuracies(False)}, 'loss': f'{row["loss"]:.4f}',
+        'image size': str(row['img_size']), **({'test-time augmentation': config.tta} if config.tta else {}),
+        **({'crops': str(config.crops)} if config.crops > 1 else {})}
+    files = np.asarray(kept.files(columns['place']))
+    write_report(Path(config.report), row['model'], facts, dict(columns, file=files), names,
+                 getattr(loader.dataset, 'picture', None))
 
 
 def _check_class_names(model: Any, class_names: list[str] | None, name: str) -> None:

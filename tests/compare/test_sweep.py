@@ -173,6 +173,7 @@ def test_finished_runs_are_kept_and_a_failed_one_does_not_stop_the_others(tmp_pa
     assert 100 * (kept['prediction'] == kept['target']).mean() == pytest.approx(result['test_top1'], abs=1e-4)
     assert np.average(tops, weights=np.bincount(kept['target'])) == pytest.approx(result['test_top1'], abs=0.02)
     assert 'Expected calibration error' in report and (tmp_path / 'out' / 'calibration.png').stat().st_size > 1000
+    assert '](runs/linear/seed-0/confusion.png)' in report and '](runs/broken/seed-0/worst.png)' in report
 
     runs = [str(p.parent) for p in sorted((tmp_path / 'out').glob('runs/*/seed-0/result.json'))]
     assert main(['--report', *runs, '--output', str(tmp_path / 'again')]) == 0

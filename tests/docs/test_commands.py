@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import traceback
+import zipfile
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
@@ -28,7 +29,7 @@ from timm_spinal.training import parser as config_parser
 
 from ..conftest import launch_command, launch_env
 from ..detection.shapes import write_coco
-from ..training.images import make_folder, write_idx
+from ..training.images import REAL, make_folder, write_idx
 from .generate import ROOT
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -43,12 +44,13 @@ TRAIN = '--no-pretrained --epochs 2 --min-updates 0 --freeze-epochs 0 --batch-si
 SMALL = {
     'train': TRAIN, 'gradflow': TRAIN,
     'train-detection': '--no-pretrained-backbone --epochs 1 --batch-size 2 --workers 0 --min-size 64 --max-size 96',
+    'predict': '--workers 0', 'explain': '', 'demo': '',
     'compare': '--no-pretrained --epochs 2 --workers 0', 'validate': '--workers 0', 'verify': '--workers 0',
 }
 ADDED = {  # to commands that have this
     'my/images': '--img-size 32', '--ic-warm-start': '--pretrained-path plain.safetensors',
 }
-OWN_SIZE = {'validate', 'verify'}  # take the image size of the run
+OWN_SIZE = {'validate', 'verify', 'predict', 'explain', 'demo'}  # take the image size of the run
 MY_YAML = 'model: test_efficientnet\ndata_dir: my/images\nimg_size: 32\nepochs: 2\nbatch_size: 8\nworkers: 0\n'
 SWEEP = {'seeds: 3': 'seeds: 1', 'epochs: 10': 'epochs: 1', 'batch_size: 128': 'batch_size: 8\n  workers: 0'}
 
@@ -150,7 +152,8 @@ def check_command(command: str) -> None:
         extras = (ROOT / 'pyproject.toml').read_text().partition('optional-dependencies]')[2].partition('[project.')[0]
         assert set(re.findall(r'\w+', words[-1])) <= set(re.findall(r'^(\w+) =', extras, re.M)), command
     else:
-        assert command.startswith(('git clone ', 'cd ', 'python -m venv ', '. ')), f'{command}: who parses it?'
+        known = 'git clone ', 'hf jobs ', 'cd ', 'python -m venv ', '. '
+        assert command.startswith(known), f'{command}: who parses it?'
 
 
 @pytest.mark.parametrize('block, command', COMMANDS, ids=[f'{b.place} {command[:40]}' for b, command in COMMANDS])
@@ -172,7 +175,8 @@ def test_wrong_command_is_found(command, stop_after_parsing):
 
 
 def test_options_in_the_text_exist():
-    known = {'--cpu', '--num_processes', '--multi_gpu', '--use_fsdp', '--fsdp_version'}  # of accelerate
+    # of accelerate and hf
+    known = {'--cpu', '--num_processes', '--multi_gpu', '--use_fsdp', '--fsdp_version', '--with'}
     for argv in (*([verb] for verb in VERBS), ['compare', '--sweep'], ['compare', '--report']):
         with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
             main([*argv, '--help'])
@@ -234,8 +238,23 @@ def test_python_runs(block, tmp_path):
 # ---- slow: whole pages -------------------------------------------------------------------------------------------
 
 
+def add_flowers(images: Path, classes: int = 4, each: int = 10) -> None:
+    """Some of Flowers-102 as further classes, where it is there."""
+    if not (REAL / 'flowers102_64').is_dir():
+        return
+    known = np.load(REAL / 'flowers102_64' / 'labels_and_splits.npz')
+    with zipfile.ZipFile(REAL / 'flowers102_64' / 'flowers102_64.zip') as pack:
+        for split, ids in (('train', 'train_ids'), ('validation', 'val_ids'), ('test', 'test_ids')):
+            for label in range(1, classes + 1):
+                folder = images / split / f'flower {label}'
+                folder.mkdir(parents=True)
+                of_class = [i for i in known[ids] if known['labels_1based'][i - 1] == label]
+                for i in of_class[:each]:
+                    (folder / f'{i}.jpg').write_bytes(pack.read(f'image_{i:05}.jpg'))
+
+
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, page):
     """A clone with a user's data in it."""
     shutil.copytree(ROOT / 'configs', tmp_path / 'configs')
     sweep = tmp_path / 'configs' / 'sweeps' / 'cifar10_heads.yaml'
@@ -245,6 +264,8 @@ def folder(tmp_path):
         text = text.replace(old, new)
     sweep.write_text(text)
     make_folder(tmp_path / 'my' / 'images', ('train', 'validation', 'test'), per_class=40, size=32)
+    if page.name == 'own_pictures.md':
+        add_flowers(tmp_path / 'my' / 'images')
     shutil.copy(next((tmp_path / 'my' / 'images').rglob('*.png')), tmp_path / 'my' / 'image.jpg')
     write_coco(tmp_path / 'my' / 'coco', train=4, validation=2)
     raw = tmp_path / 'data' / 'FashionMNIST' / 'raw'
@@ -270,6 +291,8 @@ def small(words: list[str]) -> list[str]:
 
 def run_command(words: list[str], folder: Path, place: str) -> None:
     words = small(words)
+    if words[:2] == ['timm-spinal', 'demo'] and '--space' not in words:
+        return open_and_close(words, folder, place)
     if words[0] == 'timm-spinal':
         return fork(folder, 'timm-spinal', words[1:], place)
     env = launch_env()
@@ -279,6 +302,16 @@ def run_command(words: list[str], folder: Path, place: str) -> None:
     words = [*program, *words[2 if words[0] == 'accelerate' else 1:]]
     done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, f'{place}: {words}\n{(done.stdout + done.stderr)[-4000:]}'
+
+
+def open_and_close(words: list[str], folder: Path, place: str) -> None:
+    """A command that runs until it is stopped."""
+    command = [sys.executable, '-m', 'timm_spinal.cli', *words[1:]]
+    process = subprocess.Popen(command, cwd=folder, env=launch_env(), stdout=subprocess.PIPE, text=True)
+    line = process.stdout.readline()
+    process.terminate()
+    process.wait(60)
+    assert line.startswith('open http://127.0.0.1:'), f'{place}: {words}: {line}'
 
 
 @pytest.mark.slow

@@ -29,10 +29,11 @@ def create_repo(hub: TestHub, request: Request) -> Reply:
         raise HubError(401, 'Invalid username or password.')
     name = f'{wanted["organization"] or request.user.name}/{wanted["name"]}'
     hub.store.check_write(name, request.user)
-    url = dict(url=f'{hub.url}/{name}')
+    kind = wanted.get('type') or 'model'
+    url = dict(url=f'{hub.url}/spaces/{name}' if kind == 'space' else f'{hub.url}/{name}')
     if name in hub.store.repos:
         return json_reply(dict(url, error='You already created this model repo'), 409)
-    hub.store.repos[name] = Repo(name, private=wanted.get('visibility') == 'private')
+    hub.store.repos[name] = Repo(name, private=wanted.get('visibility') == 'private', kind=kind)
     return json_reply(url)
 
 
@@ -114,21 +115,22 @@ def create_tag(hub: TestHub, request: Request, name: str, revision: str) -> Repl
 
 
 NAME = r'([\w.-]+/[\w.-]+)'
+KINDS = '(?:models|spaces)'  # names of both are kept in one list here
 ROUTES: tuple[tuple[str, str, Callable[..., Reply]], ...] = (
     ('GET', r'/api/whoami-v2', whoami),
     ('POST', r'/api/repos/create', create_repo),
     ('DELETE', r'/api/repos/delete', delete_repo),
     ('POST', r'/api/validate-yaml', validate_yaml),
-    ('GET', rf'/api/models/{NAME}', repo_info),
-    ('GET', rf'/api/models/{NAME}/revision/([^/]+)', repo_info),
+    ('GET', rf'/api/{KINDS}/{NAME}', repo_info),
+    ('GET', rf'/api/{KINDS}/{NAME}/revision/([^/]+)', repo_info),
     ('GET', rf'/api/models/{NAME}/tree/([^/]+)', tree),
     ('GET', rf'/api/models/{NAME}/refs', refs),
     ('GET', rf'/api/models/{NAME}/discussions', discussions),
     ('POST', rf'/api/models/{NAME}/branch/([^/]+)', create_branch),
     ('DELETE', rf'/api/models/{NAME}/branch/([^/]+)', delete_branch),
     ('POST', rf'/api/models/{NAME}/tag/([^/]+)', create_tag),
-    ('POST', rf'/api/models/{NAME}/preupload/([^/]+)', preupload),
-    ('POST', rf'/api/models/{NAME}/commit/([^/]+)', commit),
+    ('POST', rf'/api/{KINDS}/{NAME}/preupload/([^/]+)', preupload),
+    ('POST', rf'/api/{KINDS}/{NAME}/commit/([^/]+)', commit),
     ('POST', rf'/{NAME}\.git/info/lfs/objects/batch', lfs_batch),
     ('PUT', r'/lfs-put/(\w+)', lfs_put),
     ('PUT', r'/lfs-put/(\w+)/(\d+)', lfs_put_part),
@@ -136,7 +138,7 @@ ROUTES: tuple[tuple[str, str, Callable[..., Reply]], ...] = (
     ('POST', rf'/lfs-verify/{NAME}', lfs_verify),
     ('GET', rf'/{NAME}/resolve/([^/]+)/(.+)', resolve),
     ('GET', r'/cdn/(\w+)', cdn),
-    ('GET', rf'/api/models/{NAME}/xet-(read|write)-token/([^/]+)', xet_token),
+    ('GET', rf'/api/{KINDS}/{NAME}/xet-(read|write)-token/([^/]+)', xet_token),
     ('GET', r'/cas/v1/chunks/[\w-]+/(\w+)', chunk),
     ('POST', r'/cas/v1/xorbs/default/(\w+)', xorb),
     ('POST', r'/cas/v1/shards', shard_v1),

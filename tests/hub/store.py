@@ -52,9 +52,10 @@ class User:
 
 @dataclass
 class Repo:
-    """One model repository; commits are kept for ever, refs point to them."""
+    """One repository of a model, or of a Space; commits are kept for ever, refs point to them."""
     name: str
     private: bool = False
+    kind: str = 'model'
     commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
     titles: dict[str, str] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)

@@ -1,6 +1,9 @@
 import csv
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import timm
@@ -15,7 +18,10 @@ from timm_spinal.training.report import epoch_line, epochs_done, final_lines, wr
 from timm_spinal.training.results import export_model
 from timm_spinal.training.train import train
 
+from ..conftest import launch_env
 from .runs import resumed, small_config
+
+ROOT = Path(__file__).parents[2]
 
 HISTORY = [
     dict(epoch=0, train_loss=2., lr=0.1, images_per_second=10.),
@@ -168,3 +174,33 @@ def test_finished_run_resumes_to_the_same_result(tmp_path):
     config = small_config(tmp_path, epochs=1)
     first = train(config)
     assert train(resumed(config)) == first
+
+
+def test_pictures_of_mistakes_reach_tensorboard(tmp_path):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    train(small_config(tmp_path, epochs=1, log_with=['tensorboard']))
+    read = EventAccumulator(str(tmp_path / 'run' / 'timm_spinal'), size_guidance=dict(images=0)).Reload()
+    assert set(read.Tags()['images']) == {'confusion', 'worst'}
+    image, = read.Images('worst')
+    assert (image.width, image.height) == Image.open(tmp_path / 'run' / 'worst.png').size
+
+
+def test_trackio_gets_metrics_and_pictures(tmp_path):
+    pytest.importorskip('trackio')
+    code = ('import sys; sys.path.insert(0, "."); from pathlib import Path; from tests.training.runs import '
+            'small_config; from timm_spinal.training.train import train; '
+            'train(small_config(Path(sys.argv[1]), epochs=2, log_with=["trackio"]))')
+    env = dict(launch_env(), TRACKIO_DIR=str(tmp_path / 'trackio'))  # which is read when it is imported
+    done = subprocess.run([sys.executable, '-c', code, str(tmp_path)], env=env, capture_output=True, text=True,
+                          timeout=200, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ask = ('import json; from trackio.sqlite_storage import SQLiteStorage as S; '
+           'print(json.dumps(S.get_logs("timm_spinal", "run"), default=str))')
+    logs = json.loads(subprocess.run(
+        [sys.executable, '-c', ask], env=env, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    losses = [row['eval_loss'] for row in logs if 'eval_loss' in row]
+    with open(tmp_path / 'run' / 'summary.csv') as f:
+        assert losses == pytest.approx([float(row['eval_loss']) for row in csv.DictReader(f)])
+    assert {key for row in logs for key in row} >= {'confusion', 'worst'}
+    assert len(list((tmp_path / 'trackio').rglob('*.png'))) >= 2

@@ -3,9 +3,8 @@ from pathlib import Path
 
 import numpy as np
 
+from timm_spinal.evaluation.figures import new_figure, save_figure
 from timm_spinal.evaluation.metrics import TITLES, main_accuracy
-from timm_spinal.evaluation.predictions import calibration
-from timm_spinal.training.report import new_figure, save_figure
 
 from .runs import METRICS, RunResult, read_history
 from .statistics import Values, estimate
@@ -52,25 +51,3 @@ def draw_curves(path: Path, rows: list[RunResult]) -> None:
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
     save_figure(figure, path)
-
-
-def draw_calibration(path: Path, predictions: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    """Reliability diagram of each variant; returns the expected calibration errors in percent.
-
-    Args:
-        path: Picture to write.
-        predictions: For each variant, confidence and correctness of all test images of all seeds.
-    """
-    figure = new_figure(6, 6)
-    axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color='grey', linewidth=1)
-    errors = {}
-    for variant, (confidence, correct) in predictions.items():
-        sure, right, error = calibration(confidence, correct)
-        errors[variant] = 100. * error
-        axes.plot(sure, right, marker='.', label=f'{variant}: ECE {100 * error:.2f} %')
-    axes.set(xlabel='confidence', ylabel='accuracy', title='test images, all seeds', xlim=(0, 1), ylim=(0, 1))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    save_figure(figure, path)
-    return errors

@@ -4,8 +4,9 @@ from typing import Any, Callable, NamedTuple, Sequence
 
 import numpy as np
 
+from timm_spinal.evaluation.figures import new_figure, save_figure
 from timm_spinal.files import read_table
-from timm_spinal.training.report import new_figure, save_figure, write_table, write_text
+from timm_spinal.training.report import write_table, write_text
 
 from .runs import read_result
 

@@ -14,10 +14,10 @@ from torch import nn
 
 from timm_spinal.arguments import Parser
 from timm_spinal.errors import UserError
+from timm_spinal.evaluation.figures import new_figure, save_figure
 from timm_spinal.training.config import ValidateConfig
 from timm_spinal.training.model import create_model
 from timm_spinal.training.parser import check_output_file
-from timm_spinal.training.report import new_figure, save_figure
 from timm_spinal.training.results import CONFIG, WEIGHTS
 
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from timm_spinal.arguments import Parser
 from timm_spinal.errors import UserError
+from timm_spinal.evaluation.figures import new_figure, save_figure
 from timm_spinal.evaluation.metrics import MAIN, TITLES, main_accuracy
 from timm_spinal.training.parser import check_output_file
-from timm_spinal.training.report import new_figure, save_figure
 
 from .runs import SUMMARY, read_comparison, read_history, read_result, run_folder
 

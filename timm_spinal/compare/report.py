@@ -1,16 +1,20 @@
 """The report of a comparison: results.csv, table.md, table.html, accuracy.png, curves.png, report.md."""
 import html
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
 from timm_spinal.errors import UserError
+from timm_spinal.evaluation.figures import draw_reliability
+from timm_spinal.evaluation.judgement import CONFUSION, WORST
 from timm_spinal.evaluation.predictions import class_accuracy, read_predictions
 from timm_spinal.training.report import write_table, write_text
 
-from .figures import draw_accuracy, draw_calibration, draw_curves
+from .figures import draw_accuracy, draw_curves
 from .findings import count_text, findings
 from .runs import METRICS, Comparison, RunResult, metric_of, read_comparison, read_run_results, values_by_variant
 from .statistics import MIN_SEEDS, Difference, Values, differences, estimate
@@ -60,9 +64,10 @@ def write_report(
             extra.append('Accuracy of each class: `per_class.csv`.')
         if calibration:
             joined = {v: (p['confidence'], p['prediction'] == p['target']) for v, p in predictions.items()}
-            errors = draw_calibration(output / 'calibration.png', joined)
+            errors = draw_reliability(output / 'calibration.png', joined, 'test images, all seeds')
             extra.append('Expected calibration error (15 bins): ' + ', '.join(
                 f'`{v}` {e:.2f} %' for v, e in errors.items()) + ' (`calibration.png`).')
+    extra += _pictures(output, rows)
     shared = [*_precision(rows), _intervals(gaps)]
     write_text(output / 'report.md', report_text(comparison, [*sentences, *extra], markdown_table(table), shared))
     return sentences
@@ -216,6 +221,19 @@ def _precision(rows: list[RunResult]) -> list[str]:
     return [f'Precision: {name}.' for name in by_precision]
 
 
+def _pictures(output: Path, rows: list[RunResult]) -> list[str]:
+    """What the first seed of each variant that has pictures gets wrong."""
+    lines, shown = [], set()
+    for row in rows:
+        found = [file for file in (CONFUSION, WORST) if (Path(row.folder) / file).is_file()]
+        if found and row.variant not in shown:
+            shown.add(row.variant)
+            addresses = [quote(os.path.relpath(Path(row.folder) / file, output)) for file in found]
+            lines.append(f'`{row.variant}`, seed {row.seed}: ' + ' '.join(
+                f'[![{file}]({address})]({address})' for file, address in zip(found, addresses)))
+    return lines
+
+
 def _tuning(tuned: dict[str, list[dict[str, Any]]]) -> list[str]:
     if not tuned:
         return []
@@ -247,7 +265,8 @@ def predictions_by_variant(rows: list[RunResult]) -> dict[str, dict[str, np.ndar
                 raise UserError(f'{row.folder}: has kept no test predictions, which --per-class and --calibration '
                                 f'need; runs with a test split have them, but not where images have two classes')
             by_variant.setdefault(row.variant, []).append(kept)
-    return {v: {k: np.concatenate([p[k] for p in parts]) for k in parts[0]} for v, parts in by_variant.items()}
+    columns = ('prediction', 'target', 'confidence')
+    return {v: {k: np.concatenate([p[k] for p in parts]) for k in columns} for v, parts in by_variant.items()}
 
 
 def write_per_class(

@@ -5,8 +5,8 @@ from typing import Any, Sequence
 
 import numpy as np
 
+from timm_spinal.evaluation.figures import new_figure, save_figure
 from timm_spinal.training.pixels import Decoder
-from timm_spinal.training.report import new_figure, save_figure
 
 from .annotations import Annotated
 from .coco_metrics import Detections

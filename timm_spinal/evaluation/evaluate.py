@@ -22,7 +22,8 @@ def evaluate(
         channels_last: bool = False,
         description: str = 'evaluate',
         multi_label: bool = False,
-        keep: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+        keep: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None,
+        flip: bool = False,
 ) -> dict[str, Any]:
     """Loss and accuracy of a model over a loader.
 
@@ -38,7 +39,9 @@ def evaluate(
         channels_last: Give the images in that memory format.
         description: Title of the progress bar.
         multi_label: Images have two classes, and targets are memberships.
-        keep: Is given the logits and targets that count, batch by batch, in every process.
+        keep: Is given the logits and targets that count, and their places in the loader's order, batch by batch, in
+            every process.
+        flip: The mean of the probabilities of an image and its mirror image counts.
 
     Returns:
         ``loss`` in nats, ``top1`` and ``top5`` in percent (or what `PairEvaluator` measures), ``images`` counted,
@@ -53,8 +56,11 @@ def evaluate(
     evaluator = evaluator_for(multi_label)(device=accelerator.device)
     same_answer = SameAnswer(2 if multi_label else 1)
     nonfinite = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+    seen = 0
     bar = tqdm(loader, desc=description, leave=False, disable=None if accelerator.is_main_process else True)
     for images, target in bar:
+        if flip:
+            images = torch.stack([images, images.flip(-1)], dim=-4)
         crops = images.shape[1:-3]
         images = images.flatten(0, -4)
         if channels_last:
@@ -63,14 +69,16 @@ def evaluate(
             output = model(images)
         output = output[0] if isinstance(output, (tuple, list)) else output
         if crops:
-            output = _mean_over_crops(output.view(-1, *crops, output.shape[-1]))
+            output = _mean_over_crops(output.view(-1, math.prod(crops), output.shape[-1]))
         output, target = accelerator.gather_for_metrics((output.contiguous(), target))
         readable = target >= 0 if target.ndim == 1 else (target >= 0).all(-1)
+        places = torch.arange(seen, seen + len(target), device=target.device)[readable]
+        seen += len(target)
         output, target = output[readable], target[readable]
         evaluator.update(output, target)
         same_answer.update(output, target)
         if keep is not None:
-            keep(output, target)
+            keep(output, target, places)
         nonfinite += (~output.isfinite().all(dim=-1)).sum()
     if evaluator.num_samples == 0:
         raise UserError('evaluation: no readable image in the evaluation split; check --data-dir and --val-split')

@@ -1,41 +1,85 @@
 """What a model answers to each image of a split, kept on the disk; accuracy of classes and calibration of it."""
+import json
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file
+import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from timm_spinal.files import write_atomically
 
 PREDICTIONS = 'predictions.safetensors'
+UNKNOWN = -1  # place of an image whose place is not known
 
 
 class Predictions:
-    """Collects batches of an evaluation: ``prediction`` and ``target`` (N,), and ``confidence`` (N,) of the first."""
+    """Collects batches of an evaluation.
 
-    def __init__(self) -> None:
+    Args:
+        split: What the images are: ``test`` or ``validation``.
+        file_of: Name of the image at a place of the split, if images have names.
+    """
+
+    def __init__(self, split: str = 'test', file_of: Callable[[int], str] | None = None):
+        self.split = split
+        self.file_of = file_of
         self._batches: list[tuple[torch.Tensor, ...]] = []
 
-    def add(self, output: torch.Tensor, target: torch.Tensor) -> None:
-        """Take the logits (B, C) and classes (B,) of a batch."""
-        confidence, prediction = output.float().softmax(dim=1).max(dim=1)
-        self._batches.append((prediction.cpu(), target.cpu(), confidence.cpu()))
+    def add(self, output: torch.Tensor, target: torch.Tensor, places: torch.Tensor | None = None) -> None:
+        """Take the logits (B, C), classes (B,) and places in the split (B,) of a batch; nothing waits for the device.
+        """
+        output = output.float()
+        confidence, prediction = output.softmax(dim=1).max(dim=1)
+        loss = F.cross_entropy(output, target, reduction='none')
+        places = torch.full_like(target, UNKNOWN) if places is None else places
+        self._batches.append((prediction, target, confidence, loss, places))
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """``prediction``, ``target``, ``confidence`` of the first, ``loss`` in nats and ``place``, each (N,)."""
+        names = ('prediction', 'target', 'confidence', 'loss', 'place')
+        return {name: torch.cat([part.cpu() for part in parts]).numpy()
+                for name, parts in zip(names, zip(*self._batches))}
+
+    def files(self, places: np.ndarray) -> list[str]:
+        """Names of the images at these places; '' of those that have none."""
+        return ['' if self.file_of is None or place == UNKNOWN else self.file_of(int(place)) for place in places]
 
     def write(self, folder: Path) -> None:
-        """Write ``predictions.safetensors``.
+        """Write ``predictions.safetensors``: the columns, and in its metadata the split and the names of the images.
 
         Raises:
             UserError: It cannot be written.
         """
-        columns = dict(zip(('prediction', 'target', 'confidence'), map(torch.cat, zip(*self._batches))))
-        write_atomically(folder / PREDICTIONS, lambda path: save_file(columns, path))
+        columns = self.columns()
+        metadata = dict(split=self.split, files=json.dumps(self.files(columns['place'])))
+        tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
+        write_atomically(folder / PREDICTIONS, lambda path: save_file(tensors, path, metadata))
 
 
-def read_predictions(folder: Path) -> dict[str, np.ndarray] | None:
-    """``prediction``, ``target`` and ``confidence`` (N,) of a run; None where it has kept none."""
+def read_predictions(folder: Path, split: str = 'test') -> dict[str, np.ndarray] | None:
+    """The columns of `Predictions` that a run has kept, and ``file`` (N,), names of the images.
+
+    Args:
+        folder: The run folder.
+        split: ``test``, or ``validation``, which is kept by runs without a test split.
+
+    Returns:
+        None where it has kept none of this split.
+    """
     path = folder / PREDICTIONS
-    return load_file(path) if path.exists() else None
+    if not path.exists():
+        return None
+    with safe_open(path, 'numpy') as kept:
+        metadata = kept.metadata() or {}
+        if metadata.get('split', 'test') != split:
+            return None
+        names = kept.keys()  # it cannot be iterated itself
+        columns = {name: kept.get_tensor(name) for name in names}
+    files = json.loads(metadata.get('files', '[]')) or [''] * len(columns['target'])
+    return dict(columns, file=np.asarray(files))
 
 
 def class_accuracy(prediction: np.ndarray, target: np.ndarray, label: int) -> float:

@@ -7,6 +7,7 @@ from timm.models import model_entrypoint
 
 import timm_spinal
 from timm_spinal.cost import Cost
+from timm_spinal.evaluation.judgement import CONFUSION, WORST
 from timm_spinal.models.convolutions import convolution_of
 from timm_spinal.training.model import needs_registration
 from timm_spinal.training.report import accuracy_text, epochs_done
@@ -63,6 +64,9 @@ def make_card(publication: Publication, options: PublishOptions, cost: Cost, nam
         topk=min(5, classes),
         details=_details(publication, cost, papers),
         results=_results(publication, reference_runs, data, options.dtype),
+        pictures=[(text, file) for file, text in (
+            (CONFUSION, 'Classes and predictions'), (WORST, 'The images of greatest loss'))
+            if file in publication.files and load_name.startswith('hf-hub:')],
         recipe=_recipe(publication, load_name.startswith('hf-hub:')),
         limits=(_limits(publication, options, reference_runs.rows)
                 + _limits_in_transformers(cost.input_size[0], load_name)),

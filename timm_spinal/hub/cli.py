@@ -6,6 +6,7 @@
     timm-spinal publish runs/my_run --repo me/... --beside output/compare/mine   with the comparison it belongs to
     timm-spinal publish runs/my_run --repo me/... --branch next                 the card loads hf-hub:me/...@next
     timm-spinal publish runs/my_run --repo me/... --head-only                    the head, and which backbone it is for
+    timm-spinal publish runs/my_run --repo me/... --space me/demo               and a Space that shows it
     timm-spinal publish runs/my_run --local fashion_mnist                       into this package's source, if small
 
 It is one commit. Before it, the weights are loaded back and the card is checked; after it, everything is downloaded
@@ -32,9 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     options = _options(args)
-    from .package import built, keep
+    from .package import built, hub_name, keep
     from .publication import open_run
     from .publish import check_account, publish
+    from .space import publish_space
     if args.local:
         from .packaged import install
         name = install(open_run(args.run, options.weights), options, args.local)
@@ -52,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         published = publish(package, options, f'{publication.architecture} from timm_spinal')
     print(published.line)
+    if args.space:
+        address = publish_space(args.space, hub_name(published.repo, published.revision), options.private)
+        print(f'published {address}')
     return 0
 
 
@@ -81,6 +86,8 @@ def _parser() -> Parser:
     parser.add_argument('--private', action='store_true', help='make the repository private')
     parser.add_argument('--branch', default='', help='commit to this branch, which is made from main if needed')
     parser.add_argument('--pull-request', action='store_true', help='open a pull request on main')
+    parser.add_argument('--space', default='', metavar='OWNER/NAME',
+                        help='also make this Space, a page that shows the published model')
     parser.add_argument('--tag', default='', help='git tag for the commit')
     parser.add_argument('--weights', choices=WEIGHTS, default='best',
                         help='best of the run, or raw or ema (moving average) of its last checkpoint')
@@ -91,6 +98,8 @@ def _parser() -> Parser:
                         help='name of the data set on the Hub, if the run does not name it')
     parser.add_argument('--dataset-name', default='', metavar='TEXT',
                         help='what the card calls the data set; not given: its source, or the name of its folder')
+    parser.add_argument('--no-pictures', action='store_false', dest='pictures',
+                        help='leave out confusion.png and worst.png, which shows images of your data')
     parser.add_argument('--beside', nargs='+', default=[], metavar='RUN',
                         help='other runs on the same data for the table of results, such as seeds and controls: '
                              'folders, wildcards, or the folder of timm-spinal compare that contains this run')
@@ -100,6 +109,11 @@ def _parser() -> Parser:
 def _options(args: argparse.Namespace) -> PublishOptions:
     if not args.local:
         check_repo_name(args.repo)
+    if args.space and (args.local or args.dry_run):
+        raise UserError(f'--space {args.space}: needs a model on the Hub; leave out --local and --dry-run, or write '
+                        'the folder of a Space with timm-spinal demo --space')
+    if args.space:
+        check_repo_name(args.space, '--space')
     if args.dataset_id:
         check_repo_name(args.dataset_id, '--dataset-id')
     if args.card_only and not args.local:

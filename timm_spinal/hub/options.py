@@ -31,6 +31,7 @@ class PublishOptions:
         dataset_id: The data set's name on the Hub, where it is not known from the run.
         dataset_name: What the card calls the data set; '' for its source or folder.
         beside: Run folders whose results stand in the card's table: other seeds, controls.
+        pictures: Send the confusion matrix and the images of greatest loss, and show them on the card.
         card_only: The card says that the weights are not published yet.
         head_only: The head alone, with the name and the hash of the weights of its frozen backbone.
     """
@@ -48,6 +49,7 @@ class PublishOptions:
     dataset_id: str = ''
     dataset_name: str = ''
     beside: tuple[str, ...] = ()
+    pictures: bool = True
     card_only: bool = False
     head_only: bool = False
 
@@ -78,6 +80,9 @@ class HubOptions(Options, applies_to=('training',), on_resume='silent', recipe=F
     hub_license_name: str = option('', "name of a licence that has no id on the Hub, with --hub-license other")
     hub_license_link: str = option('', 'address of the text of such a licence')
     hub_private: bool = option(False, 'make a private repository')
+    hub_pictures: bool = option(
+        True, 'show the confusion matrix and the images of greatest loss on the card; --no-hub-pictures leaves them '
+        'out: the latter are images of your data')
 
 
 @dataclass

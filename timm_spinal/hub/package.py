@@ -14,6 +14,7 @@ from torch import nn
 
 from timm_spinal.cost import cost_of
 from timm_spinal.errors import UserError
+from timm_spinal.evaluation.judgement import CONFUSION, WORST
 from timm_spinal.files import write_error
 from timm_spinal.models.head_only import is_in_head, save_head
 from timm_spinal.training.config import ValidateConfig
@@ -34,7 +35,7 @@ from .weights import check_not_tied, published_weights
 
 CARD, HPARAMS = 'README.md', 'train_hparams.yaml'
 # what a publication may hold; of these, files that are on the Hub and not in a new publication are removed there
-FILES = (WEIGHTS, CONFIG, CARD, HPARAMS, 'summary.csv', 'curves.png', GOLDEN)
+FILES = (WEIGHTS, CONFIG, CARD, HPARAMS, 'summary.csv', 'curves.png', CONFUSION, WORST, GOLDEN)
 
 
 class Package(NamedTuple):
@@ -90,6 +91,9 @@ def build_package(
     Raises:
         UserError: As in `built`.
     """
+    if not options.pictures:
+        publication = replace(publication, files={
+            file: path for file, path in publication.files.items() if file not in (CONFUSION, WORST)})
     weights = published_weights(publication.state_dict, options.dtype, publication.architecture)
     backbone = frozen_backbone(publication) if options.head_only else None
     if backbone is not None:

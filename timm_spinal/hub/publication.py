@@ -12,6 +12,7 @@ from torch import nn
 
 from timm_spinal.compare.runs import read_result
 from timm_spinal.errors import UserError
+from timm_spinal.evaluation.judgement import CONFUSION, WORST
 from timm_spinal.files import read_json
 from timm_spinal.models._timm import save_config_for_hf
 from timm_spinal.models.weight_files import read_weights
@@ -103,7 +104,9 @@ def open_run(folder: Path, weights: str = 'best', result: dict[str, Any] | None 
             raise UserError(f'{folder}: the run has not ended (no result.json); continue with --resume')
         if result.get('train_size') is None or result.get('params') is None:
             raise UserError(f'{folder / "result.json"}: it has no results of the training; restore it, or train again')
-    files = {name: folder / name for name in ('summary.csv', 'curves.png') if (folder / name).is_file()}
+    of_best = (CONFUSION, WORST) if weights == 'best' else ()  # which these are drawn of
+    names = ('summary.csv', 'curves.png', *of_best)
+    files = {name: folder / name for name in names if (folder / name).is_file()}
     if weights == 'best':
         scores = scores_of(args, result)
         return Publication(_read_weights(folder / WEIGHTS), config, args, result, scores, files, folder)

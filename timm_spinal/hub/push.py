@@ -39,7 +39,7 @@ class Pusher:
             raise UserError(f'--hub-license-link {licence.link}: give the address of the text, https://...')
         options = PublishOptions(
             hub.push_to_hub, private=hub.hub_private, licence=hub.hub_license, licence_name=hub.hub_license_name,
-            licence_link=hub.hub_license_link)
+            licence_link=hub.hub_license_link, pictures=hub.hub_pictures)
         self.options = check_account(options) if os.environ.get('RANK', '0') == '0' else options
 
     def after_epoch(self, run: Run) -> None:

@@ -191,6 +191,20 @@ class CapsuleHead(ClassifierHead):
         self.fc = pack_routing(self.fc)
         self.packed = True
 
+    @torch.jit.ignore
+    def unpack(self) -> None:
+        """The inverse of :meth:`pack`: a float layer that gives the same scores, and gradients for its input.
+
+        Its weights are those that the packed form has kept: signs and scales of XnODR, all of XnIDR.
+        """
+        if isinstance(self.fc, PackedRouting):
+            weight = self.fc.float_weight()
+            routing = self._create_routing(
+                self.fc.in_capsules, num_classes=self.num_classes, device=weight.device, dtype=weight.dtype)
+            routing.load_state_dict(dict(weight=weight))
+            self.fc = routing.train(self.training)
+            self.packed = False
+
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         if isinstance(self.fc, (CapsuleRouting, PackedRouting)):
             check_packed_state(state_dict, f'{prefix}fc.', self.packed, self.num_classes)

@@ -12,6 +12,7 @@ from torch import nn
 
 from .capsule_routing import CapsuleRouting
 from .xnor import can_run, pack_signs, xnor_backend
+from .xnor.torch_twin import unpack_signs
 
 XNODR_STATE = ('bits', 'scale')
 XNIDR_STATE = ('projector',)
@@ -32,6 +33,10 @@ class PackedRouting(nn.Module):
         self.out_features, self.class_dim = routing.out_features, routing.class_dim
         self.iterations = routing.iterations
 
+    def float_weight(self) -> torch.Tensor:
+        """W (N, J, d, D), as far as the packed form has kept it."""
+        raise NotImplementedError
+
     def extra_repr(self) -> str:
         return (f'{self.in_capsules} x {self.in_dim} -> {self.out_features} x {self.class_dim}, '
                 f'iterations={self.iterations}')
@@ -44,11 +49,17 @@ class PackedXnodr(PackedRouting):
     Predictions are computed with XOR and popcount, again in every iteration, and are not stored.
     """
 
+    bits: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, routing: CapsuleRouting):
         super().__init__(routing)
         bits, scale = pack_signs(routing.weight.detach())
         self.register_buffer('bits', bits)
         self.register_buffer('scale', scale)
+
+    def float_weight(self) -> torch.Tensor:
+        return unpack_signs(self.bits, self.scale, self.in_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.timm_spinal.xnodr_routing(x, self.bits, self.scale, self.iterations)
@@ -57,9 +68,14 @@ class PackedXnodr(PackedRouting):
 class PackedXnidr(PackedRouting):
     """XnIDR with an agreement by XOR and popcount; the weights stay floats, as ``projector`` (N, d, J, D)."""
 
+    projector: torch.Tensor
+
     def __init__(self, routing: CapsuleRouting):
         super().__init__(routing)
         self.register_buffer('projector', routing.weight.detach().transpose(1, 2).contiguous())
+
+    def float_weight(self) -> torch.Tensor:
+        return self.projector.transpose(1, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.timm_spinal.xnidr_routing(x, self.projector, self.iterations)

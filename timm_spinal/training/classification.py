@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 import timm_spinal
 from timm_spinal.errors import UserError
 from timm_spinal.evaluation.evaluate import evaluate
+from timm_spinal.evaluation.judgement import draw_mistakes, named_classes
 from timm_spinal.evaluation.metrics import accuracies, choosing_metric
-from timm_spinal.evaluation.predictions import Predictions
+from timm_spinal.evaluation.predictions import Predictions, read_predictions
 from timm_spinal.layers import xnor_implementation
 
 from .batches import Finished
@@ -133,14 +134,19 @@ class Classification(Problem[TrainConfig]):
             run.progress.teacher_top1 = top1
 
     def evaluate(self, run: Run[TrainConfig], model: nn.Module, loader: DataLoader, split: str) -> dict[str, Any]:
-        """Loss in nats and accuracies in percent; predictions for a test split are kept in the run folder."""
-        kept = Predictions() if split == 'test' and not self.multi_label else None
+        """Loss in nats and accuracies in percent, and ``predictions``, which for a test split are written."""
+        kept = None if self.multi_label else self._new_predictions(split)
         metrics = evaluate(
             run.accelerator, model, loader, self.config.channels_last, split, self.multi_label,
             kept.add if kept else None)
-        if kept is not None:
+        if kept is not None and split == 'test':
             on_main_process(run.accelerator, lambda: kept.write(run.folder))
-        return metrics
+        return dict(metrics, predictions=kept)
+
+    def _new_predictions(self, split: str) -> Predictions:
+        images = self.datasets.test if split == 'test' else self.datasets.eval
+        file_of = None if images is None or images.streamed else images.file_name
+        return Predictions('test' if split == 'test' else 'validation', file_of)
 
     def save_best(
             self,
@@ -150,6 +156,17 @@ class Classification(Problem[TrainConfig]):
             metrics: dict[str, Any],
     ) -> None:
         export_model(folder, model, state_dict, self.data.class_names, self.data.data_config)
+        if metrics['predictions'] is not None:
+            metrics['predictions'].write(folder)
+
+    def write_pictures(self, run: Run[TrainConfig]) -> list[Path]:
+        """``confusion.png`` and ``worst.png`` of the weights that are kept, on the test split if there is one."""
+        kept = read_predictions(run.folder) or read_predictions(run.folder, 'validation')
+        if kept is None:
+            return []
+        images = (self.data.test_loader or self.data.eval_loader).dataset
+        names = named_classes(self.data.class_names, self.data.num_classes)
+        return draw_mistakes(run.folder, kept, names, getattr(images, 'picture', None))
 
     def result(self, run: Run[TrainConfig]) -> dict[str, Any]:
         """``result.json``: accuracies in percent and losses in nats of the best epoch, counts, speed, origin.

@@ -417,7 +417,13 @@ class ValidateConfig(LoaderOptions, ModelOptions, DataOptions, command='validati
     crops: int = option(
         1, 'number of crops of each image: 1, or 10 (the corners, the centre and their mirror images), whose '
         'probabilities are averaged', choices=(1, 10))
+    tta: str = option(
+        '', 'test-time augmentation: flip averages the probabilities of each image and its mirror image',
+        choices=('', 'flip'))
     results_file: str = option('', 'write the result to this .json or .csv file')
+    report: str = option(
+        '', 'write what a single model gets wrong into this folder: report.html, confusion matrix, worst images, '
+        'precision and recall of each class, calibration, predictions')
 
 
 def to_yaml(config: Options) -> str:

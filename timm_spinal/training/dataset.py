@@ -91,6 +91,11 @@ class Split:
             return image, target
         return image, SKIPPED_TARGET if target is None else int(target) - self.label_offset
 
+    def file_name(self, index: int) -> str:
+        """Name of an image within the split, with its folders; its number where images have no names."""
+        number = self.number(index)
+        return str(self.dataset.filename(number)) if isinstance(self.dataset, ImageDataset) else f'number {number}'
+
     def describe(self, index: int) -> str:
         """What error messages call an image: its path, or its number."""
         index = self.number(index)
@@ -159,6 +164,14 @@ class ImageData(Dataset):
     def __getitem__(self, item: tuple[int, int | None]) -> tuple[torch.Tensor, Any]:
         images, targets, *_ = self.collate(self.__getitems__([item]))
         return images[0], targets[0].tolist()
+
+    def picture(self, index: int) -> Image.Image:
+        """An image in the mode of the model, before the transform.
+
+        Raises:
+            UNREADABLE: Any of these.
+        """
+        return self.decode(self.split.read(index)[0], partial(self.split.describe, index))
 
     def collate(self, samples: list[tuple]) -> tuple[torch.Tensor, ...]:
         """Images (B, C, H, W), targets and rows of what `__getitems__` gives; the loader's ``collate_fn``.

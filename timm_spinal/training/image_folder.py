@@ -141,7 +141,7 @@ class FolderReader(ClassReader):
 
     def __init__(self, root: str, class_map: Any = '', suffixes: Iterable[str] = ()):
         passed_over = PassedOver()
-        paths, classes = _scan_folder(root, set(suffixes) or image_suffixes(), passed_over)
+        paths, classes = scan_folder(root, set(suffixes) or image_suffixes(), passed_over)
         images = []
         for path in sorted(paths, key=lambda path: (natural_key(path), path)):
             name, sep, _ = path.partition(os.sep)
@@ -167,7 +167,7 @@ class FolderReader(ClassReader):
         return path if absolute else os.path.relpath(path, self.root)
 
 
-def _scan_folder(root: str, suffixes: set[str], passed_over: PassedOver) -> tuple[list[str], list[str]]:
+def scan_folder(root: str, suffixes: set[str], passed_over: PassedOver) -> tuple[list[str], list[str]]:
     """Paths of all images below a folder, relative to it, and the folders directly in it."""
     images: list[str] = []
     folders: list[str] = []

@@ -6,12 +6,15 @@ import platform
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Callable
 
+import numpy as np
 import timm
 import torch
+from PIL import Image
 from tqdm import tqdm
 
+from timm_spinal.evaluation.figures import new_figure, save_figure
 from timm_spinal.evaluation.metrics import TITLES, main_accuracy, same_answer_warning
 from timm_spinal.files import write_atomically
 from timm_spinal.version import __version__
@@ -46,26 +49,6 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
             table.writerows(rows)
 
     write_atomically(path, write)
-
-
-def new_figure(width: float, height: float, layout: Any = 'constrained') -> Any:
-    """A matplotlib figure of so many inches that needs no display.
-
-    Args:
-        width: In inches.
-        height: In inches.
-        layout: matplotlib's layout engine; with 'none' the caller places the axes, which halves the time of drawing.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(width, height), layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def save_figure(figure: Any, path: Path, dpi: int = 110) -> None:
-    """Write a figure as PNG in one step."""
-    write_atomically(path, lambda p: figure.savefig(p, format='png', dpi=dpi))
 
 
 def write_curves(path: Path, history: list[dict[str, Any]]) -> None:
@@ -233,7 +216,8 @@ def write_first_files(run: 'Run') -> None:
         run.accelerator.project_configuration.project_dir = str(run.folder)
         run.accelerator.project_configuration.logging_dir = str(run.folder)
         scalars = {k: v for k, v in asdict(run.config).items() if isinstance(v, (int, float, str, bool))}
-        run.accelerator.init_trackers('timm_spinal', config=scalars)
+        names = dict(trackio=dict(name=run.folder.name))  # else a name that trackio invents
+        run.accelerator.init_trackers('timm_spinal', config=scalars, init_kwargs=names)
 
 
 def progress_bar(run: 'Run') -> tqdm:
@@ -288,6 +272,35 @@ def log_epoch(run: 'Run', drawn_at: float) -> float:
 
     on_main_process(run.accelerator, write)
     return now if draw else drawn_at
+
+
+def _log_to_tensorboard(tracker: Any, name: str, image: Image.Image, step: int) -> None:
+    tracker.writer.add_image(name, np.asarray(image), step, dataformats='HWC')
+
+
+def _log_to_trackio(tracker: Any, name: str, image: Image.Image, step: int) -> None:
+    import trackio
+    tracker.run.log({name: trackio.Image(image)}, step)
+
+
+def _log_images(tracker: Any, name: str, image: Image.Image, step: int) -> None:
+    tracker.log_images({name: [image]}, step)
+
+
+# trackers of Accelerate that take pictures
+PICTURE_LOGGERS: dict[str, Callable[[Any, str, Image.Image, int], None]] = {
+    'tensorboard': _log_to_tensorboard, 'trackio': _log_to_trackio, 'wandb': _log_images, 'swanlab': _log_images,
+}
+
+
+def log_pictures(run: 'Run', files: list[Path]) -> None:
+    """Pass pictures of the run folder on to the trackers that take pictures. Every process calls it."""
+    for tracker in run.accelerator.trackers if files else []:
+        log = PICTURE_LOGGERS.get(tracker.name)
+        if log is not None and run.accelerator.is_main_process:
+            for file in files:
+                with Image.open(file) as image:
+                    log(tracker, file.stem, image.convert('RGB'), run.progress.updates)
 
 
 def write_last_files(run: 'Run', result: dict[str, Any]) -> None:

@@ -110,6 +110,8 @@ def write_result(run: 'Run') -> dict[str, Any]:
     if run.data.test_loader is not None and run.progress.best:
         result.update(evaluate_test(run))
     on_main_process(run.accelerator, lambda: report.write_last_files(run, result))
+    pictures = on_main_process(run.accelerator, lambda: run.problem.write_pictures(run))
+    report.log_pictures(run, pictures)
     return result
 
 

@@ -138,6 +138,10 @@ class Problem(ABC, Generic[ConfigT]):
     def result(self, run: 'Run[ConfigT]') -> dict[str, Any]:
         """The content of ``result.json``, without a test split. Every process calls it."""
 
+    def write_pictures(self, run: 'Run[ConfigT]') -> list[Path]:
+        """Draw what the best weights get wrong into the run folder. Called by the main process at the end."""
+        return []
+
     @abstractmethod
     def how_to_load(self, run: 'Run[ConfigT]') -> str:
         """Code that loads the best weights."""
