@@ -121,7 +121,7 @@ def test_bad_input(tmp_path, capsys, monkeypatch):
             (['export', 'nonsense'], "unknown model 'nonsense'"),
             (['export', 'nonsense*'], "no model of this package matches 'nonsense*'"),
             (['export', 'spinalcnn_a1', '--format', 'tflite'], "invalid choice: 'tflite'"),
-            (['export', f'local-dir:{tmp_path}'], 'Config file not found'),
+            (['export', f'local-dir:{tmp_path}'], 'no such folder, or no config.json in it'),
             (['export', 'spinalcnn_a1', '--table', 'x.txt'], 'unknown format; name a .csv file'),
             (['export', 'spinalcnn_a1', '--output', str(tmp_path / 'file')], 'cannot be written'),
             (['export'], 'the following arguments are required: MODEL'),

@@ -16,7 +16,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm_spinal.errors import UserError
 from timm_spinal.training.config import ValidateConfig
 from timm_spinal.training.image_files import TarReader, image_suffixes
-from timm_spinal.training.image_folder import FolderReader, hash_split
+from timm_spinal.training.image_folder import FolderReader, find_split, hash_split
 from timm_spinal.training.splits import create_datasets, describe_splits, folder_split
 
 from .images import make_folder, make_split, quick_config
@@ -385,3 +385,10 @@ def test_one_class_is_refused_in_training_only(tmp_path):
     assert create_datasets(config).class_names == ['ant', 'bee']
     alone = create_datasets(ValidateConfig(data_dir=str(tmp_path)), train=False)
     assert alone.class_names == ['flowers'] and len(alone.eval) == 12
+
+
+def test_a_folder_one_above_the_splits_is_found(tmp_path):
+    for split in ('train', 'validation'):
+        (tmp_path / 'images' / split / 'cat').mkdir(parents=True)
+    with pytest.raises(UserError, match=f"no split 'validation' in it .*; did you mean {tmp_path / 'images'}"):
+        find_split(str(tmp_path), 'validation')

@@ -79,6 +79,8 @@ def find_split(data_dir: str, split: str, whole: bool = False) -> Path:
             advice += ', or cut one from the training split with --val-split-fraction 0.1'
     else:
         advice = 'if these are the classes, cut an evaluation split with --val-split-fraction 0.1'
+        deeper = [name for name in inside if any((root / name / part).is_dir() for part in _SPLIT_NAMES)]
+        advice = f'did you mean {root / deeper[0]}?' if deeper else advice
     raise UserError(f'data folder {root}: no split {split!r} in it (it contains {_some(inside)}); {advice}')
 
 

@@ -185,6 +185,8 @@ def _check_source(source: str, name: str) -> None:
         if isinstance(e, KeyError):
             reason = (f'its config.json has no {e}, so it is not a classifier of timm; to open a detector, use '
                       'timm_spinal.detection.load_detector')
+        if isinstance(e, FileNotFoundError) and source == 'local-dir':
+            reason = 'there is no such folder, or no config.json in it; give the folder of a run'
         if reason is None:
             raise
         raise UserError(f'model {source}:{name}: {reason}') from e
