@@ -201,7 +201,7 @@ def test_tokens_are_cached_where_a_head_reads_them(root, tmp_path):
 
 
 def test_tokens_are_no_map(root, tmp_path):
-    with pytest.raises(UserError, match='has tokens instead'):
+    with pytest.raises(UserError, match='the backbone gives tokens'):
         run(make_config(root, backbone='test_vit', img_size=32), tmp_path / 'f', maps=True)
 
 

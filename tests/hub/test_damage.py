@@ -205,4 +205,4 @@ def test_verify_refuses_what_came_damaged(hub, run, layout, monkeypatch, tmp_pat
     hub.fail('corrupt', 'GET', '/xorbs/')  # the first large file that comes
     assert main(['verify', REPO]) == 2
     assert capsys.readouterr().err == (
-        f'error: {REPO}: curves.png was damaged in the download (its checksum is not that of the Hub); try again\n')
+        f'error: {REPO}: confusion.png was damaged in the download (its checksum is not that of the Hub); try again\n')

@@ -117,9 +117,10 @@ def needs_feature_map(variant: Variant) -> bool:
 
 def reads_tokens(variant: Variant) -> bool:
     """Whether a variant that needs the feature map takes tokens too."""
+    if not needs_feature_map(variant):
+        return False
     head_cls: Any = HEADS[variant.head]  # that of a test may have no such attributes
-    reads = getattr(head_cls, 'reads_tokens', False) and not getattr(head_cls, 'averages_map', False)
-    return reads and needs_feature_map(variant)
+    return getattr(head_cls, 'reads_tokens', False) and not getattr(head_cls, 'averages_map', False)
 
 
 def is_control(variant: Variant) -> bool:

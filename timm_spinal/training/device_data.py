@@ -79,6 +79,7 @@ class DeviceData(Dataset):
         device: Where they are kept.
         sampler: Gives the order of each epoch; it is not iterated.
         counts: Whether this process reports the images that cannot be read.
+        decode: Gives `picture` its images in one mode; `Decoder()` when None.
 
     Attributes:
         rows: As `ImageData.rows`.
@@ -97,7 +98,9 @@ class DeviceData(Dataset):
             device: torch.device,
             sampler: TrainSampler | None = None,
             counts: bool = True,
+            decode: Decoder | None = None,
     ):
+        self.decode = decode or Decoder()
         self.split, self.augment, self.device, self.sampler = split, augment, device, sampler
         self.images, self.targets = decoded.images.to(device), decoded.targets.to(device)
         self.unreadable = decoded.unreadable.to(torch.uint8) * counts
@@ -141,6 +144,8 @@ class DeviceData(Dataset):
             return batch
         rows = [self.rows[self.split.number(i)] for i in self._host_order[torch.tensor(positions)].tolist()]
         return *batch, torch.stack(rows)
+
+    picture = ImageData.picture
 
     @staticmethod
     def collate(batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -213,7 +218,7 @@ def open_on_device(
     shape = ' x '.join(map(str, decoded.images.shape[1:]))
     accelerator.print(f'data on {accelerator.device.type}: {split.name}: {len(split):,} images of {shape}, '
                       f'{decoded.images.numel() / MIB:,.1f} MiB, {decoded.origin}', flush=True)
-    return DeviceData(split, decoded, augment, accelerator.device, sampler, accelerator.is_main_process)
+    return DeviceData(split, decoded, augment, accelerator.device, sampler, accelerator.is_main_process, decode)
 
 
 def _reason(read: Callable[[], Any]) -> str:
