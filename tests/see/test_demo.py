@@ -83,7 +83,7 @@ def test_examples_come_from_the_validation_split(tmp_path):
     (['RUN', '--host', 'no.such.host.invalid'], 'cannot be listened on'),
     (['RUN', '--repo', 'me/x'], '--repo: is for --space'),
     (['RUN', '--space', 'there'], '--space there: exists already'),
-    (['RUN', '--space', 'new', '--repo', 'a b'], 'is no repository name'),
+    (['RUN', '--space', 'new', '--repo', 'a b'], 'is not a repository name'),
     (['none/run', '--space', 'new'], 'model none/run: no such folder'),
     (['RUN', '--examples', 'none.png'], 'image none.png: there is no such file'),
 ])

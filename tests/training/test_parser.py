@@ -199,7 +199,7 @@ def yaml_file(tmp_path):
 def test_timm_args_yaml_loads_and_gives_timms_defaults(yaml_file):
     config = parse_config(['--config', yaml_file(TIMM_ARGS)])
     # the defaults here are timm's, but for these
-    differs = dict(data_dir='/data/images', checkpoint_hist=10, decay_epochs=90., kd_loss_type='kl')
+    differs = dict(data_dir='/data/images', checkpoint_hist=10, decay_epochs=90., kd_loss_type='kl', workers=4)
     assert config == dataclasses.replace(TrainConfig(), **differs)
 
 

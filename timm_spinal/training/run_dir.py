@@ -95,7 +95,7 @@ def _lock_run_folder(config: RunOptions, name: str, held: contextlib.ExitStack) 
 def begun_on_device(config: RunOptions) -> bool | None:
     """Whether the training images of a run that is resumed were augmented on the device; None for a new run."""
     for checkpoint in find_checkpoints(run_folder(config, '') / 'last') if config.resume else []:
-        with contextlib.suppress(UserError):  # damaged: an older one will be resumed
+        with contextlib.suppress(UserError, ValueError, OSError):  # damaged: an older one will be resumed
             return bool(read_state(checkpoint).get('augmented_on_device', False))
     return None
 
