@@ -97,7 +97,7 @@ def test_run_folder(tmp_path, capsys):
     folder = tmp_path / 'run'
     assert sorted(p.name for p in folder.iterdir()) == [
         'args.yaml', 'config.json', 'confusion.png', 'curves.png', 'last', 'model.safetensors',
-        'predictions_validation.safetensors', 'result.json', 'summary.csv', 'worst.png']
+        'predictions.safetensors', 'result.json', 'summary.csv', 'worst.png']
     assert json.loads((folder / 'result.json').read_text()) == result
     assert parse_config(['--config', str(folder / 'args.yaml')]) == replace(config, num_classes=2)
     assert {'top1', 'top5', 'loss', 'epochs', 'seconds', 'images_per_second', 'params'} <= result.keys()
