@@ -33,6 +33,7 @@ def test_cost_of_a_head():
     assert 4040e-6 < cost.file_mb == file_mb(head) < 4400e-6
 
 
+@pytest.mark.slow
 def test_cost_of_a_network_whose_head_reads_the_map():
     torch.manual_seed(0)
     x = torch.zeros(1, 3, 64, 64)

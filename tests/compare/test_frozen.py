@@ -129,6 +129,7 @@ class MapHead(nn.Module):
         return self.fc(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
 
 
+@pytest.mark.slow
 def test_a_head_that_needs_feature_maps_needs_no_word_here(tmp_path, monkeypatch):
     monkeypatch.setitem(HEADS, 'mapped', MapHead)
     compare_frozen(config(tmp_path, heads='linear,mapped', img_size=64), 'cmd')
@@ -177,6 +178,7 @@ def test_fitted_controls_are_kept_until_a_setting_changes(tmp_path, monkeypatch)
     assert written == [[0, 1], [2], [0, 1, 2]]  # the learning rate is none of its settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('backbone, heads, tokens', [
     ('test_resnet', 'linear,attn:queries=4,mldecoder:dim=16:mlp_dim=16,caps', None),
     ('test_vit', 'linear,attn:queries=4:prefix=keep,mldecoder:dim=16:mlp_dim=16', 1)])
@@ -188,6 +190,7 @@ def test_attention_heads_read_cached_maps_and_tokens(tmp_path, backbone, heads, 
     assert options.get('num_prefix_tokens') == tokens and options.get('input_fmt') == ('NLC' if tokens else None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('options', [{}, dict(matmul_precision='medium')])
 def test_products_have_the_precision_that_the_report_names(tmp_path, monkeypatch, options):
     seen = []
@@ -209,6 +212,7 @@ def test_products_have_the_precision_that_the_report_names(tmp_path, monkeypatch
     assert torch.get_float32_matmul_precision() == before
 
 
+@pytest.mark.slow
 def test_a_diverging_head_is_reported(tmp_path):
     compare_frozen(config(tmp_path, heads='linear,spinal:width=4', seeds='1', opt='sgd', lr=1e30, warmup_epochs=0), 'c')
     text = (tmp_path / 'report.md').read_text()

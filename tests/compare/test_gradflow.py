@@ -25,6 +25,7 @@ def small(tmp_path, **options):
     return GradflowConfig(**asdict(config), grad_interval=2)
 
 
+@pytest.mark.slow
 def test_gradient_is_that_of_the_loss_alone(tmp_path, monkeypatch):
     """Equal to what training without the penalty steps by; with it, the penalty's gradient is left out."""
     stepped = []

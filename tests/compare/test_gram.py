@@ -33,6 +33,7 @@ def test_norms_and_cosines_by_hand():
     assert (gram.norm, gram.cosine, gram.greatest) == pytest.approx((3.5, 0.6, 0.6))
 
 
+@pytest.mark.slow
 def test_filters_of_two_sizes_are_two_matrices(tmp_path):
     model = timm.create_model('resnet50_sbpp', layers=(2, 2, 2, 2))
     assert [len(gram.matrix) for gram in grams(model).values()] == [64, 256, 128, 512, 256, 1024, 512, 2048]

@@ -144,6 +144,7 @@ def test_half_precision_is_of_the_head(hub, base):
         assert torch.equal(again[name], rounded)
 
 
+@pytest.mark.slow
 def test_a_head_without_a_named_backbone_is_refused(hub, base, tmp_path, capsys):
     run = train_frozen(tmp_path / 'trained', freeze='none')
     assert send(run, '--head-only') == 2

@@ -97,6 +97,7 @@ def test_folded_and_merged_bases(form):
         check_same(package.folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['resnet18_xnodr', 'mobilenetv2_100_xnidr'])
 def test_packed_model(name, tmp_path):
     model = new_model(name)

@@ -131,6 +131,7 @@ def test_every_parameter_gets_a_finite_gradient(name, primary):
         assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', CAPSULE_HEADS)
 @pytest.mark.parametrize('primary, fmt', [('depthwise', 'NCHW'), ('bottleneck', 'NHWC')])
 def test_script_trace_compile_export(name, primary, fmt):

@@ -137,6 +137,7 @@ def test_nearly_the_teacher_at_step_0(teacher, digits):
     assert all(conv.ic_weight.grad.abs().max() > 0 for conv in ic_convs(warm).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('options', [
     dict(scale='raw'), dict(norm='bias', mode='layer'), dict(mode='pair'), dict(mode='pair', scale='raw')])
 @pytest.mark.parametrize('active', [0.02, 0.2])

@@ -48,6 +48,7 @@ def save(path, state):
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', OFFICIAL)
 def test_official_checkpoints_load_each_way_as_they_are_saved(name, tmp_path):
     """timm's own names by our ways, ours by timm's too; the network computes what the paper's does."""

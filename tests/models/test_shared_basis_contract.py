@@ -32,12 +32,14 @@ def test_safetensors_round_trip(model, tmp_path):
     assert torch.equal(again(images()), model(images()))
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks(model):
     expected = model(images())
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend='eager')(images()), expected)
 
 
+@pytest.mark.slow
 def test_exports_with_a_free_batch(model):
     batch = torch.export.Dim('batch', min=1, max=64)
     exported = torch.export.export(model, (images(),), dynamic_shapes=({0: batch},)).module()

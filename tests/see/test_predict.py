@@ -224,6 +224,7 @@ def test_names_of_classes(tmp_path, pictures, capsys):
     assert sorted(row['class'] for row in lines(capsys)[0]['predictions'])[0].startswith('0')
 
 
+@pytest.mark.slow
 def test_onnx_answers_as_the_model(run, pictures, tmp_path, capsys):
     onnx = pytest.importorskip('onnx')
     pytest.importorskip('onnxruntime')

@@ -45,6 +45,7 @@ def test_zero_counts_as_negative():
     assert binary_weight_flips(before, model) == 100.
 
 
+@pytest.mark.slow
 def test_result_counts_from_the_first_update_to_the_last(tmp_path):
     config = small_config(
         tmp_path, model='test_efficientnet_xnodr', model_kwargs=dict(head_capsules=8), loss='margin', smoothing=0.,
@@ -62,6 +63,7 @@ def test_result_counts_from_the_first_update_to_the_last(tmp_path):
     assert train(resumed(parts))['sign_flips'] == expected
 
 
+@pytest.mark.slow
 def test_a_frozen_head_changes_no_sign_and_others_have_none(tmp_path):
     options = dict(model_kwargs=dict(head_capsules=8), loss='margin', epochs=1)
     frozen = small_config(

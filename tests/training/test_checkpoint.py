@@ -203,6 +203,7 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, monkeypatch):
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_seed_matters(tmp_path):
     """The check above can fail."""
     one, two = (small_config(tmp_path, experiment=str(seed), seed=seed, epochs=1, **RANDOM) for seed in (1, 2))
@@ -324,6 +325,7 @@ def test_random_states_that_cannot_be_read_are_told(tmp_path, capsys, content):
             in capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_resume_allows_more_epochs_and_tells_of_the_rest(tmp_path, capsys):
     config = small_config(tmp_path, epochs=1)
     train(config)

@@ -93,6 +93,7 @@ def test_resume_path_goes_on_in_the_same_folder(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['images', 'run']
 
 
+@pytest.mark.slow
 def test_same_seed_same_result_other_seed_other(tmp_path):
     one, two, other = (small_config(tmp_path, epochs=1, experiment=str(i), seed=seed) for i, seed in
                        enumerate((5, 5, 6)))

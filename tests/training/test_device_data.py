@@ -83,6 +83,7 @@ def test_other_sources(root, options):
     assert same(batches(ordinary), batches(ours)) and same(list(ordinary.eval_loader), list(ours.eval_loader))
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_the_same_weights(tmp_path):
     options = dict(no_aug=True, mixup=0.4, epochs=2)
     config = small_config(tmp_path, data_on_device='always', **options)
@@ -141,6 +142,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path, monkeypatch, capsys, update):
     assert_same_state(whole, cut)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_as_it_was_begun(tmp_path, monkeypatch, capsys):
     """The memory that is free decides at the start only: another kind of random augmentation would be another run."""
     config = small_config(tmp_path, stop_epoch=1, epochs=4)

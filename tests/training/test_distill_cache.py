@@ -97,6 +97,7 @@ def test_seeds_that_cut_other_images_share_the_cache(config, tmp_path):
     assert stored.shape == (22, 2) and all(torch.equal(rows[i], stored[i]) for i in range(22))
 
 
+@pytest.mark.slow
 def test_an_interrupted_cache_goes_on_and_a_damaged_shard_is_made_anew(config, tmp_path):
     train(replace(config, epochs=1))
     first, second, third = (p.read_bytes() for p in shards(tmp_path))
@@ -181,6 +182,7 @@ def test_two_processes_make_and_share_it(config, tmp_path, launch):
     torch.testing.assert_close(stored, teacher(images), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_any_name_of_the_data_takes_the_cache(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train(replace(config, epochs=1, data_dir='images'))

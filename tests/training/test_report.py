@@ -187,6 +187,7 @@ def test_pictures_of_mistakes_reach_tensorboard(tmp_path):
     assert (image.width, image.height) == Image.open(tmp_path / 'run' / 'worst.png').size
 
 
+@pytest.mark.slow
 def test_trackio_gets_metrics_and_pictures(tmp_path):
     pytest.importorskip('trackio')
     code = ('import sys; sys.path.insert(0, "."); from pathlib import Path; from tests.training.runs import '

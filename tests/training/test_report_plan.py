@@ -33,6 +33,7 @@ def test_plan_is_what_is_done(tmp_path, capsys):
     assert result['updates'] == 12
 
 
+@pytest.mark.slow
 def test_plan_of_accumulated_steps_and_a_part_of_the_images(tmp_path, capsys):
     lines, result = plan(small_config(tmp_path, epochs=1, grad_accum_steps=2), capsys)
     assert lines[0] == (
@@ -54,6 +55,7 @@ def test_warmup_that_is_most_of_the_run(tmp_path, capsys):
     assert warning not in plan(replace(config, experiment='less', warmup_epochs=1), capsys)[0]
 
 
+@pytest.mark.slow
 def test_least_updates(tmp_path, capsys):
     config = small_config(tmp_path, epoch_repeats=0., epochs=2, min_updates=101, batch_size=2, model='test_vit')
     lines, result = plan(config, capsys)

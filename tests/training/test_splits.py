@@ -238,6 +238,7 @@ def create_labels(datasets):
     return np.concatenate([datasets.train.labels, datasets.eval.labels])
 
 
+@pytest.mark.slow
 def test_cifar10_tars_are_read():
     config = quick_config(data_dir=str(need_cifar10()), val_split='test')
     datasets = create_datasets(config)

@@ -71,6 +71,7 @@ def test_ranks_that_do_not_fit(tmp_path, options, message):
     assert '\n' not in str(error.value) and '.;' not in str(error.value) and not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_once_per_update_and_in_the_summary(tmp_path, monkeypatch):
     """Five batches in windows of two are three updates; the column holds the penalty, curves.png its panel."""
     values = []

@@ -50,6 +50,7 @@ def test_accumulation_equals_a_large_batch(tmp_path):
     assert (after_four[0]['head.weight'] - after_four[2]['head.weight']).abs().max() > 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('accum, last', [(5, 5), (9, 5)])
 def test_short_window_is_stepped_at_full_scale(tmp_path, accum, last):
     """A window that the epoch cuts short is a mean over its own batches, so it equals one large batch of them."""
