@@ -1,3 +1,4 @@
+import pytest
 import timm
 import torch
 from torch import nn

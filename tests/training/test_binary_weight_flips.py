@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import pytest
 import timm
 import torch
 from accelerate.utils import set_seed

@@ -100,8 +100,9 @@ for kind in sys.argv[3:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method, kinds', [
-    ('forkserver', KINDS), pytest.param('spawn', KINDS, marks=pytest.mark.slow)])
+    ('forkserver', KINDS), ('spawn', KINDS)])
 def test_workers_that_are_not_forked_give_the_same(tmp_path, method, kinds):
     """As on macOS and Windows (spawn) and from Python 3.14 on (forkserver): all that workers get is pickled."""
     root = str(Path(__file__).parents[2])
