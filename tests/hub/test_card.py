@@ -112,7 +112,7 @@ def test_what_timm_answers_without_the_import(card, trained):
     """In another process, which never imports this package; `tests/hub/test_transformers.py` does it for the Hub."""
     code = f"import timm; timm.create_model('local-dir:{trained}', pretrained=True)"
     err = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stderr.splitlines()[-1]
-    assert err == 'RuntimeError: Unknown model (spinalcnn_a1)' and f'answers `{err}`' in card
+    assert err == 'RuntimeError: Unknown model (spinalcnn_a1)' and f'raises `{err}`' in card
     source = open_run(trained)
     source.config['architecture'] = 'resnet18'  # one that timm knows by itself
     assert 'Unknown model' not in card_of(source)
