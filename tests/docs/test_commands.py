@@ -177,7 +177,7 @@ def test_wrong_command_is_found(command, stop_after_parsing):
 def test_options_in_the_text_exist():
     # of accelerate and hf
     known = {'--cpu', '--num_processes', '--multi_gpu', '--use_fsdp', '--fsdp_version', '--with',
-             '--fsdp_cpu_ram_efficient_loading'}
+             '--fsdp_cpu_ram_efficient_loading', '--fsdp_auto_wrap_policy'}
     for argv in (*([verb] for verb in VERBS), ['compare', '--sweep'], ['compare', '--report']):
         with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
             main([*argv, '--help'])

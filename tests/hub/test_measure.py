@@ -69,7 +69,7 @@ def test_both_splits_and_data_that_have_moved(hub, tmp_path, capsys):
     assert send(tmp_path / 'run', '--dtype', 'fp16') == 0
     out = capsys.readouterr().out
     assert 'the card has no accuracy of the float16 weights, because they could not be measured (' in out
-    assert '--data-dir says where the data are' in out and stated(hub) == {}
+    assert 'give the data with --data-dir' in out and stated(hub) == {}
     text = files(hub)['README.md'].decode()
     assert 'No accuracy of exactly these weights was measured.\n\nThe weights before they were rounded to float16 had' \
         in text and f'top-1 {result["test_top1"]:.2f} %' in text

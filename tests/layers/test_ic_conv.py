@@ -277,9 +277,10 @@ def test_sums_of_gradients_are_float32(dtype, compiled):
     function = torch.compile(collide, backend='aot_eager') if compiled else collide
     found = gradients(function, inputs, upstream)
     wide = [t.detach().double().requires_grad_() for t in inputs]
-    # the same places are active, so that only the sums differ
-    w, b1 = (t.detach().to(dtype)[:, None, None] for t in inputs[2:])
-    du = (torch.addcmul(inputs[0].detach(), inputs[1].detach(), w, value=-1) + b1 > 0).double() * 50
+    # the same places are active, so that only the sums differ; the compiled expression is float32 inside
+    inner = torch.float32 if compiled else dtype
+    z, s, w, b1 = (t.detach().to(inner) for t in inputs)
+    du = (torch.addcmul(z, s, w[:, None, None], value=-1) + b1[:, None, None] > 0).double() * 50
     assert found[2].dtype == found[3].dtype == torch.float32 and found[0].dtype == dtype
     dw, db = -(du * wide[1]).sum((0, 2, 3)), du.sum((0, 2, 3))
     assert db.max() > 65_504 and found[3].isfinite().all()
