@@ -3,6 +3,7 @@ import contextlib
 import logging
 import re
 import signal
+import traceback
 import warnings
 from typing import Callable, Iterator
 
@@ -38,6 +39,13 @@ def dead_workers_named(advice: Callable[[], str]) -> Iterator[None]:
     """
     try:
         yield
+    except (ConnectionResetError, EOFError) as e:  # the worker died while a batch of it was fetched
+        if not any(frame.name == 'rebuild_storage_fd' for frame in traceback.extract_tb(e.__traceback__)):
+            raise
+        lost = UserError(f'a loader worker was killed: most likely the machine is out of memory; use fewer --workers '
+                         f'or a smaller --batch-size, then {advice()}')
+        lost.local = True  # type: ignore[attr-defined]
+        raise lost from e
     except RuntimeError as e:
         match = re.search(r'DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) ([^.]*)', str(e))
         if match is None:

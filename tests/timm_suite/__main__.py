@@ -32,7 +32,8 @@ def timm_source(cache: Path) -> Path:
             '--dest', str(cache), f'timm=={TIMM_VERSION}',
         ], check=True)
         with tarfile.open(cache / f'timm-{TIMM_VERSION}.tar.gz') as archive:
-            archive.extractall(cache, filter='data')
+            # Python 3.11.3 and older have no filters
+            archive.extractall(cache, **(dict(filter='data') if hasattr(tarfile, 'data_filter') else {}))
     return source
 
 

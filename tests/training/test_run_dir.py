@@ -179,7 +179,7 @@ def test_a_checkpoint_does_not_go_into_the_folder_of_another_run(tmp_path):
     other = replace(config, experiment='other')
     train(other)
     before = snapshot(tmp_path / 'other')
-    with pytest.raises(UserError, match=f'other: contains a run already; to go on in {tmp_path / "run"} leave out'):
+    with pytest.raises(UserError, match=f'other: it contains a run already; to go on in {tmp_path / "run"} leave out'):
         train(replace(other, resume=str(tmp_path / 'run'), epochs=2))
     assert snapshot(tmp_path / 'other') == before
     assert train(replace(config, experiment='third', resume=str(tmp_path / 'run'), epochs=2))['epochs'] == 2

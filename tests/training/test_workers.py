@@ -16,6 +16,7 @@ from timm_spinal.cli import guard
 from timm_spinal.compare.cli import main as compare
 from timm_spinal.detection import data as detection_data
 from timm_spinal.detection.problem import train_detector
+from timm_spinal.errors import UserError, dead_workers_named
 from timm_spinal.training.dataset import Split
 from timm_spinal.training.train import train
 from timm_spinal.validate import run as validate
@@ -122,3 +123,15 @@ def test_workers_that_are_not_forked_give_the_same(tmp_path, method, kinds):
     for name in ('train-0-00000', 'test-0-00000'):
         a, b = (load_file(folder / 'compare' / 'features' / f'{name}.safetensors') for folder in (one, other))
         assert torch.equal(a['pooled'], b['pooled']) and torch.equal(a['labels'], b['labels'])
+
+
+@pytest.mark.parametrize('error', [ConnectionResetError, EOFError])
+def test_a_worker_that_dies_while_its_batch_is_fetched_is_named(error):
+    def rebuild_storage_fd():  # as torch's, which asks the worker for a file descriptor
+        raise error('gone')
+
+    with pytest.raises(UserError, match='a loader worker was killed: .* use fewer --workers .*, then run it again'):
+        with dead_workers_named(lambda: 'run it again'):
+            rebuild_storage_fd()
+    with pytest.raises(error), dead_workers_named(lambda: ''):
+        raise error('of something else')
