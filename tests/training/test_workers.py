@@ -130,8 +130,8 @@ def test_a_worker_that_dies_while_its_batch_is_fetched_is_named(error):
     def rebuild_storage_fd():  # as torch's, which asks the worker for a file descriptor
         raise error('gone')
 
-    with pytest.raises(UserError, match='a loader worker was killed: .* use fewer --workers .*, then run it again'):
-        with dead_workers_named(lambda: 'run it again'):
-            rebuild_storage_fd()
+    said = 'a loader worker was killed: .* use fewer --workers .*, then run it again'
+    with pytest.raises(UserError, match=said), dead_workers_named(lambda: 'run it again'):
+        rebuild_storage_fd()
     with pytest.raises(error), dead_workers_named(lambda: ''):
         raise error('of something else')
