@@ -143,8 +143,8 @@ def attach_head(model: TimmModel, head: str, num_classes: Optional[int] = None, 
     Args:
         model: A model from ``timm.create_model``. Where timm averages several classifiers (distilled models), the head
             takes what timm calls the pre-logits: the average of their inputs, or their concatenation.
-        head: A row of ``HEADS``. 'caps', 'xnodr' and 'xnidr' need a model that gives a feature map, 'attn' and
-            'mldecoder' one that gives a map or tokens.
+        head: A row of ``HEADS``. 'caps', 'xnodr', 'xnidr', 'attn' and 'mldecoder' need a model that gives a feature map
+            or tokens.
         num_classes: Number of classes, the model's own if None.
         **options: The head's options, prefixed ``head_``, such as ``head_width=256`` or ``head_preset='caltech101'``.
             ``head_primary`` of a capsule head is 'bottleneck' on timm's ResNets, as in the paper.
